@@ -1,0 +1,53 @@
+"""
+trl-cancel: TRL's `GRPOTrainer` with the cancellation that GRPO relies on repaired, sharpened and shown.
+
+In GRPO every token of a rollout carries the rollout's advantage. Tokens that good and bad rollouts of one prompt share
+get opposite pushes that should cancel, leaving credit for what made the difference.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .configs import CancelGRPOConfig
+    from .configs import CancelGRPOConfig as GRPOConfig
+    from .credit import Credit
+    from .explain import explain
+    from .rollouts import Rollouts
+    from .trainers import CancelGRPOTrainer
+    from .trainers import CancelGRPOTrainer as GRPOTrainer
+
+__version__ = "0.1.0"
+
+# Where each public name lives. Loaded on first use: the command line and the pure functions do not wait for TRL.
+_HOME = {
+    "CancelGRPOConfig": ("configs", "CancelGRPOConfig"),
+    "CancelGRPOTrainer": ("trainers", "CancelGRPOTrainer"),
+    "Credit": ("credit", "Credit"),
+    "GRPOConfig": ("configs", "CancelGRPOConfig"),
+    "GRPOTrainer": ("trainers", "CancelGRPOTrainer"),
+    "Rollouts": ("rollouts", "Rollouts"),
+    "explain": ("explain", "explain"),
+}
+
+__all__ = [
+    "CancelGRPOConfig",
+    "CancelGRPOTrainer",
+    "Credit",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "Rollouts",
+    "explain",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _HOME[name]
+    return getattr(import_module(f".{module}", __name__), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

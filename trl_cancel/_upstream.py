@@ -1,0 +1,141 @@
+"""
+Everything private of TRL's that this package uses, each with the reason it is needed.
+
+TRL promises nothing about these names, so they are gathered here, looked up and compared with the expected signatures
+when the module is imported, and their behaviour is pinned by `tests/contract/`. Widening the supported range of TRL
+means: run the contract tests against the new version, mend what they show, then change the range here and in
+`setup.cfg`.
+"""
+
+import inspect
+
+from packaging.version import Version
+
+
+# Kept in step with `install_requires` in setup.cfg by tests/contract/test_upstream.py.
+TRL_MIN, TRL_BELOW = "1.16", "1.17"
+
+
+def check_trl_version(installed: str) -> None:
+    """
+    Refuses a version of TRL outside the tested range.
+
+    Args:
+        installed (`str`):
+            The installed version.
+
+    Raises:
+        `ImportError`: If `installed` is outside the range; the message says what to install.
+    """
+    if not Version(TRL_MIN) <= Version(Version(installed).base_version) < Version(TRL_BELOW):
+        raise ImportError(
+            f"trl-cancel works with trl>={TRL_MIN},<{TRL_BELOW}, but trl {installed} is installed. "
+            f"Run: pip install 'trl>={TRL_MIN},<{TRL_BELOW}'"
+        )
+
+
+try:
+    from trl import GRPOTrainer
+    from trl.trainer.utils import (
+        # Name of the base model, for the default output folder: the same as TRL's own default.
+        get_config_model_id,
+        # Pads rollouts of different rounds, or processes, to one length.
+        pad,
+        # Cut a batch into micro-batches, with the images of vision-language models kept by their rollouts.
+        split_pixel_values_by_grid,
+        split_tensor_dict,
+        unsplit_pixel_values_by_grid,
+    )
+except ImportError as error:
+    import trl
+
+    check_trl_version(trl.__version__)
+    raise ImportError(
+        f"trl {trl.__version__} lacks a name that trl-cancel builds on ({error}). The installation may be incomplete; "
+        f"run: pip install --force-reinstall 'trl>={TRL_MIN},<{TRL_BELOW}'"
+    ) from error
+
+
+# Methods that are overridden, with the parameters that the overrides rely on, in order.
+METHODS = {
+    # Generates and scores one generation batch; its result is where rollout-time credit goes.
+    "_generate_and_score_completions": ["self", "inputs"],
+    # Returns the raw rewards of all processes, which the scored batch no longer holds.
+    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    # Splits a generation batch into micro-batches; groups are put together again behind it.
+    "_prepare_inputs": ["self", "generation_batch"],
+    # The forward pass of the loss: the loss reads `advantages` and `old_per_token_logps` only after it.
+    "_get_per_token_logps_and_entropies": ["self", "model", "input_ids", "attention_mask", "logits_to_keep"],
+    # The loss itself, public in name, whose inputs are rewritten.
+    "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+}
+# Instance attributes that are read or written; tests/contract/ asserts that a trainer has them.
+ATTRIBUTES = {
+    "_step": "micro-steps done; tells which micro-batch comes next",
+    "_buffered_inputs": "micro-batches of the current generation batch",
+    "_metrics": "lists of values by mode and metric name, averaged at the next log",
+    "epsilon_low": "clipping range used by the loss, set for symmetric clipping",
+    "epsilon_high": "clipping range used by the loss",
+    "importance_sampling_level": "token or sequence, read by the loss after its forward pass",
+    "reward_func_names": "names of the columns of the rewards",
+    "current_gradient_accumulation_steps": "micro-batches of the optimizer step at hand",
+}
+# Number of values that a method returns, where the override unpacks them.
+RETURNS = {"_get_per_token_logps_and_entropies": 3}
+
+
+def check_signatures(trainer: type = GRPOTrainer) -> None:
+    """
+    Compares the private methods of TRL's trainer with what this package was written against.
+
+    Args:
+        trainer (`type`, *optional*, defaults to [`~trl.GRPOTrainer`]):
+            Class to check.
+
+    Raises:
+        `ImportError`: If a method is missing, or takes or returns something else.
+    """
+    for name, expected in METHODS.items():
+        method = getattr(trainer, name, None)
+        found = list(inspect.signature(method).parameters)[: len(expected)] if method else None
+        if found != expected:
+            raise ImportError(_changed(f"GRPOTrainer.{name} takes {found}, expected {expected}"))
+    for name, arity in RETURNS.items():
+        annotation = inspect.signature(getattr(trainer, name)).return_annotation
+        if len(getattr(annotation, "__args__", ())) != arity:
+            raise ImportError(_changed(f"GRPOTrainer.{name} returns {annotation}, expected {arity} values"))
+
+
+def _changed(difference: str) -> str:
+    import trl
+
+    return (
+        f"trl {trl.__version__} differs from the versions that trl-cancel was tested with (trl>={TRL_MIN},<{TRL_BELOW}): "
+        f"{difference}. Install a tested version."
+    )
+
+
+def check_installation() -> None:
+    """Refuses to work on an untested TRL; run once, when the trainers are imported."""
+    import trl
+
+    check_trl_version(trl.__version__)
+    check_signatures()
+
+
+check_installation()
+
+__all__ = [
+    "ATTRIBUTES",
+    "METHODS",
+    "TRL_BELOW",
+    "TRL_MIN",
+    "check_installation",
+    "check_signatures",
+    "check_trl_version",
+    "get_config_model_id",
+    "pad",
+    "split_pixel_values_by_grid",
+    "split_tensor_dict",
+    "unsplit_pixel_values_by_grid",
+]

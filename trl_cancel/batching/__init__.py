@@ -1,0 +1,7 @@
+"""Batching: which rollouts go into one optimizer step, as pure functions."""
+
+from .layout import BatchLayout
+from .mini_batches import query_preserved_permutation
+
+
+__all__ = ["BatchLayout", "query_preserved_permutation"]

@@ -1,0 +1,50 @@
+"""The command line. One module a command, imported when it is called, so that `--help` does not wait for PyTorch."""
+
+import sys
+from importlib import import_module
+
+from .. import __version__
+
+
+COMMANDS = {
+    "demo": "train the embedded model for a minute, offline, and see what it learned",
+    "train": "train a model: TRL's settings and data sets, this package's methods",
+    "explain": "say what a configuration does, without training",
+}
+
+
+class UsageError(Exception):
+    """A mistake of the user's: printed as one line, without a traceback, with exit status 2."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Runs one command.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            Arguments without the program's name; those of the process if not given.
+
+    Returns:
+        `int`: Exit status: 0, or 2 for a mistake of the user's.
+    """
+    name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(_help())
+        return 0
+    if name == "--version":
+        print(f"trl-cancel {__version__}")
+        return 0
+    if name not in COMMANDS:
+        print(f"trl-cancel: {name!r} is not a command; use one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    try:
+        return import_module(f".{name}", __package__).run(arguments)
+    except UsageError as error:
+        print(f"trl-cancel {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:<10}{summary}" for name, summary in COMMANDS.items())
+    return f"usage: trl-cancel COMMAND [options]\n\n{commands}\n\nOptions of a command: trl-cancel COMMAND --help"

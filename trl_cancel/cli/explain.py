@@ -1,0 +1,13 @@
+"""`trl-cancel explain`: what a configuration does, without loading or training anything."""
+
+from ._quiet import quiet
+
+
+def run(arguments: list[str]) -> int:
+    with quiet():
+        from ..explain import explain
+        from .settings import Parser
+
+        parser = Parser("trl-cancel explain", "Say what a configuration does. Takes the settings of trl-cancel train.")
+        print(explain(parser.read(arguments).training))
+    return 0

@@ -1,0 +1,135 @@
+"""Reading settings: TRL's parser, with a method by name and errors of one line."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import yaml
+from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+from trl.scripts.grpo import GRPOScriptArguments
+
+from ..configs import CancelGRPOConfig
+from ..methods import METHODS
+from . import UsageError
+
+
+@dataclass
+class RunArguments(GRPOScriptArguments):
+    """
+    What to train on, and what to do around the training.
+
+    Args:
+        method (`str`, *optional*):
+            Name of a method, whose settings become the defaults of this run.
+        eval_problems (`int`, *optional*, defaults to `0`):
+            Number of prompts of the test split to answer before and after the training, greedily and sampled; the
+            first reward function scores the answers. `0` skips this.
+        eval_samples (`int`, *optional*, defaults to `4`):
+            Sampled answers a prompt.
+    """
+
+    method: str | None = field(
+        default=None,
+        metadata={"help": f"Method whose settings become the defaults of this run: {', '.join(METHODS)}."},
+    )
+    eval_problems: int = field(
+        default=0,
+        metadata={
+            "help": "Number of prompts of the test split to answer before and after the training, greedily and "
+            "sampled; the first reward function scores the answers. 0 skips this."
+        },
+    )
+    eval_samples: int = field(default=4, metadata={"help": "Sampled answers a prompt, for `eval_problems`."})
+
+
+@dataclass
+class Settings:
+    """The settings of one run, by who reads them."""
+
+    run: RunArguments
+    training: CancelGRPOConfig
+    model: ModelConfig
+    mixture: DatasetMixtureConfig
+
+
+class Parser(TrlParser):
+    """TRL's parser: YAML by `--config`, flags over it, a method's settings under both."""
+
+    def __init__(self, prog: str, description: str):
+        super().__init__(
+            (RunArguments, CancelGRPOConfig, ModelConfig, DatasetMixtureConfig), prog=prog, description=description
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+    def read(self, arguments: list[str]) -> Settings:
+        """
+        Reads the settings of a run.
+
+        Args:
+            arguments (`list[str]`):
+                Arguments of the command.
+
+        Raises:
+            `UsageError`: If a file cannot be read, a setting is unknown, or the settings contradict each other.
+        """
+        arguments = [part for argument in arguments for part in _split_config(argument)]
+        yaml_settings = _read_yaml(arguments)
+        self._check_names(arguments, yaml_settings)
+        method = _value_of("--method", arguments) or yaml_settings.get("method")
+        if method is not None:
+            if method not in METHODS:
+                raise UsageError(f"--method {method}: unknown; use one of {', '.join(METHODS)}.")
+            self.set_defaults(**METHODS[method].settings)
+        try:
+            return Settings(*self.parse_args_and_config(arguments))
+        except (TypeError, ValueError) as error:
+            raise UsageError(str(error)) from error
+
+    def _check_names(self, arguments: list[str], yaml_settings: dict[str, Any]) -> None:
+        known = {action.dest for action in self._actions} | {"env", "config"}
+        flags = {match[1].replace("-", "_") for flag in arguments if (match := re.match(r"--([A-Za-z][\w-]*)", flag))}
+        flags = {name.removeprefix("no_") if name.removeprefix("no_") in known else name for name in flags}
+        for name in [*flags, *yaml_settings]:
+            if name not in known:
+                raise UsageError(f"{name}: unknown setting{_suggestion(name, known)}.")
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _split_config(argument: str) -> list[str]:
+    """TRL's parser knows `--config PATH` but not `--config=PATH`."""
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+
+
+def _value_of(flag: str, arguments: list[str]) -> str | None:
+    for index, argument in enumerate(arguments):
+        if argument.startswith(f"{flag}="):
+            return argument.split("=", 1)[1]
+        if argument == flag and index + 1 < len(arguments):
+            return arguments[index + 1]
+    return None
+
+
+def _read_yaml(arguments: list[str]) -> dict[str, Any]:
+    path = _value_of("--config", arguments)
+    if path is None:
+        if "--config" in arguments:
+            raise UsageError("--config needs a path to a YAML file.")
+        return {}
+    try:
+        with open(path) as file:
+            settings = yaml.safe_load(file)
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config {path}: not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"--config {path}: must hold settings, one `name: value` a line.")
+    return settings

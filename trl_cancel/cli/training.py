@@ -1,0 +1,290 @@
+"""One training run from the command line: early checks, progress, evaluation before and after, a table at the end."""
+
+import importlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl.rewards
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+)
+from trl import get_dataset, get_peft_config, get_quantization_config
+
+from .. import playground
+from ..evaluation import mean_with_interval, score_samples
+from ..trainers import CancelGRPOTrainer
+from . import UsageError
+from .settings import Settings
+
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Mean score of the first reward function with its 95% interval, greedily and sampled."""
+
+    greedy: tuple[float, float, float]
+    sampled: tuple[float, float, float]
+
+
+def run_training(settings: Settings) -> None:
+    """
+    Trains, evaluates and saves, and says what came out.
+
+    Args:
+        settings ([`Settings`]):
+            The settings of the run.
+
+    Raises:
+        `UsageError`: If a setting cannot work; nothing has been written then.
+    """
+    check_writable(settings.training.output_dir)
+    dataset = load_data(settings)
+    rewards = find_rewards(settings)
+    trainer = build_trainer(settings, dataset, rewards)
+    test = pick_test_problems(settings, dataset)
+
+    before = evaluate(trainer, test, rewards[0], settings, "Before")
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=settings.training.resume_from_checkpoint)
+    seconds = time.perf_counter() - started
+    after = evaluate(trainer, test, rewards[0], settings, "After")
+
+    trainer.save_model(settings.training.output_dir)
+    if trainer.is_world_process_zero():
+        console.print(summarize(trainer, before, after, seconds))
+        console.print(f"Model saved to {settings.training.output_dir}.")
+    if settings.training.push_to_hub:
+        trainer.push_to_hub(dataset_name=settings.run.dataset_name)
+
+
+def check_writable(folder: str) -> None:
+    """Makes sure that the output folder can be written, without creating it yet."""
+    path = Path(folder).expanduser().resolve()
+    existing = next(parent for parent in [path, *path.parents] if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UsageError(f"output_dir={folder}: cannot write to {existing}: {error.strerror}.") from error
+
+
+def load_data(settings: Settings) -> DatasetDict | dict[str, Any]:
+    """The data set by split; `playground` is the embedded one."""
+    run, mixture = settings.run, settings.mixture
+    if mixture.datasets:
+        dataset = get_dataset(mixture)
+    elif run.dataset_name == playground.NAME:
+        from ..playground.data import load_prompts
+
+        dataset = DatasetDict(train=load_prompts("train"), test=load_prompts("test", 1024))
+    elif run.dataset_name:
+        try:
+            dataset = load_dataset(run.dataset_name, name=run.dataset_config, streaming=run.dataset_streaming)
+        except Exception as error:  # the library raises a dozen types for names, files and connections
+            raise UsageError(
+                f"dataset_name={run.dataset_name}: cannot load it ({error}). Give a Hub id, a local folder or file "
+                f"format that datasets.load_dataset reads, or '{playground.NAME}'."
+            ) from error
+    else:
+        raise UsageError(f"dataset_name is missing: give a Hub id, a local path or '{playground.NAME}'.")
+    split = run.dataset_train_split
+    if split not in dataset:
+        raise UsageError(f"dataset_train_split={split}: the data set has the splits {', '.join(dataset)}.")
+    columns = dataset[split].column_names or []
+    if "prompt" not in columns:
+        raise UsageError(
+            f"dataset_name={run.dataset_name}: split {split!r} has the columns {', '.join(columns)} but no 'prompt'. "
+            "Rename the column that holds the prompts to 'prompt'."
+        )
+    return dataset
+
+
+def find_rewards(settings: Settings) -> list[Any]:
+    """Reward functions by name: one of TRL's, a dotted path, or the playground's own for the playground."""
+    run = settings.run
+    names = run.reward_funcs or []
+    rewards = [run.reward_model_name_or_path] if run.reward_model_name_or_path else []
+    if not names and not rewards and run.dataset_name == playground.NAME:
+        names = ["trl_cancel.playground.reward.answer_reward"]
+    rewards += [_find_reward(name) for name in names]
+    if not rewards:
+        raise UsageError(
+            "reward_funcs is missing: name one of TRL's (accuracy_reward, think_format_reward, ...) or a function by "
+            "its dotted path (my_module.my_reward)."
+        )
+    return rewards
+
+
+def _find_reward(name: str) -> Callable[..., Any]:
+    if name == "get_soft_overlong_punishment":  # TRL's command line gives it these lengths
+        return trl.rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
+    module, _, function = name.rpartition(".")
+    try:
+        if module:
+            sys.path.insert(0, os.getcwd())
+        return getattr(importlib.import_module(module) if module else trl.rewards, function)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"reward_funcs={name}: not found ({error}). Name one of TRL's ({', '.join(_reward_names())}) or a function "
+            "by its dotted path."
+        ) from error
+
+
+def _reward_names() -> list[str]:
+    return [name for name in trl.rewards.__all__ if name.endswith("_reward")]
+
+
+def build_trainer(settings: Settings, dataset: Any, rewards: list[Any]) -> CancelGRPOTrainer:
+    """The trainer, on the named model."""
+    training, model = settings.training, settings.model
+    if not model.model_name_or_path:
+        raise UsageError(f"model_name_or_path is missing: give a Hub id, a local path or '{playground.NAME}'.")
+    path = str(playground.CHECKPOINT) if model.model_name_or_path == playground.NAME else model.model_name_or_path
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(training.model_init_kwargs or {}),
+    }
+    try:
+        trainer = CancelGRPOTrainer(
+            path,
+            list(rewards),
+            training,
+            train_dataset=dataset[settings.run.dataset_train_split],
+            eval_dataset=_eval_split(settings, dataset) if training.eval_strategy != "no" else None,
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+        )
+    except OSError as error:  # what transformers raises for a path or Hub id that holds no model
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"model_name_or_path={model.model_name_or_path}: cannot load it: {reason}") from error
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from error
+    if not training.disable_tqdm and trainer.is_world_process_zero():
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(ProgressBar())
+    return trainer
+
+
+def _eval_split(settings: Settings, dataset: Any) -> Dataset | IterableDataset:
+    split = settings.run.dataset_test_split
+    if split not in dataset:
+        raise UsageError(f"dataset_test_split={split}: the data set has the splits {', '.join(dataset)}.")
+    return dataset[split]
+
+
+def pick_test_problems(settings: Settings, dataset: Any) -> Dataset | None:
+    """The first `eval_problems` rows of the test split."""
+    count = settings.run.eval_problems
+    if not count:
+        return None
+    split = _eval_split(settings, dataset)
+    if isinstance(split, IterableDataset):
+        return Dataset.from_list(list(split.take(count)))
+    return split.select(range(min(count, len(split))))
+
+
+def evaluate(
+    trainer: CancelGRPOTrainer, problems: Dataset | None, reward: Any, settings: Settings, label: str
+) -> Accuracy | None:
+    """Answers the test problems greedily and by sampling."""
+    if problems is None:
+        return None
+    if not callable(reward):
+        raise UsageError("eval_problems needs a reward function first in reward_funcs, not a reward model.")
+
+    def score(temperature: float, num_samples: int, how: str) -> tuple[float, float, float]:
+        return mean_with_interval(
+            score_samples(
+                trainer.accelerator.unwrap_model(trainer.model),
+                _tokenizer(trainer),
+                problems,
+                reward,
+                num_samples=num_samples,
+                temperature=temperature,
+                max_completion_length=settings.training.max_completion_length or 256,
+                description=f"{label}: {how}" if trainer.is_world_process_zero() else None,
+            )
+        )
+
+    return Accuracy(
+        greedy=score(0.0, 1, "greedy answers"),
+        sampled=score(settings.training.temperature, settings.run.eval_samples, "sampled answers"),
+    )
+
+
+def _tokenizer(trainer: CancelGRPOTrainer) -> PreTrainedTokenizerBase:
+    return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+
+
+def summarize(trainer: CancelGRPOTrainer, before: Accuracy | None, after: Accuracy | None, seconds: float) -> Table:
+    """The table at the end of a run."""
+    table = Table(title="Training finished")
+    for name in ("", "before", "after"):
+        table.add_column(name, justify="left" if not name else "right")
+    if before and after:
+        table.add_row("accuracy, greedy", _interval(before.greedy), _interval(after.greedy))
+        table.add_row("accuracy, sampled", _interval(before.sampled), _interval(after.sampled))
+    logs = trainer.state.log_history
+    for name in ("reward", "completions/mean_length", "entropy", "cancel/shared_prefix_residual"):
+        values = [float(entry[name]) for entry in logs if name in entry]
+        if values:
+            table.add_row(f"{name}, first and last log", f"{values[0]:.4g}", f"{values[-1]:.4g}")
+    table.add_row("optimizer steps", "", str(trainer.state.global_step))
+    table.add_row("training time", "", f"{seconds:.0f} s")
+    return table
+
+
+def _interval(estimate: tuple[float, float, float]) -> str:
+    mean, low, high = estimate
+    return f"{mean:.1%} [{low:.1%}, {high:.1%}]"
+
+
+class ProgressBar(TrainerCallback):
+    """A progress bar with the latest reward and residual, instead of a dictionary at every log."""
+
+    shown = {"reward": "reward", "cancel/shared_prefix_residual": "residual"}
+
+    def __init__(self):
+        self.bar: Any = None
+        self.latest: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Training", unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.latest |= {label: f"{float(logs[name]):.3g}" for name, label in self.shown.items() if name in (logs or {})}
+        if self.bar is not None:
+            self.bar.set_postfix(self.latest)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def use_one_thread() -> None:
+    """
+    One thread computes tiny models fastest: on a busy machine a second one mostly waits. `OMP_NUM_THREADS` overrides.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)

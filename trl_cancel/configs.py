@@ -1,0 +1,199 @@
+"""The configuration of the trainer: TRL's, and a few flat fields more."""
+
+import copy
+from dataclasses import dataclass, field, fields
+from typing import get_args
+
+from trl import GRPOConfig
+
+from . import _upstream  # noqa: F401  (refuses an untested TRL before anything else happens)
+from .batching import BatchLayout
+from .credit.controls import AdvantageSign
+
+
+# Loss types whose surrogate is TRL's clipped one, min(rA, clip(r)A).
+CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+
+
+@dataclass
+class CancelGRPOConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`CancelGRPOTrainer`].
+
+    This class includes only the parameters that are specific to this package. For a full list of training arguments,
+    please refer to the [`~trl.GRPOConfig`] documentation; all defaults are TRL's.
+
+    Parameters:
+        > Parameters that control which rollouts meet in one optimizer step
+
+        query_preserved (`bool`, *optional*, defaults to `True`):
+            Put all rollouts of a prompt into the same optimizer step, instead of shuffling single rollouts. Acts where
+            a generation batch is spread over several optimizer steps (`steps_per_generation` greater than
+            `gradient_accumulation_steps`); otherwise batches are TRL's. Source: section 4 of
+            [2605.08666](https://huggingface.co/papers/2605.08666).
+
+        > Parameters that control clipping
+
+        symmetric_clip (`bool`, *optional*, defaults to `False`):
+            Clip the ratio to `[0, 1 + epsilon_high]` whatever the sign of the advantage, so that tokens that good and
+            bad rollouts share keep one coefficient. Takes `epsilon` where `epsilon_high` is not set. Source: Appendix
+            H of [2604.13088](https://huggingface.co/papers/2604.13088).
+        symmetric_clip_gradient (`str`, *optional*, defaults to `"surrogate"`):
+            Gradient where the ratio exceeds the bound. One of:
+
+            - `"surrogate"`: zero there (Eq. 80).
+            - `"score"`: the clipped ratio is a constant weight of the score, so the push goes on (Eq. 81).
+
+        > Parameters that control credit
+
+        advantage_sign (`str`, *optional*, defaults to `"both"`):
+            Rollouts to learn from: `"both"`, `"positive"` or `"negative"` advantages. The latter two are controls in
+            which nothing cancels. Source: Appendix E.1 of [2605.08666](https://huggingface.co/papers/2605.08666).
+
+        > Parameters that control the logging
+
+        cancellation_metrics (`bool`, *optional*, defaults to `True`):
+            Log how much of the push on shared tokens is left (`cancel/shared_prefix_residual`) and how rollouts divide
+            by sign. Changes nothing in training.
+
+    Raises:
+        `ValueError`: If settings contradict each other; the message names them and what would work.
+    """
+
+    query_preserved: bool = field(
+        default=True,
+        metadata={
+            "help": "Put all rollouts of a prompt into the same optimizer step, instead of shuffling single rollouts. "
+            "Acts where a generation batch is spread over several optimizer steps (`steps_per_generation` greater "
+            "than `gradient_accumulation_steps`); otherwise batches are TRL's."
+        },
+    )
+    symmetric_clip: bool = field(
+        default=False,
+        metadata={
+            "help": "Clip the ratio to [0, 1 + epsilon_high] whatever the sign of the advantage, so that tokens that "
+            "good and bad rollouts share keep one coefficient. Takes `epsilon` where `epsilon_high` is not set."
+        },
+    )
+    symmetric_clip_gradient: str = field(
+        default="surrogate",
+        metadata={
+            "help": "Gradient where the ratio exceeds the bound of symmetric clipping: zero (`surrogate`), or that of "
+            "the score weighted by the clipped ratio (`score`).",
+            "choices": ["surrogate", "score"],
+        },
+    )
+    advantage_sign: str = field(
+        default="both",
+        metadata={
+            "help": "Rollouts to learn from: `both`, `positive` or `negative` advantages. The latter two are controls "
+            "in which nothing cancels.",
+            "choices": list(get_args(AdvantageSign)),
+        },
+    )
+    cancellation_metrics: bool = field(
+        default=True,
+        metadata={
+            "help": "Log how much of the push on shared tokens is left (`cancel/shared_prefix_residual`) and how "
+            "rollouts divide by sign. Changes nothing in training."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_choices()
+        self._check_batches()
+        self._check_symmetric_clip()
+
+    @classmethod
+    def adopt(cls, args: GRPOConfig) -> "CancelGRPOConfig":
+        """
+        This configuration with the settings of a plain [`~trl.GRPOConfig`] and defaults for what that lacks.
+
+        Args:
+            args ([`~trl.GRPOConfig`]):
+                A configuration; returned as it is if it is this package's already.
+
+        Raises:
+            `TypeError`: If `args` is something else.
+            `ValueError`: If the settings do not fit this class's defaults.
+        """
+        if isinstance(args, CancelGRPOConfig):
+            return args
+        if not isinstance(args, GRPOConfig):
+            raise TypeError(f"args is a {type(args).__name__}; pass a CancelGRPOConfig or a trl.GRPOConfig.")
+        # TRL's own `__post_init__` has run on `args` and cannot run twice, so its results are taken over.
+        adopted = object.__new__(cls)
+        adopted.__dict__.update(copy.copy(args.__dict__))
+        for setting in fields(cls):
+            if setting.name not in adopted.__dict__:
+                setattr(adopted, setting.name, setting.default)
+        adopted._check_batches()
+        return adopted
+
+    @property
+    def layout(self) -> BatchLayout:
+        """The sizes that decide which rollouts meet in one optimizer step."""
+        return BatchLayout.of(self)
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """`epsilon_low` and `epsilon_high` of the loss; symmetric clipping has no lower bound."""
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        return (1.0, high) if self.symmetric_clip else (self.epsilon, high)
+
+    def _check_choices(self) -> None:
+        for setting in fields(self):
+            choices = setting.metadata.get("choices")
+            if setting.name in _OWN_FIELDS and choices and getattr(self, setting.name) not in choices:
+                raise ValueError(
+                    f"{setting.name}={getattr(self, setting.name)!r} is not one of {', '.join(map(repr, choices))}."
+                )
+
+    def _check_batches(self) -> None:
+        layout = self.layout
+        if not self.query_preserved or not layout.is_split or (layout.groups_are_local and layout.groups_fit_steps):
+            return
+        if layout.groups_are_local:
+            problem = (
+                f"per_device_train_batch_size={self.per_device_train_batch_size} with gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps} and steps_per_generation={self.steps_per_generation} keeps "
+                f"{layout.rollouts_together} rollouts of a process together in an optimizer step, which is not a "
+                f"multiple of num_generations={self.num_generations}"
+            )
+        else:
+            problem = (
+                f"per_device_train_batch_size={self.per_device_train_batch_size} x steps_per_generation="
+                f"{self.steps_per_generation} rollouts a process is not a multiple of num_generations="
+                f"{self.num_generations}, so groups straddle the {layout.num_processes} processes"
+            )
+        raise ValueError(
+            f"query_preserved=True cannot keep groups whole: {problem}. Set one of "
+            f"{', '.join([*layout.sizes_that_fit(), 'query_preserved=False'])}."
+        )
+
+    def _check_symmetric_clip(self) -> None:
+        if not self.symmetric_clip:
+            return
+        if self.loss_type not in CLIPPED_LOSSES:
+            raise ValueError(
+                f"symmetric_clip=True has no meaning with loss_type={self.loss_type!r}, which does not clip the ratio "
+                f"that way. Set loss_type to one of {', '.join(map(repr, CLIPPED_LOSSES))}, or symmetric_clip=False."
+            )
+        bound = 1 + self.clip_range[1]
+        if self.delta not in (None, bound):
+            raise ValueError(
+                f"delta={self.delta} and symmetric_clip=True both bound the ratio of negative advantages. Leave delta "
+                f"unset (symmetric clipping bounds it at 1 + epsilon_high = {bound}), or set symmetric_clip=False."
+            )
+        if self.symmetric_clip_gradient == "score" and self.use_bias_correction_kl and self.beta:
+            raise ValueError(
+                "symmetric_clip_gradient='score' holds the ratio at 1 inside the loss, so use_bias_correction_kl=True "
+                f"(with beta={self.beta}) would lose its ratio. Set use_bias_correction_kl=False, "
+                "symmetric_clip_gradient='surrogate' or beta=0."
+            )
+        # With the bound on negative advantages too, and no lower one, TRL's surrogate is the symmetric one (Eq. 80).
+        self.delta = bound
+
+
+_OWN_FIELDS = {setting.name for setting in fields(CancelGRPOConfig)} - {setting.name for setting in fields(GRPOConfig)}

@@ -1,0 +1,62 @@
+"""
+Symmetric clipping, and the weight that a clipped surrogate puts on a token.
+
+Stock clipping, min(rA, clip(r)A), treats one ratio r differently for positive and negative advantages, so tokens that
+good and bad rollouts share no longer cancel outside the clipping range (Appendix F of 2604.13088). Symmetric clipping
+(Appendix H) uses one function of r for both signs.
+"""
+
+import torch
+
+
+def symmetric_clip(ratios: torch.Tensor, epsilon: float) -> torch.Tensor:
+    r"""
+    The sign-independent weight of Eq. 79 of [2604.13088](https://huggingface.co/papers/2604.13088):
+    \\( \phi(r) = \mathrm{clip}(r, 0, 1+\varepsilon) \\).
+
+    The surrogate \\( A\,\phi(r) \\) (Eq. 80) has gradient zero above the bound. The score form (Eq. 81) takes
+    \\( \phi(r) \\) as a constant, so its gradient \\( A\,\phi(r)\nabla\log\pi \\) goes on above the bound.
+
+    Args:
+        ratios (`torch.Tensor`):
+            Importance ratios of tokens or sequences, of any shape.
+        epsilon (`float`):
+            Distance of the upper bound from 1.
+
+    Returns:
+        `torch.Tensor` of the same shape: The weights.
+    """
+    return ratios.clamp(0.0, 1.0 + epsilon)
+
+
+def surrogate_weight(
+    ratios: torch.Tensor,
+    advantages: torch.Tensor,
+    epsilon_low: float,
+    epsilon_high: float,
+    delta: float | None = None,
+) -> torch.Tensor:
+    r"""
+    The weight w with which the clipped surrogate of PPO enters the gradient:
+    \\( \nabla \min(\min(r,\delta)A, \mathrm{clip}(r)A) = w\,A\,\nabla\log\pi \\), that is r inside the clipping range
+    and 0 where it is cut off.
+
+    Args:
+        ratios (`torch.Tensor`):
+            Importance ratios of tokens or sequences.
+        advantages (`torch.Tensor`):
+            Advantages, broadcastable with `ratios`.
+        epsilon_low (`float`):
+            Distance of the lower bound from 1; it cuts off negative advantages.
+        epsilon_high (`float`):
+            Distance of the upper bound from 1; it cuts off positive advantages.
+        delta (`float`, *optional*):
+            Upper bound for negative advantages (two-sided clipping).
+
+    Returns:
+        `torch.Tensor`: The weights, of the shape that `ratios` and `advantages` broadcast to.
+    """
+    cut = torch.where(advantages >= 0, ratios > 1 + epsilon_high, ratios < 1 - epsilon_low)
+    if delta is not None:
+        cut = cut | ((advantages < 0) & (ratios > delta))
+    return torch.where(cut, 0.0, ratios)

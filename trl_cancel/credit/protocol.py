@@ -1,0 +1,101 @@
+"""What a token credit is: the protocol that the built-in ones and yours are written against."""
+
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+
+from ..rollouts import Rollouts
+
+
+Scope = Literal["rollout", "group", "batch"]
+SCOPES: tuple[Scope, ...] = ("rollout", "group", "batch")
+
+
+@runtime_checkable
+class Credit(Protocol):
+    """
+    A rule that says how much of a rollout's advantage each of its tokens carries.
+
+    The trainer calls it once for each generation batch, before the batch is split into micro-batches, and multiplies
+    the advantages by what it returns. Several credits multiply.
+
+    Attributes:
+        scope (`str`):
+            What the coefficients of a rollout may depend on: `"rollout"` (itself), `"group"` (all rollouts of its
+            prompt, which must then lie on one process) or `"batch"` (the generation batch of all processes, through
+            [`~trl_cancel.rollouts.Rollouts.reduce`]).
+
+    Example:
+
+    ```python
+    import torch
+
+
+    class FirstTokens:
+        '''Credit for the first `count` tokens only.'''
+
+        scope = "rollout"
+
+        def __init__(self, count):
+            self.count = count
+
+        def coefficients(self, rollouts):
+            position = torch.arange(rollouts.completion_ids.size(1), device=rollouts.completion_ids.device)
+            return (position < self.count).float().expand_as(rollouts.completion_ids)
+    ```
+    """
+
+    scope: Scope
+
+    def coefficients(self, rollouts: Rollouts) -> torch.Tensor:
+        """
+        The coefficients of one generation batch.
+
+        Args:
+            rollouts ([`~trl_cancel.rollouts.Rollouts`]):
+                The scored generation batch of this process.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T)`, or `(B, 1)` for one coefficient a rollout: Finite and not negative.
+        """
+        ...
+
+
+def combine(credits: list[Credit], rollouts: Rollouts) -> torch.Tensor:
+    """
+    Product of the coefficients of several credits.
+
+    Args:
+        credits (`list` of [`Credit`]):
+            Credits to combine.
+        rollouts ([`~trl_cancel.rollouts.Rollouts`]):
+            The scored generation batch.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)` or `(B, 1)`: The coefficients.
+
+    Raises:
+        `ValueError`: If a credit returns something else than finite, non-negative coefficients of a right shape.
+    """
+    product = rollouts.advantages.new_ones(rollouts.advantages.size(0), 1)
+    for credit in credits:
+        coefficients = credit.coefficients(rollouts)
+        _check(credit, coefficients, rollouts)
+        product = product * coefficients.to(product)
+    return product
+
+
+def _check(credit: Credit, coefficients: torch.Tensor, rollouts: Rollouts) -> None:
+    name, (rows, length) = type(credit).__name__, rollouts.completion_ids.shape
+    if not isinstance(coefficients, torch.Tensor) or coefficients.shape not in {(rows, length), (rows, 1)}:
+        found = tuple(coefficients.shape) if isinstance(coefficients, torch.Tensor) else type(coefficients).__name__
+        raise ValueError(
+            f"{name}.coefficients returned {found}; return a tensor of shape {(rows, length)}, one coefficient a "
+            f"token, or {(rows, 1)}, one a rollout."
+        )
+    active = coefficients[rollouts.mask.bool()] if coefficients.shape == rollouts.mask.shape else coefficients
+    if not (torch.isfinite(active).all() and (active >= 0).all()):
+        raise ValueError(
+            f"{name}.coefficients returned values from {active.min().item()} to {active.max().item()}; coefficients "
+            "multiply the advantages inside the clipped loss and must be finite and not negative."
+        )

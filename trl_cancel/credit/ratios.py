@@ -1,0 +1,42 @@
+"""Importance ratios, per token and per sequence."""
+
+import torch
+
+
+def token_ratios(logps: torch.Tensor, old_logps: torch.Tensor) -> torch.Tensor:
+    """
+    Ratio of each token's probability under the current and the sampling policy (Eq. 7 of
+    [2604.13088](https://huggingface.co/papers/2604.13088)).
+
+    Args:
+        logps (`torch.Tensor` of shape `(B, T)`):
+            Log-probabilities under the current policy.
+        old_logps (`torch.Tensor` of shape `(B, T)`):
+            Log-probabilities under the policy that sampled.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: The ratios.
+    """
+    return torch.exp(logps - old_logps)
+
+
+def sequence_ratios(logps: torch.Tensor, old_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    r"""
+    Length-normalised ratio of each sequence (GSPO; Eq. 44 of
+    [2604.13088](https://huggingface.co/papers/2604.13088)):
+
+    $$ s_i = \exp\Big( \frac{1}{|y_i|} \sum_t m_{it} (\log\pi_\theta - \log\pi_{old}) \Big) $$
+
+    Args:
+        logps (`torch.Tensor` of shape `(B, T)`):
+            Log-probabilities under the current policy.
+        old_logps (`torch.Tensor` of shape `(B, T)`):
+            Log-probabilities under the policy that sampled.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            1 for the tokens that count, 0 for the others.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: The ratios, 1 for a sequence in which no token counts.
+    """
+    log_ratios = ((logps - old_logps) * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+    return torch.exp(log_ratios)

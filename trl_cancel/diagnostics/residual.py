@@ -1,0 +1,122 @@
+"""
+The cancellation residual: how much of the push on shared tokens is left that the advantages do not justify.
+
+Take one context of a group, a prefix of token ids together with the token that follows, and the rollouts that contain
+it, good and bad ones. What they deserve to do to this token together, and what the update really does, are
+
+    deserved = sum of A / sum of |A|        applied = sum of cA / sum of |cA|
+
+with the coefficients c that multiply the advantage in the gradient. The residual |applied - deserved| is 0 if and only
+if good and bad rollouts are weighted alike, whatever the weight. Where the whole group shares the prefix the
+advantages sum to zero, and the residual is |sum of cA| / sum of |cA|.
+"""
+
+import torch
+
+
+def prefix_ids(token_ids: torch.Tensor, mask: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
+    """
+    Numbers the contexts: two tokens get the same number if and only if they belong to the same group and all tokens up
+    to and including them are the same. (A 64-bit hash of the prefix: two of a million contexts collide with
+    probability 3e-8.)
+
+    Args:
+        token_ids (`torch.Tensor` of shape `(B, T)`):
+            Token ids of the completions.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            1 for tokens, 0 for padding.
+        group_ids (`torch.Tensor` of shape `(B,)`):
+            Which rollouts share a prompt.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)` and type `int64`: The numbers, 0 for padding.
+    """
+    position = torch.arange(1, token_ids.size(1) + 1, device=token_ids.device)
+    # A sum of hashes of (position, token) identifies a prefix, and a running sum is all prefixes at once.
+    prefix = _scramble(_scramble(token_ids.long() + 1) + position).cumsum(1)
+    return _scramble(prefix + _scramble(group_ids.long() + 1).unsqueeze(1)) * mask.long()
+
+
+def _scramble(x: torch.Tensor) -> torch.Tensor:
+    """The finaliser of SplitMix64, in wrapping 64-bit arithmetic."""
+    x = (x ^ (x >> 30)) * -0x40A7B892E31B1A47
+    x = (x ^ (x >> 27)) * -0x6B2FB644ECCEEE15
+    return x ^ (x >> 31)
+
+
+def net_over_gross(values: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
+    """
+    For each value, the sum of its context's values over the sum of their magnitudes: 1 where all push up, -1 where all
+    push down, 0 where they cancel, `nan` where nothing pushes.
+
+    Args:
+        values (`torch.Tensor` of shape `(N,)`):
+            Values of tokens.
+        contexts (`torch.Tensor` of shape `(N,)`):
+            Their contexts.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`.
+    """
+    names, index = contexts.unique(return_inverse=True)
+    net = values.new_zeros(names.numel()).index_add_(0, index, values)
+    gross = values.new_zeros(names.numel()).index_add_(0, index, values.abs())
+    return (net / gross)[index]
+
+
+def shared_contexts(
+    token_ids: torch.Tensor, mask: torch.Tensor, group_ids: torch.Tensor, advantages: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The contexts that good and bad rollouts of a group share, and what these deserve.
+
+    Args:
+        token_ids (`torch.Tensor` of shape `(B, T)`):
+            Token ids of the completions of whole groups.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            1 for tokens, 0 for padding.
+        group_ids (`torch.Tensor` of shape `(B,)`):
+            Which rollouts share a prompt.
+        advantages (`torch.Tensor` of shape `(B,)`):
+            Advantages of the rollouts.
+
+    Returns:
+        `tuple` of two `torch.Tensor` of shape `(B, T)`: The contexts, 0 for a token that is not shared by rollouts of
+        both signs; and the deserved net push over gross push, between -1 and 1.
+    """
+    contexts = prefix_ids(token_ids, mask, group_ids)
+    values = advantages.unsqueeze(1).expand_as(contexts)
+    deserved = net_over_gross(values.flatten(), contexts.flatten()).view_as(contexts)
+    shared = (deserved.abs() < 1) & (contexts != 0)  # false where deserved is nan
+    return contexts * shared, deserved.where(shared, 0.0)
+
+
+def shared_prefix_residual(
+    pushes: torch.Tensor, contexts: torch.Tensor, deserved: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    The cancellation residual of one update: over the tokens that good and bad rollouts of a group share, the mean of
+
+    $$ \Big| \frac{\sum_i c_i A_i}{\sum_i |c_i A_i|} - \frac{\sum_i A_i}{\sum_i |A_i|} \Big| $$
+
+    where i runs over the rollouts that contain the token behind the same prefix. It is 0 if they all carry the same
+    coefficient, and at most 2. A rollout that is missing from the update counts with c = 0. Not from a paper: the
+    condition is that of Eq. 2 of [2604.13088](https://huggingface.co/papers/2604.13088), extended to prefixes that
+    only a part of the group shares.
+
+    Args:
+        pushes (`torch.Tensor` of shape `(N,)` or `(B, T)`):
+            What the update does to each token: the coefficient of its \\( \nabla\log\pi \\), advantage included.
+        contexts (`torch.Tensor` of the same shape):
+            The tokens' contexts from [`shared_contexts`], 0 for tokens to leave out.
+        deserved (`torch.Tensor` of the same shape):
+            What the contexts deserve, from [`shared_contexts`].
+
+    Returns:
+        `tuple` of two scalar `torch.Tensor`: The residual, 0 if no token is shared; and the number of tokens it is
+        the mean of.
+    """
+    shared = contexts != 0
+    applied = net_over_gross(pushes[shared], contexts[shared])
+    residual = (applied - deserved[shared]).nan_to_num(nan=0.0).abs()  # nan: nothing pushes, so nothing is left
+    return residual.sum() / shared.sum().clamp(min=1), shared.sum()

@@ -1,0 +1,141 @@
+"""What a configuration does, in words: sizes, how far off policy, what is kept together, what is added and why."""
+
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from .configs import CancelGRPOConfig
+
+
+WIDTH, INDENT = 100, 16
+
+
+def explain(config: CancelGRPOConfig, credits: Sequence[str] = ()) -> str:
+    """
+    Describes a configuration.
+
+    Args:
+        config ([`CancelGRPOConfig`]):
+            The configuration.
+        credits (`Sequence[str]`, *optional*):
+            Names of the token credits that are passed to the trainer rather than configured.
+
+    Returns:
+        `str`: A few lines, each led by its topic.
+    """
+    topics = {
+        "Generation": [_generation(config)],
+        "Optimizer step": [_optimizer_step(config)],
+        "Off-policy": [_off_policy(config)],
+        "Groups": [_groups(config)],
+        "Clipping": [_clipping(config)],
+        "Credit": [_credit(config, credits)],
+        "Forward passes": [_passes(config)],
+        "Leaks": list(_leaks(config)) or ["Nothing in these settings breaks cancellation."],
+    }
+    return "\n".join(_wrap(topic if first else "", line) for topic, lines in topics.items() for first, line in _mark(lines))
+
+
+def _mark(lines: list[str]) -> Iterator[tuple[bool, str]]:
+    return ((index == 0, line) for index, line in enumerate(lines))
+
+
+def _wrap(topic: str, line: str) -> str:
+    return textwrap.fill(line, WIDTH, initial_indent=topic.ljust(INDENT), subsequent_indent=" " * INDENT)
+
+
+def _generation(config: CancelGRPOConfig) -> str:
+    layout = config.layout
+    where = "" if layout.num_processes == 1 else f", {layout.generation_batch_per_process} on each of "
+    where += "" if layout.num_processes == 1 else f"{layout.num_processes} processes"
+    total = layout.prompts_per_generation * layout.num_generations
+    return f"{layout.prompts_per_generation} prompts x {layout.num_generations} rollouts = {total} rollouts{where}."
+
+
+def _optimizer_step(config: CancelGRPOConfig) -> str:
+    layout = config.layout
+    micro_batches = layout.gradient_accumulation_steps * layout.num_processes
+    rollouts = micro_batches * layout.per_device_train_batch_size
+    return (
+        f"{rollouts} rollouts ({rollouts / layout.num_generations:g} prompts), in {micro_batches} micro-batches of "
+        f"{layout.per_device_train_batch_size}."
+    )
+
+
+def _off_policy(config: CancelGRPOConfig) -> str:
+    layout = config.layout
+    if layout.is_on_policy:
+        return "No: each generation batch is used for one optimizer step, and all ratios are 1."
+    return (
+        f"{layout.updates_per_generation:g} optimizer steps with each generation batch (steps_per_generation="
+        f"{layout.steps_per_generation} x num_iterations={layout.num_iterations} / gradient_accumulation_steps="
+        f"{layout.gradient_accumulation_steps}), all but the first with weights that have moved."
+    )
+
+
+def _groups(config: CancelGRPOConfig) -> str:
+    layout = config.layout
+    if not layout.is_split:
+        return "Whole in every optimizer step, which holds all of a generation batch; batches are TRL's own."
+    if not config.query_preserved:
+        return (
+            "Torn: TRL shuffles single rollouts and spreads them over several optimizer steps. Set "
+            "query_preserved=True to keep the rollouts of a prompt together."
+        )
+    also = "and every micro-batch" if layout.groups_fit_micro_batches else "but spread over its micro-batches"
+    return f"Whole in every optimizer step {also}: query_preserved=True shuffles prompts, not single rollouts."
+
+
+def _clipping(config: CancelGRPOConfig) -> str:
+    low, high = config.clip_range
+    level = f"{config.importance_sampling_level}-level ratio"
+    if config.symmetric_clip:
+        above = {"surrogate": "stops", "score": "goes on with constant weight"}[config.symmetric_clip_gradient]
+        return (
+            f"Symmetric: {level} in [0, {1 + high:g}] for both signs; above it the push {above}. See "
+            "symmetric_clip/* for what is clipped; TRL's clip_ratio/* reads 0."
+        )
+    return (
+        f"TRL's for loss_type={config.loss_type!r}, by the sign of the advantage: {level} from {1 - low:g} "
+        f"(negative) to {1 + high:g} (positive)."
+    )
+
+
+def _credit(config: CancelGRPOConfig, credits: Sequence[str]) -> str:
+    rollouts = {
+        "both": "every token carries the advantage of its rollout",
+        "positive": "rollouts of negative advantage are left out, so nothing cancels",
+        "negative": "rollouts of positive advantage are left out, so nothing cancels",
+    }[config.advantage_sign]
+    own = f", times the coefficients of {', '.join(credits)}" if credits else ""
+    return f"{rollouts[0].upper()}{rollouts[1:]}{own}."
+
+
+def _passes(config: CancelGRPOConfig) -> str:
+    reasons = []
+    if config.use_vllm and config.vllm_importance_sampling_correction:
+        reasons.append("one for the log-probs of the rollouts (vLLM's are corrected)")
+    elif not config.layout.is_on_policy:
+        reasons.append("one for the log-probs of the rollouts (updates are off-policy)")
+    if config.beta:
+        reasons.append("one for the reference model's log-probs (beta > 0)")
+    without = f"TRL makes {' and '.join(reasons)} a generation batch, " if reasons else "TRL makes "
+    return f"{without}{'and ' if reasons else ''}one in each micro-batch's loss. This package adds none."
+
+
+def _leaks(config: CancelGRPOConfig) -> Iterator[str]:
+    if config.advantage_sign != "both":
+        yield f"advantage_sign={config.advantage_sign!r} leaves no opposite pushes to cancel."
+    if config.layout.is_split and not config.query_preserved:
+        yield "Groups are torn between optimizer steps (query_preserved=False)."
+    if not config.layout.is_on_policy and not config.symmetric_clip:
+        yield f"loss_type={config.loss_type!r} treats one ratio differently by sign (symmetric_clip=False)."
+    if not config.layout.is_on_policy and config.importance_sampling_level == "sequence":
+        yield "Sequence-level ratios weigh the rollouts of a group differently."
+    if config.loss_type in ("grpo", "sapo"):
+        yield f"loss_type={config.loss_type!r} divides by each rollout's length, so short rollouts push harder."
+    if config.mask_truncated_completions:
+        yield "mask_truncated_completions=True drops members of a group after its advantages are computed."
+    if config.off_policy_mask_threshold is not None:
+        yield "off_policy_mask_threshold drops negative members of a group."
+    if config.use_vllm and config.vllm_importance_sampling_correction:
+        yield f"vllm_importance_sampling_mode={config.vllm_importance_sampling_mode!r} weighs rollouts or tokens apart."

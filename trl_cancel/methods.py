@@ -1,0 +1,32 @@
+"""The methods by name, for the command line: each is a handful of settings."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    A named combination of settings.
+
+    Args:
+        settings (`dict[str, Any]`):
+            Fields of [`~trl_cancel.CancelGRPOConfig`] and their values.
+        summary (`str`):
+            What it does, in a few words.
+        paper (`str`, *optional*):
+            arXiv id of its source.
+    """
+
+    settings: dict[str, Any]
+    summary: str
+    paper: str | None = None
+
+
+METHODS = {
+    "grpo": Method({"query_preserved": False}, "TRL's GRPO, unchanged"),
+    "query-preserved": Method({"query_preserved": True}, "rollouts of a prompt share an optimizer step", "2605.08666"),
+    "grpo-fix": Method({"symmetric_clip": True}, "symmetric clipping, and whole groups", "2604.13088"),
+    "positive-only": Method({"advantage_sign": "positive"}, "control: bad rollouts left out", "2605.08666"),
+    "negative-only": Method({"advantage_sign": "negative"}, "control: good rollouts left out", "2605.08666"),
+}

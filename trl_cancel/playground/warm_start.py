@@ -1,0 +1,111 @@
+"""
+Trains the playground's model from scratch to imitate the noisy teacher: `python -m trl_cancel.playground.warm_start`.
+
+The package ships the result, so nobody needs to run this; it is here so that anybody can.
+"""
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from . import CHECKPOINT
+from .data import load_demonstrations
+from .tokenizer import build_tokenizer
+
+
+BATCH_SIZE = 32
+# What `from_pretrained` reads; the rest of what the trainer saves is left behind.
+FILES = (
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+
+
+def build_model(vocabulary_size: int, pad_token_id: int, eos_token_id: int) -> Qwen3ForCausalLM:
+    """A randomly initialised Qwen3 of 400 thousand parameters."""
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocabulary_size,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=512,
+            initializer_range=0.05,
+            tie_word_embeddings=True,
+            pad_token_id=pad_token_id,
+            eos_token_id=eos_token_id,
+            bos_token_id=None,
+        )
+    )
+
+
+def warm_start(output: Path, seed: int = 0, steps: int = 600) -> None:
+    """
+    Trains and saves the model and its tokenizer.
+
+    Args:
+        output (`Path`):
+            Folder to save to.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights, the problems and the slips.
+        steps (`int`, *optional*, defaults to `600`):
+            Optimizer steps of 32 responses each.
+    """
+    set_seed(seed)
+    tokenizer = build_tokenizer()
+    model = build_model(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(
+                output_dir=folder,
+                per_device_train_batch_size=BATCH_SIZE,
+                max_steps=steps,
+                learning_rate=5e-3,
+                lr_scheduler_type="cosine",
+                warmup_steps=30,
+                weight_decay=0.01,
+                adam_beta2=0.95,
+                gradient_checkpointing=False,
+                bf16=False,
+                use_cpu=True,
+                completion_only_loss=True,
+                save_strategy="no",
+                report_to=[],
+                logging_steps=100,
+                seed=seed,
+            ),
+            train_dataset=load_demonstrations(steps * BATCH_SIZE, seed),
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        trainer.save_model(folder)
+        tokenizer.save_pretrained(folder)
+        output.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            shutil.copyfile(Path(folder) / name, output / name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=CHECKPOINT, help="folder to save to (default: the package's)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=600, help="optimizer steps (default: 600, about 90 s on a core)")
+    arguments = parser.parse_args()
+    warm_start(arguments.output, arguments.seed, arguments.steps)
+    print(f"Saved to {arguments.output}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""One scored generation batch as the methods see it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+def _identity(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """
+    The scored generation batch of one process, in the order in which it was generated: the rollouts of one prompt
+    stand in a row. Shapes: B rollouts, G rollouts a prompt, T completion tokens, P prompt tokens, F reward functions.
+
+    Args:
+        prompt_ids (`torch.Tensor` of shape `(B, P)`):
+            Token ids of the prompts, padded on the left.
+        prompt_mask (`torch.Tensor` of shape `(B, P)`):
+            1 for the tokens of the prompts, 0 for padding.
+        completion_ids (`torch.Tensor` of shape `(B, T)`):
+            Token ids of the completions, padded on the right.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            1 for the tokens that the loss counts: no padding, no tool results, no completion that was masked for
+            being truncated.
+        advantages (`torch.Tensor` of shape `(B,)`):
+            TRL's advantages, after scaling and before any credit.
+        group_ids (`torch.Tensor` of shape `(B,)`):
+            Which rollouts share a prompt: numbers that are unique over all processes.
+        rewards (`torch.Tensor` of shape `(B, F)`):
+            The reward functions' values, not weighted; `nan` where a function returned `None`.
+        reward_names (`list[str]`):
+            Names of the columns of `rewards`.
+        examples (`list[dict]` of length B):
+            The data set's row behind each rollout: all its columns.
+        num_generations (`int`):
+            G, the rollouts a prompt.
+        old_logps (`torch.Tensor` of shape `(B, T)`, *optional*):
+            Log-probabilities under the policy that sampled, where TRL computes them.
+        reduce (`Callable`, *optional*):
+            Sums a tensor over all processes. Does nothing in a single process.
+    """
+
+    prompt_ids: torch.Tensor
+    prompt_mask: torch.Tensor
+    completion_ids: torch.Tensor
+    mask: torch.Tensor
+    advantages: torch.Tensor
+    group_ids: torch.Tensor
+    rewards: torch.Tensor
+    reward_names: list[str]
+    examples: list[dict[str, Any]]
+    num_generations: int
+    old_logps: torch.Tensor | None = None
+    reduce: Callable[[torch.Tensor], torch.Tensor] = field(default=_identity, repr=False)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Number of tokens of each rollout that the loss counts, of shape `(B,)`."""
+        return self.mask.sum(-1)
+
+    def by_group(self, tensor: torch.Tensor) -> torch.Tensor:
+        """
+        Folds a tensor of one row a rollout into groups: `(B, ...)` becomes `(B/G, G, ...)`.
+
+        Raises:
+            `ValueError`: If this process holds parts of groups.
+        """
+        rows = tensor.size(0)
+        if rows % self.num_generations:
+            raise ValueError(f"{rows} rollouts do not fold into groups of num_generations={self.num_generations}.")
+        return tensor.unflatten(0, (-1, self.num_generations))
+
+
+# A batch as TRL hands it round: a dictionary of tensors and lists whose first dimension runs over the rollouts, with
+# scalars and `None` in between.
+Rows = dict[str, Any]
+
+
+def take_rows(batch: Rows, index: torch.Tensor) -> Rows:
+    """
+    Picks rollouts out of a batch.
+
+    Args:
+        batch (`dict`):
+            Batch of B rollouts.
+        index (`torch.Tensor` of shape `(N,)`):
+            Rollouts to pick, in their new order.
+
+    Returns:
+        `dict`: The batch of N rollouts; scalars and `None` are kept as they are.
+    """
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            return value[index.to(value.device)]
+        if isinstance(value, list):
+            return [value[i] for i in index.tolist()]
+        return value
+
+    return {name: pick(value) for name, value in batch.items()}
