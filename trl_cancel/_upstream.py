@@ -66,6 +66,8 @@ METHODS = {
     "_prepare_inputs": ["self", "generation_batch"],
     # The forward pass of the loss: the loss reads `advantages` and `old_per_token_logps` only after it.
     "_get_per_token_logps_and_entropies": ["self", "model", "input_ids", "attention_mask", "logits_to_keep"],
+    # Saves the progress when something fails in the middle of a run.
+    "_save_checkpoint": ["self", "model", "trial"],
     # The loss itself, public in name, whose inputs are rewritten.
     "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
 }
@@ -78,7 +80,7 @@ ATTRIBUTES = {
     "epsilon_high": "clipping range used by the loss",
     "importance_sampling_level": "token or sequence, read by the loss after its forward pass",
     "reward_func_names": "names of the columns of the rewards",
-    "current_gradient_accumulation_steps": "micro-batches of the optimizer step at hand",
+    "_tokenizer": "tokenizer, also where the processing class is a processor of several kinds of input",
 }
 # Number of values that a method returns, where the override unpacks them.
 RETURNS = {"_get_per_token_logps_and_entropies": 3}

@@ -145,11 +145,39 @@ class CancelGRPOTrainer(GRPOTrainer):
         """What the configuration does: sizes, how far off policy, what is kept together, what is added and why."""
         return explain(self.args, credits=[type(credit).__name__ for credit in self._credits])
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Trains as [`~transformers.Trainer.train`] does. If something fails in the middle, a reward function say, the
+        progress so far is saved as a checkpoint that `resume_from_checkpoint=True` continues from (in a single
+        process, unless `save_strategy="no"`).
+        """
+        try:
+            return super().train(*args, **kwargs)
+        except (Exception, KeyboardInterrupt) as error:
+            self._save_progress(error)
+            raise
+
+    def _save_progress(self, error: BaseException) -> None:
+        unsaved = self.state.global_step > 0 and self.args.save_strategy != "no" and self.optimizer is not None
+        if not unsaved or self.accelerator.num_processes > 1:  # the other processes would not take part
+            return
+        try:
+            self._save_checkpoint(self.model, trial=None)
+        except Exception as saving:
+            error.add_note(f"The progress could not be saved: {saving}")
+        else:
+            error.add_note(
+                f"The progress up to step {self.state.global_step} is saved in {self.args.output_dir}; continue with "
+                "train(resume_from_checkpoint=True)."
+            )
+
     # Early checks
 
     def _check_credits(self, args: CancelGRPOConfig) -> None:
         for credit in self._credits:
             name = type(credit).__name__
+            if isinstance(credit, type):
+                raise ValueError(f"credits: {credit.__name__} needs to be an object; pass {credit.__name__}(...).")
             if not isinstance(credit, Credit) or credit.scope not in SCOPES:
                 raise ValueError(
                     f"credits: {name} needs a method coefficients(rollouts) and an attribute scope, one of "

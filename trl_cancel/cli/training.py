@@ -33,6 +33,14 @@ from .settings import Settings
 
 console = Console(highlight=False, soft_wrap=True)
 
+RESIDUAL = "cancel/shared_prefix_residual"
+# Logged values shown at the end of a run, as the means over its first and its last tenth.
+TRAINING_ROWS = {
+    "reward": "reward while training",
+    "completions/mean_length": "tokens a rollout",
+    "entropy": "entropy of a token",
+}
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -243,11 +251,15 @@ def summarize(trainer: CancelGRPOTrainer, before: Accuracy | None, after: Accura
     if before and after:
         table.add_row("accuracy, greedy", _interval(before.greedy), _interval(after.greedy))
         table.add_row("accuracy, sampled", _interval(before.sampled), _interval(after.sampled))
-    logs = trainer.state.log_history
-    for name in ("reward", "completions/mean_length", "entropy", "cancel/shared_prefix_residual"):
-        values = [float(entry[name]) for entry in logs if name in entry]
+    for name, label in TRAINING_ROWS.items():
+        values = [float(entry[name]) for entry in trainer.state.log_history if name in entry]
         if values:
-            table.add_row(f"{name}, first and last log", f"{values[0]:.4g}", f"{values[-1]:.4g}")
+            tenth = max(1, len(values) // 10)
+            first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+            table.add_row(label, f"{first:.3g}", f"{last:.3g}")
+    residuals = [entry[RESIDUAL] for entry in trainer.state.log_history if RESIDUAL in entry]
+    if residuals:
+        table.add_row("shared-prefix residual, mean of the run", "", f"{sum(residuals) / len(residuals):.2g}")
     table.add_row("optimizer steps", "", str(trainer.state.global_step))
     table.add_row("training time", "", f"{seconds:.0f} s")
     return table
@@ -261,7 +273,7 @@ def _interval(estimate: tuple[float, float, float]) -> str:
 class ProgressBar(TrainerCallback):
     """A progress bar with the latest reward and residual, instead of a dictionary at every log."""
 
-    shown = {"reward": "reward", "cancel/shared_prefix_residual": "residual"}
+    shown = {"reward": "reward", RESIDUAL: "residual"}
 
     def __init__(self):
         self.bar: Any = None

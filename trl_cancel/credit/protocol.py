@@ -79,23 +79,25 @@ def combine(credits: list[Credit], rollouts: Rollouts) -> torch.Tensor:
     """
     product = rollouts.advantages.new_ones(rollouts.advantages.size(0), 1)
     for credit in credits:
-        coefficients = credit.coefficients(rollouts)
-        _check(credit, coefficients, rollouts)
-        product = product * coefficients.to(product)
+        product = product * _checked(credit, rollouts).to(product)
     return product
 
 
-def _check(credit: Credit, coefficients: torch.Tensor, rollouts: Rollouts) -> None:
-    name, (rows, length) = type(credit).__name__, rollouts.completion_ids.shape
+def _checked(credit: Credit, rollouts: Rollouts) -> torch.Tensor:
+    """The coefficients of one credit, 1 where the loss counts nothing."""
+    coefficients = credit.coefficients(rollouts)
+    name, (rows, length) = type(credit).__name__, rollouts.mask.shape
     if not isinstance(coefficients, torch.Tensor) or coefficients.shape not in {(rows, length), (rows, 1)}:
         found = tuple(coefficients.shape) if isinstance(coefficients, torch.Tensor) else type(coefficients).__name__
         raise ValueError(
             f"{name}.coefficients returned {found}; return a tensor of shape {(rows, length)}, one coefficient a "
             f"token, or {(rows, 1)}, one a rollout."
         )
-    active = coefficients[rollouts.mask.bool()] if coefficients.shape == rollouts.mask.shape else coefficients
-    if not (torch.isfinite(active).all() and (active >= 0).all()):
+    counted = rollouts.mask.bool() if coefficients.size(1) == length else rollouts.mask.any(1, keepdim=True)
+    values = coefficients[counted]
+    if not (torch.isfinite(values).all() and (values >= 0).all()):
         raise ValueError(
-            f"{name}.coefficients returned values from {active.min().item()} to {active.max().item()}; coefficients "
+            f"{name}.coefficients returned values from {values.min().item()} to {values.max().item()}; coefficients "
             "multiply the advantages inside the clipped loss and must be finite and not negative."
         )
+    return coefficients.where(counted, 1.0)

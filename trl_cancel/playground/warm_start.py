@@ -8,8 +8,9 @@ import argparse
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from . import CHECKPOINT
@@ -29,23 +30,37 @@ FILES = (
 )
 
 
-def build_model(vocabulary_size: int, pad_token_id: int, eos_token_id: int) -> Qwen3ForCausalLM:
-    """A randomly initialised Qwen3 of 400 thousand parameters."""
+# 400 thousand parameters.
+ARCHITECTURE = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.05,
+    "tie_word_embeddings": True,
+}
+
+
+def build_model(tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Qwen3ForCausalLM:
+    """
+    A randomly initialised Qwen3.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer it is for.
+        **changes:
+            Entries of its configuration that differ from the playground's.
+    """
     return Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=vocabulary_size,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=512,
-            initializer_range=0.05,
-            tie_word_embeddings=True,
-            pad_token_id=pad_token_id,
-            eos_token_id=eos_token_id,
+            vocab_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
+            **{**ARCHITECTURE, **changes},
         )
     )
 
@@ -64,7 +79,7 @@ def warm_start(output: Path, seed: int = 0, steps: int = 600) -> None:
     """
     set_seed(seed)
     tokenizer = build_tokenizer()
-    model = build_model(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
+    model = build_model(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
             model=model,

@@ -1,0 +1,48 @@
+"""What every test needs: one thread a process, no network, and warnings that count."""
+
+import os
+
+
+# Set before PyTorch is imported: several threads on shared cores mostly wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from trl_cancel.playground.tokenizer import build_tokenizer
+from trl_cancel.playground.warm_start import build_model
+
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Accelerate keeps its state in class attributes; one test's settings must not reach the next."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    """Folder of a model of a few thousand random parameters, whose answers are noise."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    model = build_model(
+        tokenizer,
+        hidden_size=16,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        initializer_range=0.4,  # peaked enough that rollouts share prefixes
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

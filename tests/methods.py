@@ -1,0 +1,133 @@
+"""
+The table that every method must pass: a method is a row, and `test_methods.py` puts each row through the same tests.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .runs import OFF_POLICY
+
+
+class FirstTokens:
+    """A custom credit for the table: the first two tokens of each rollout."""
+
+    scope = "rollout"
+
+    def __init__(self, weight=0.0):
+        self.weight = weight
+
+    def coefficients(self, rollouts):
+        later = torch.arange(rollouts.mask.size(1)) >= 2
+        return torch.where(later, self.weight, 1.0).expand_as(rollouts.mask)
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    A method of the table.
+
+    Args:
+        settings (`dict`):
+            Settings that turn it on, over `OFF_POLICY` unless they say otherwise.
+        neutral (`dict`):
+            Changes of the settings under which it must compute what TRL computes.
+        metrics (`tuple[str, ...]`):
+            What it logs.
+        credits (`Callable`, *optional*):
+            Makes its credits.
+        neutral_credits (`Callable`, *optional*):
+            Makes credits that must change nothing.
+        exact (`bool`):
+            Whether its neutral setting agrees with TRL to the last bit, and not only to rounding.
+    """
+
+    settings: dict[str, Any]
+    neutral: dict[str, Any]
+    metrics: tuple[str, ...] = ("cancel/shared_prefix_residual", "cancel/positive_fraction", "cancel/negative_fraction")
+    credits: Any = list
+    neutral_credits: Any = list
+    exact: bool = True
+    refused: tuple[tuple[dict[str, Any], str], ...] = field(default=())
+
+
+ON_POLICY = {"num_iterations": 1, "steps_per_generation": 1, "max_steps": 3}
+CLIP_METRICS = tuple(f"symmetric_clip/clip_fraction{sign}" for sign in ("", "_positive", "_negative"))
+
+METHODS = {
+    "query-preserved": Row(
+        settings={},
+        neutral={"gradient_accumulation_steps": 4, "num_iterations": 2},
+        refused=(
+            (
+                {"per_device_train_batch_size": 2},
+                r"query_preserved=True cannot keep groups whole: per_device_train_batch_size=2 .* keeps 2 rollouts.*"
+                r"Set one of per_device_train_batch_size=4, gradient_accumulation_steps=2, .*query_preserved=False",
+            ),
+        ),
+    ),
+    "symmetric-clip": Row(
+        settings={"symmetric_clip": True},
+        neutral=ON_POLICY,
+        metrics=CLIP_METRICS,
+        refused=(
+            ({"loss_type": "cispo"}, "symmetric_clip=True has no meaning with loss_type='cispo'.*'dapo'"),
+            ({"loss_type": "sapo"}, "loss_type='sapo'"),
+            ({"loss_type": "vespo"}, "loss_type='vespo'"),
+            ({"delta": 1.5}, "delta=1.5 and symmetric_clip=True both bound"),
+            ({"symmetric_clip_gradient": "zero"}, "symmetric_clip_gradient='zero' is not one of 'surrogate', 'score'"),
+        ),
+    ),
+    "symmetric-clip-score": Row(
+        settings={"symmetric_clip": True, "symmetric_clip_gradient": "score"},
+        neutral=ON_POLICY,
+        metrics=CLIP_METRICS,
+        exact=False,
+        refused=(({"beta": 0.1, "use_bias_correction_kl": True}, "use_bias_correction_kl=True"),),
+    ),
+    "symmetric-clip-sequence": Row(
+        settings={"symmetric_clip": True, "importance_sampling_level": "sequence", "loss_type": "grpo"},
+        neutral=ON_POLICY,
+        metrics=CLIP_METRICS,
+    ),
+    "positive-only": Row(
+        settings={"advantage_sign": "positive"},
+        neutral={"advantage_sign": "both", "query_preserved": False},
+        refused=(({"advantage_sign": "up"}, "advantage_sign='up' is not one of 'both', 'positive', 'negative'"),),
+    ),
+    "negative-only": Row(
+        settings={"advantage_sign": "negative"}, neutral={"advantage_sign": "both", "query_preserved": False}
+    ),
+    "custom-credit": Row(
+        settings={},
+        neutral={"query_preserved": False},
+        credits=lambda: [FirstTokens()],
+        neutral_credits=lambda: [FirstTokens(weight=1.0)],
+    ),
+    "custom-credit-sequence": Row(
+        settings={"importance_sampling_level": "sequence", "loss_type": "grpo"},
+        neutral={"query_preserved": False},
+        credits=lambda: [FirstTokens()],
+        neutral_credits=lambda: [FirstTokens(weight=1.0)],
+        refused=(({"loss_type": "sapo"}, "loss_type='sapo'"),),
+    ),
+    "everything": Row(
+        settings={
+            "symmetric_clip": True,
+            "symmetric_clip_gradient": "score",
+            "advantage_sign": "negative",
+            "beta": 0.05,
+            "use_bias_correction_kl": False,
+        },
+        neutral={**ON_POLICY, "advantage_sign": "both"},
+        metrics=CLIP_METRICS[:1],
+        credits=lambda: [FirstTokens()],
+        exact=False,
+    ),
+}
+
+
+def settings_of(row: Row, **changes: Any) -> dict[str, Any]:
+    """The settings of a row for a run off policy."""
+    return {**OFF_POLICY, **row.settings, **changes}

@@ -1,0 +1,84 @@
+"""Slow, independent versions of every formula: loops over Python floats, written from the papers."""
+
+import math
+
+
+def ratio(logps, old_logps, mask, level):
+    """Ratios of one rollout as a list, the same for all its tokens at sequence level (Eq. 44 of 2604.13088)."""
+    logs = [(new - old) for new, old in zip(logps, old_logps, strict=True)]
+    if level == "token":
+        return [math.exp(log) for log in logs]
+    length = sum(mask)
+    mean = sum(log for log, counts in zip(logs, mask, strict=True) if counts) / length if length else 0.0
+    return [math.exp(mean)] * len(logs)
+
+
+def normalisation(mask, loss_type, max_length):
+    """What each token's loss is multiplied with in the loss of a micro-batch that is a whole optimizer step."""
+    rows, total = len(mask), sum(map(sum, mask))
+    by_loss = {
+        "grpo": lambda row: 1 / (rows * max(sum(row), 1)),
+        "bnpo": lambda row: 1 / total,
+        "dr_grpo": lambda row: 1 / (rows * max_length),
+        "dapo": lambda row: 1 / total,
+        "luspo": lambda row: 1 / rows,
+    }
+    return [[by_loss[loss_type](row) * counts for counts in row] for row in mask]
+
+
+def clipped_loss(logps, old_logps, advantages, mask, *, bounds, level, loss_type, max_length, credit=None, score=False):
+    """
+    Value and gradient by the log-probs of -sum alpha A f(r), for a weight f given by `bounds(A) -> (low, high)`.
+
+    With `score` the clipped ratio is a constant weight of the score (Eq. 81), otherwise it is differentiated (Eq. 80).
+    With `credit`, a coefficient a token, the gradient of each token carries its own coefficient at either level.
+    """
+    alpha = normalisation(mask, loss_type, max_length)
+    value, gradient = 0.0, [[0.0] * len(row) for row in logps]
+    for i, advantage in enumerate(advantages):
+        low, high = bounds(advantage)
+        ratios = ratio(logps[i], old_logps[i], mask[i], level)
+        for t, r in enumerate(ratios):
+            coefficient = 1.0 if credit is None else credit[i][t]
+            clipped = min(max(r, low), high)
+            slope = clipped if score else (r if low <= r <= high else 0.0)
+            value -= alpha[i][t] * coefficient * advantage * clipped
+            if level == "token" or credit is not None:
+                gradient[i][t] -= alpha[i][t] * coefficient * advantage * slope
+            else:  # the ratio's gradient is spread over all tokens of the rollout
+                for s in range(len(ratios)):
+                    gradient[i][s] -= alpha[i][t] * advantage * slope * mask[i][s] / sum(mask[i])
+    return value, gradient
+
+
+def symmetric_bounds(epsilon):
+    """Eq. 79 of 2604.13088: one range for both signs."""
+    return lambda advantage: (0.0, 1 + epsilon)
+
+
+def stock_bounds(epsilon_low, epsilon_high):
+    """Eq. 78: a positive advantage is cut above, a negative one below."""
+    return lambda advantage: (0.0, 1 + epsilon_high) if advantage >= 0 else (1 - epsilon_low, math.inf)
+
+
+def shared_prefix_residual(token_ids, present, groups, advantages, pushes, in_update):
+    """Mean over tokens of |net / gross of the pushes - net / gross of the advantages|, one context at a time."""
+    members, pushed = {}, {}
+    for i, row in enumerate(token_ids):
+        for t in range(len(row)):
+            if present[i][t]:
+                context = (groups[i], tuple(row[: t + 1]))
+                members.setdefault(context, []).append(advantages[i])
+                if in_update[i][t]:
+                    pushed.setdefault(context, []).append(pushes[i][t])
+    total, count = 0.0, 0
+    for context, values in members.items():
+        if not (any(value > 0 for value in values) and any(value < 0 for value in values)):
+            continue
+        applied = pushed.get(context, [])
+        count += len(applied)
+        gross = sum(map(abs, applied))
+        if gross > 0:
+            deserved = sum(values) / sum(map(abs, values))
+            total += len(applied) * abs(sum(applied) / gross - deserved)
+    return (total / count if count else 0.0), count
