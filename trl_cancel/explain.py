@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from .configs import CancelGRPOConfig
+from .configs import CLIPPED_LOSSES, CancelGRPOConfig
 
 
 WIDTH, INDENT = 100, 16
@@ -56,7 +56,7 @@ def _optimizer_step(config: CancelGRPOConfig) -> str:
     micro_batches = layout.gradient_accumulation_steps * layout.num_processes
     rollouts = micro_batches * layout.per_device_train_batch_size
     return (
-        f"{rollouts} rollouts ({rollouts / layout.num_generations:g} prompts), in {micro_batches} micro-batches of "
+        f"{rollouts} rollouts ({rollouts / layout.num_generations:g} prompts), as {micro_batches} x "
         f"{layout.per_device_train_batch_size}."
     )
 
@@ -94,9 +94,11 @@ def _clipping(config: CancelGRPOConfig) -> str:
             f"Symmetric: {level} in [0, {1 + high:g}] for both signs; above it the push {above}. See "
             "symmetric_clip/* for what is clipped; TRL's clip_ratio/* reads 0."
         )
+    if config.loss_type not in CLIPPED_LOSSES:
+        return f"That of loss_type={config.loss_type!r}, {level}."
     return (
-        f"TRL's for loss_type={config.loss_type!r}, by the sign of the advantage: {level} from {1 - low:g} "
-        f"(negative) to {1 + high:g} (positive)."
+        f"TRL's, by the sign of the advantage: {level}, negative rollouts are cut off below {1 - low:g}, positive ones "
+        f"above {1 + high:g}."
     )
 
 
@@ -111,15 +113,15 @@ def _credit(config: CancelGRPOConfig, credits: Sequence[str]) -> str:
 
 
 def _passes(config: CancelGRPOConfig) -> str:
-    reasons = []
+    passes = []
     if config.use_vllm and config.vllm_importance_sampling_correction:
-        reasons.append("one for the log-probs of the rollouts (vLLM's are corrected)")
+        passes.append("one for the log-probs that correct vLLM's")
     elif not config.layout.is_on_policy:
-        reasons.append("one for the log-probs of the rollouts (updates are off-policy)")
+        passes.append("one for the old log-probs, since updates are off-policy")
     if config.beta:
-        reasons.append("one for the reference model's log-probs (beta > 0)")
-    without = f"TRL makes {' and '.join(reasons)} a generation batch, " if reasons else "TRL makes "
-    return f"{without}{'and ' if reasons else ''}one in each micro-batch's loss. This package adds none."
+        passes.append("one for the reference model's log-probs, since beta > 0")
+    before = f"TRL makes {' and '.join(passes)}, without gradients, for each generation batch. " if passes else ""
+    return f"{before}Each micro-batch's loss makes its own. This package adds none."
 
 
 def _leaks(config: CancelGRPOConfig) -> Iterator[str]:
@@ -127,7 +129,7 @@ def _leaks(config: CancelGRPOConfig) -> Iterator[str]:
         yield f"advantage_sign={config.advantage_sign!r} leaves no opposite pushes to cancel."
     if config.layout.is_split and not config.query_preserved:
         yield "Groups are torn between optimizer steps (query_preserved=False)."
-    if not config.layout.is_on_policy and not config.symmetric_clip:
+    if not config.layout.is_on_policy and not config.symmetric_clip and config.loss_type != "cispo":
         yield f"loss_type={config.loss_type!r} treats one ratio differently by sign (symmetric_clip=False)."
     if not config.layout.is_on_policy and config.importance_sampling_level == "sequence":
         yield "Sequence-level ratios weigh the rollouts of a group differently."

@@ -1,6 +1,5 @@
 """The trainer: TRL's, with the methods of this package routed into the places where they act."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -221,7 +220,6 @@ class CancelGRPOTrainer(GRPOTrainer):
         batch = super()._generate_and_score_completions(inputs)
         if self.model.training:
             rollouts = self._view(batch, inputs)
-            self._warn_if_one_sided(rollouts)
             if self.args.cancellation_metrics:
                 batch.update(self._contexts(batch, rollouts))
             if self._credits:
@@ -274,18 +272,6 @@ class CancelGRPOTrainer(GRPOTrainer):
             batch["advantages"] = batch["advantages"] * coefficients.squeeze(1)
         elif (coefficients[rollouts.mask.bool()] != 1).any():
             batch["advantages"] = batch["advantages"].unsqueeze(1) * coefficients  # (B, T), which TRL's loss accepts
-
-    def _warn_if_one_sided(self, rollouts: Rollouts) -> None:
-        if not self._layout.groups_are_local:
-            return
-        advantages = rollouts.by_group(rollouts.advantages)
-        if (advantages.sum(1).abs() > 1e-3 * advantages.abs().sum(1)).any():
-            warnings.warn(
-                "The advantages of a group do not sum to zero, so what its rollouts share cannot cancel. Usual "
-                "reasons: a reward function returned None for a part of the group, or "
-                "multi_objective_aggregation='normalize_then_sum' with such rewards.",
-                stacklevel=2,
-            )
 
     # The loss
 

@@ -63,7 +63,6 @@ A 400-thousand-parameter model that learned arithmetic from a teacher who forget
 its own rollouts, with {method}: {summary}.
 """
 NEXT_STEPS = """\
-What was on:       trl-cancel explain --config configs/playground.yaml
-TRL's own GRPO:    trl-cancel demo --method grpo
-Your own model:    change one import in your script, `from trl_cancel import GRPOConfig, GRPOTrainer`
-The model:         AutoModelForCausalLM.from_pretrained("{output}")"""
+Use the model:     AutoModelForCausalLM.from_pretrained("{output}")
+Compare with TRL:  trl-cancel demo --method grpo
+In your script:    from trl_cancel import GRPOConfig, GRPOTrainer"""

@@ -9,5 +9,6 @@ def run(arguments: list[str]) -> int:
         from .settings import Parser
 
         parser = Parser("trl-cancel explain", "Say what a configuration does. Takes the settings of trl-cancel train.")
+        parser.set_defaults(use_cpu=True)  # a recipe for a GPU is explained anywhere
         print(explain(parser.read(arguments).training))
     return 0

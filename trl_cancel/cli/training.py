@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +34,84 @@ from .settings import Settings
 console = Console(highlight=False, soft_wrap=True)
 
 RESIDUAL = "cancel/shared_prefix_residual"
-# Logged values shown at the end of a run, as the means over its first and its last tenth.
-TRAINING_ROWS = {
-    "reward": "reward while training",
-    "completions/mean_length": "tokens a rollout",
-    "entropy": "entropy of a token",
-}
+# Logged values shown at the end of a run.
+LOGGED = {"reward": "reward while training", "completions/mean_length": "tokens a rollout", "entropy": "entropy"}
+Estimate = tuple[float, float, float]  # mean, and the ends of its 95% interval
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Mean score of the first reward function with its 95% interval, greedily and sampled."""
+    """Mean score of the first reward function, greedily and sampled."""
 
-    greedy: tuple[float, float, float]
-    sampled: tuple[float, float, float]
+    greedy: Estimate
+    sampled: Estimate
+
+
+@dataclass(frozen=True)
+class Results:
+    """
+    What a run came to.
+
+    Args:
+        before, after ([`Accuracy`], *optional*):
+            Accuracy on the test problems, where these were asked for.
+        first, last (`dict[str, float]`):
+            Means of logged values over the first and the last tenth of the logs.
+        residual (`float`, *optional*):
+            Mean of the shared-prefix residual over the run.
+        steps (`int`):
+            Optimizer steps.
+        seconds (`float`):
+            Time of the training.
+    """
+
+    before: Accuracy | None
+    after: Accuracy | None
+    first: dict[str, float]
+    last: dict[str, float]
+    residual: float | None
+    steps: int
+    seconds: float
+
+    def table(self) -> Table:
+        """The table at the end of a run."""
+        table = Table(title="Training finished")
+        table.add_column("")
+        table.add_column("before", justify="right")
+        table.add_column("after", justify="right")
+        if self.before and self.after:
+            table.add_row("accuracy, greedy", _percent(self.before.greedy), _percent(self.after.greedy))
+            table.add_row("accuracy, sampled", _percent(self.before.sampled), _percent(self.after.sampled))
+        for name, label in LOGGED.items():
+            if name in self.first:
+                table.add_row(label, f"{self.first[name]:.3g}", f"{self.last[name]:.3g}")
+        if self.residual is not None:
+            table.add_row("shared-prefix residual, mean", "", f"{self.residual:.2g}")
+        table.add_row("optimizer steps", "", str(self.steps))
+        table.add_row("training time", "", f"{self.seconds:.0f} s")
+        return table
+
+
+def _percent(estimate: Estimate) -> str:
+    mean, low, high = estimate
+    return f"{mean:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def _training_means(trainer: CancelGRPOTrainer) -> tuple[dict[str, float], dict[str, float], float | None]:
+    first, last = {}, {}
+    for name in LOGGED:
+        values = [entry[name] for entry in trainer.state.log_history if entry.get(name) is not None]
+        if values:
+            tenth = max(1, len(values) // 10)
+            first[name], last[name] = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+    residuals = [entry[RESIDUAL] for entry in trainer.state.log_history if RESIDUAL in entry]
+    return first, last, sum(residuals) / len(residuals) if residuals else None
 
 
 def run_training(settings: Settings) -> None:
     """
-    Trains, evaluates and saves, and says what came out.
+    Trains and evaluates, saves the model, the logs (`trainer_state.json`) and the results (`all_results.json`), and
+    says what came out.
 
     Args:
         settings ([`Settings`]):
@@ -74,8 +133,11 @@ def run_training(settings: Settings) -> None:
     after = evaluate(trainer, test, rewards[0], settings, "After")
 
     trainer.save_model(settings.training.output_dir)
+    trainer.save_state()
+    results = Results(before, after, *_training_means(trainer), trainer.state.global_step, seconds)
+    trainer.save_metrics("train", asdict(results))
     if trainer.is_world_process_zero():
-        console.print(summarize(trainer, before, after, seconds))
+        console.print(results.table())
         console.print(f"Model saved to {settings.training.output_dir}.")
     if settings.training.push_to_hub:
         trainer.push_to_hub(dataset_name=settings.run.dataset_name)
@@ -182,7 +244,10 @@ def build_trainer(settings: Settings, dataset: Any, rewards: list[Any]) -> Cance
         )
     except OSError as error:  # what transformers raises for a path or Hub id that holds no model
         reason = str(error).splitlines()[0]
-        raise UsageError(f"model_name_or_path={model.model_name_or_path}: cannot load it: {reason}") from error
+        raise UsageError(
+            f"model_name_or_path={model.model_name_or_path}: cannot load it: {reason} Give a Hub id, a local folder "
+            f"or '{playground.NAME}'."
+        ) from error
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
     if not training.disable_tqdm and trainer.is_world_process_zero():
@@ -219,7 +284,7 @@ def evaluate(
     if not callable(reward):
         raise UsageError("eval_problems needs a reward function first in reward_funcs, not a reward model.")
 
-    def score(temperature: float, num_samples: int, how: str) -> tuple[float, float, float]:
+    def score(temperature: float, num_samples: int, how: str) -> Estimate:
         return mean_with_interval(
             score_samples(
                 trainer.accelerator.unwrap_model(trainer.model),
@@ -241,33 +306,6 @@ def evaluate(
 
 def _tokenizer(trainer: CancelGRPOTrainer) -> PreTrainedTokenizerBase:
     return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-
-
-def summarize(trainer: CancelGRPOTrainer, before: Accuracy | None, after: Accuracy | None, seconds: float) -> Table:
-    """The table at the end of a run."""
-    table = Table(title="Training finished")
-    for name in ("", "before", "after"):
-        table.add_column(name, justify="left" if not name else "right")
-    if before and after:
-        table.add_row("accuracy, greedy", _interval(before.greedy), _interval(after.greedy))
-        table.add_row("accuracy, sampled", _interval(before.sampled), _interval(after.sampled))
-    for name, label in TRAINING_ROWS.items():
-        values = [float(entry[name]) for entry in trainer.state.log_history if name in entry]
-        if values:
-            tenth = max(1, len(values) // 10)
-            first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
-            table.add_row(label, f"{first:.3g}", f"{last:.3g}")
-    residuals = [entry[RESIDUAL] for entry in trainer.state.log_history if RESIDUAL in entry]
-    if residuals:
-        table.add_row("shared-prefix residual, mean of the run", "", f"{sum(residuals) / len(residuals):.2g}")
-    table.add_row("optimizer steps", "", str(trainer.state.global_step))
-    table.add_row("training time", "", f"{seconds:.0f} s")
-    return table
-
-
-def _interval(estimate: tuple[float, float, float]) -> str:
-    mean, low, high = estimate
-    return f"{mean:.1%} [{low:.1%}, {high:.1%}]"
 
 
 class ProgressBar(TrainerCallback):

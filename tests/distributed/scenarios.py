@@ -1,0 +1,95 @@
+"""
+Runs that are made once in one process and once in two, on the same rollouts: `python -m tests.distributed.scenarios`.
+
+The rollouts are canned, a function of the prompt and of their number in the group, so that they do not depend on how
+many processes there are.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+
+import torch
+from trl import GRPOTrainer
+
+from tests.runs import build
+from trl_cancel import CancelGRPOTrainer
+
+
+torch.set_num_threads(1)
+G = 4
+# Sizes of one process; with two each gets half of every micro-batch.
+SCENARIOS = {
+    "on-policy": {"per_device_train_batch_size": 16, "max_steps": 2},
+    # Groups of four lie across the two processes, two rollouts on each.
+    "straddling": {"per_device_train_batch_size": 4, "max_steps": 2},
+    "symmetric-clip": {
+        "per_device_train_batch_size": 16,
+        "num_iterations": 3,
+        "max_steps": 6,
+        "symmetric_clip": True,
+        "learning_rate": 0.05,
+    },
+    "stock-clip": {"per_device_train_batch_size": 16, "num_iterations": 3, "max_steps": 6, "learning_rate": 0.05},
+    "split": {"per_device_train_batch_size": 8, "steps_per_generation": 4, "max_steps": 4},
+}
+
+
+def canned_rollouts(prompts, trainer):
+    """Two shared tokens, then tokens that depend on the prompt and on the rollout's number in its group."""
+    tokenizer, counts, output = trainer.processing_class, {}, {"prompt_ids": [], "completion_ids": [], "logprobs": []}
+    straddles = trainer.accelerator.num_processes > 1 and len(prompts) < G
+    for prompt in prompts:
+        text = prompt[0]["content"]
+        number = counts.get(text, trainer.accelerator.process_index * len(prompts) if straddles else 0)
+        counts[text] = number + 1
+        digest = hashlib.sha256(f"{text}{number}".encode()).digest()
+        completion = [20, 21, *(16 + byte % 10 for byte in digest[: 3 + digest[0] % 4]), tokenizer.eos_token_id]
+        output["prompt_ids"].append(tokenizer(text)["input_ids"])
+        output["completion_ids"].append(completion)
+        output["logprobs"].append([0.0] * len(completion))
+    return output
+
+
+def run(name: str, model: str, folder: Path) -> None:
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    settings = {**SCENARIOS[name]}
+    settings["per_device_train_batch_size"] //= processes
+    steps = []
+    loss = GRPOTrainer.compute_loss
+
+    def watched_loss(self, model, inputs, *args, **kwargs):
+        groups = self.accelerator.gather(inputs["prompt_ids"].sum(1) * 1000 + inputs["prompt_ids"].prod(1) % 1000)
+        steps.append(torch.unique(groups, return_counts=True)[1].tolist())
+        return loss(self, model, inputs, *args, **kwargs)
+
+    GRPOTrainer.compute_loss = watched_loss
+    try:
+        trainer = build(
+            model,
+            CancelGRPOTrainer,
+            output_dir=str(folder / name),
+            arguments={"rollout_func": canned_rollouts},
+            **settings,
+        )
+        trainer.train()
+    finally:
+        GRPOTrainer.compute_loss = loss
+    if trainer.accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+        torch.save(weights, folder / f"{name}.pt")
+        (folder / f"{name}.json").write_text(json.dumps({"logs": trainer.state.log_history, "steps": steps}))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    for scenario in SCENARIOS:
+        run(scenario, sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,95 @@
+"""Sampling and scoring answers."""
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from trl_cancel.evaluation import mean_with_interval, score_samples
+from trl_cancel.playground import CHECKPOINT
+from trl_cancel.playground.data import load_prompts
+from trl_cancel.playground.reward import answer_reward
+
+from .runs import load
+
+
+@pytest.fixture(scope="module")
+def playground():
+    return load(CHECKPOINT), AutoTokenizer.from_pretrained(CHECKPOINT)
+
+
+def score(playground, dataset=None, reward=answer_reward, **settings):
+    dataset = load_prompts("test", 12) if dataset is None else dataset
+    return score_samples(*playground, dataset, reward, max_completion_length=64, **settings)
+
+
+def test_greedy_answers_are_the_models_own(playground):
+    """Batches of any size, whose padding differs, give the answers of one prompt at a time."""
+    model, tokenizer = playground
+    expected = []
+    for row in load_prompts("test", 12):
+        text = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+        inputs = tokenizer(text, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=64, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        answer = tokenizer.decode(output[0, inputs["input_ids"].size(1) :], skip_special_tokens=True)
+        expected += answer_reward([[{"role": "assistant", "content": answer}]], [row["solution"]])
+    for batch_size in (5, 256):
+        assert score(playground, temperature=0.0, batch_size=batch_size).flatten().tolist() == expected
+    assert 0 < sum(expected) < 12
+
+
+def test_rows_are_prompts(playground):
+    seen = []
+
+    def watch(prompts, completions, solution, **columns):
+        seen.extend(zip(prompts, solution, strict=True))
+        return [1.0] * len(prompts)
+
+    assert score(playground, reward=watch, num_samples=3, batch_size=7).shape == (12, 3)
+    rows = [(row["prompt"], row["solution"]) for row in load_prompts("test", 12)]
+    assert seen == [row for row in rows for _ in range(3)]
+
+
+def test_seed_decides_and_the_callers_state_stays(playground):
+    model, _ = playground
+    model.train()
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, second, other = (score(playground, num_samples=4, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+    model.eval()
+
+
+def test_plain_text_prompts(playground):
+    dataset = Dataset.from_dict({"prompt": ["Compute 1+1.\n", "Compute 2+2+2+2.\n"]})
+    seen = []
+    score(playground, dataset, lambda completions, **_: seen.extend(completions) or [0.0] * len(completions))
+    assert all(isinstance(text, str) for text in seen)
+
+
+def test_rewards_that_are_none_are_left_out(playground):
+    scores = score(playground, reward=lambda prompts, **_: [None, 1.0] * (len(prompts) // 2), num_samples=2)
+    assert scores[:, 0].isnan().all()
+    assert mean_with_interval(scores)[0] == 1
+
+
+def test_interval():
+    torch.manual_seed(0)
+    scores = (torch.rand(400, 4) < 0.3).float()
+    mean, low, high = mean_with_interval(scores)
+    assert mean == pytest.approx(scores.mean().item())
+    error = scores.mean(1).std().item() / 400**0.5
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.2 * error)
+
+
+def test_interval_covers_the_truth():
+    generator = torch.Generator().manual_seed(0)
+    hits = 0
+    for trial in range(200):
+        scores = (torch.rand(60, 2, generator=generator) < 0.4).float()
+        _, low, high = mean_with_interval(scores, num_resamples=400, seed=trial)
+        hits += low <= 0.4 <= high
+    assert 0.88 < hits / 200 < 0.99

@@ -1,0 +1,244 @@
+"""The trainer as its user meets it: what it logs, what it refuses, what it leaves behind when something fails."""
+
+import logging
+import math
+
+import pytest
+import torch
+import trl
+from datasets import IterableDataset
+
+from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
+from trl_cancel.playground import CHECKPOINT
+from trl_cancel.playground.data import load_prompts
+from trl_cancel.playground.reward import answer_reward
+
+from .runs import DEFAULTS, OFF_POLICY, assert_same_weights, build, noisy_reward, train
+
+
+PLAYGROUND = {
+    "per_device_train_batch_size": 16,
+    "num_generations": 8,
+    "max_completion_length": 64,
+    "learning_rate": 1e-3,
+    "arguments": {"reward_funcs": answer_reward},
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "lowest", "highest"),
+    [
+        ({"max_steps": 2}, 0, 1e-6),
+        ({**OFF_POLICY, "symmetric_clip": True}, 0, 1e-6),
+        ({**OFF_POLICY, "symmetric_clip": True, "symmetric_clip_gradient": "score"}, 0, 1e-6),
+        ({**OFF_POLICY}, 1e-3, 0.2),
+        ({**OFF_POLICY, "symmetric_clip": True, "query_preserved": False}, 0.3, 2),
+        ({**OFF_POLICY, "query_preserved": False}, 0.3, 2),
+        ({"max_steps": 2, "advantage_sign": "positive"}, 0.3, 2),
+    ],
+    ids=["on-policy", "symmetric", "score", "stock-clip", "torn-symmetric", "torn", "positive-only"],
+)
+def test_residual_shows_what_breaks_cancellation(settings, lowest, highest):
+    """On a trained model: 0 for GRPO and symmetric clipping, more for stock clipping off-policy and for torn groups."""
+    logs = train(str(CHECKPOINT), **{**PLAYGROUND, **settings}).logs[:-1]
+    residuals = [entry["cancel/shared_prefix_residual"] for entry in logs]
+    assert lowest <= max(residuals) <= highest
+    assert len(residuals) == settings["max_steps"]
+
+
+def test_length_normalisation_leaves_a_residual(tiny_model):
+    """loss_type='grpo' divides by each rollout's length: even on-policy, shared tokens do not quite cancel."""
+    settings = {"per_device_train_batch_size": 64, "max_completion_length": 20, "max_steps": 1}
+    dapo = train(tiny_model, **settings).logs[0]
+    grpo = train(tiny_model, **settings, loss_type="grpo").logs[0]
+    assert dapo["cancel/shared_prefix_residual"] < 1e-6 < 1e-2 < grpo["cancel/shared_prefix_residual"]
+
+
+def test_truncated_members_are_missing_from_the_update(tiny_model):
+    """A masked completion is dropped after the advantages are computed, which the residual shows."""
+    settings = {"per_device_train_batch_size": 64, "max_completion_length": 20, "max_steps": 1}
+    kept = train(tiny_model, **settings).logs[0]
+    masked = train(tiny_model, **settings, mask_truncated_completions=True).logs[0]
+    assert 0.1 < kept["completions/clipped_ratio"] < 0.9
+    assert kept["cancel/shared_prefix_residual"] < 1e-6
+    assert masked["cancel/shared_prefix_residual"] > 0.1
+
+
+def test_fractions_count_rollouts_by_sign(tiny_model):
+    entry = train(tiny_model, max_steps=1).logs[0]
+    assert entry["cancel/positive_fraction"] + entry["cancel/negative_fraction"] == pytest.approx(1)
+    assert 0 < entry["cancel/positive_fraction"] < 1
+
+
+def test_gradient_accumulation_logs_one_mean_a_step(tiny_model):
+    logs = train(tiny_model, gradient_accumulation_steps=4, max_steps=2).logs[:-1]
+    fractions = [entry["cancel/positive_fraction"] * 16 for entry in logs]
+    assert all(fraction == pytest.approx(round(fraction)) for fraction in fractions)
+
+
+def test_drop_in_by_import(tiny_model):
+    from trl_cancel import GRPOConfig, GRPOTrainer
+
+    assert (GRPOConfig, GRPOTrainer) == (CancelGRPOConfig, CancelGRPOTrainer)
+    assert issubclass(GRPOTrainer, trl.GRPOTrainer)
+
+
+def test_arguments_of_trl_by_position(tiny_model):
+    """The signature is TRL's, so a script may pass arguments by position."""
+    args = CancelGRPOConfig(output_dir="unused", **DEFAULTS)
+    tune = load_prompts("tune", 8)
+    trainer = CancelGRPOTrainer(tiny_model, noisy_reward, args, load_prompts("train", 8), tune)
+    assert trainer.eval_dataset is tune
+
+
+def test_configuration_has_a_default(tiny_model, monkeypatch):
+    """The same as TRL's own default, which trains in bf16 and asks the machine for it."""
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    ours, theirs = (
+        trainer(tiny_model, noisy_reward, train_dataset=load_prompts("train", 8)).args
+        for trainer in (CancelGRPOTrainer, trl.GRPOTrainer)
+    )
+    assert type(ours) is CancelGRPOConfig
+    assert {name: value for name, value in ours.to_dict().items() if name in theirs.to_dict()} == theirs.to_dict()
+
+
+def test_other_configurations_are_refused(tiny_model):
+    with pytest.raises(TypeError, match="args is a dict; pass a CancelGRPOConfig or a trl.GRPOConfig"):
+        CancelGRPOTrainer(tiny_model, noisy_reward, {"beta": 0}, load_prompts("train", 8))
+
+
+def test_plain_configuration_that_tears_groups_is_refused(tiny_model):
+    plain = trl.GRPOConfig(**{**DEFAULTS, "per_device_train_batch_size": 2}, output_dir="unused", steps_per_generation=4)
+    with pytest.raises(ValueError, match="query_preserved=True cannot keep groups whole.*query_preserved=False"):
+        CancelGRPOTrainer(tiny_model, noisy_reward, plain, load_prompts("train", 8))
+
+
+def test_dataset_without_prompts_is_refused_before_anything_is_generated(tiny_model):
+    dataset = load_prompts("train", 8).rename_column("prompt", "question")
+    with pytest.raises(ValueError, match=r"train_dataset has the columns \['question', .*\] but no 'prompt'"):
+        build(tiny_model, arguments={"train_dataset": dataset})
+
+
+@pytest.mark.parametrize("settings", [{}, OFF_POLICY], ids=["on-policy", "off-policy"])
+def test_notice_where_symmetric_clipping_cannot_act(tiny_model, caplog, settings):
+    with caplog.at_level(logging.WARNING):
+        build(tiny_model, symmetric_clip=True, **settings)
+    assert ("symmetric_clip=True changes nothing here" in caplog.text) == (not settings)
+
+
+def test_iterable_dataset(tiny_model):
+    rows = list(load_prompts("train", 64))
+    dataset = IterableDataset.from_generator(lambda: iter(rows))
+    run = train(tiny_model, **OFF_POLICY, arguments={"train_dataset": dataset})
+    assert len(run.logs) == OFF_POLICY["max_steps"] + 1
+
+
+def test_failing_reward_leaves_a_checkpoint_that_resumes(tiny_model, tmp_path):
+    calls = []
+
+    def failing_reward(completion_ids, **kwargs):
+        calls.append(len(completion_ids))
+        if len(calls) == 4:
+            raise RuntimeError("the grader is down")
+        return noisy_reward(completion_ids)
+
+    settings = {"output_dir": str(tmp_path), "max_steps": 6, "save_strategy": "steps", "save_steps": 500}
+    with pytest.raises(RuntimeError, match="the grader is down") as raised:
+        train(tiny_model, **settings, arguments={"reward_funcs": failing_reward})
+    assert "progress up to step 3 is saved" in raised.value.__notes__[0]
+    resumed = train(tiny_model, **settings, resume=True)
+    assert resumed.trainer.state.global_step == 6
+    assert [entry["step"] for entry in resumed.logs] == [1, 2, 3, 4, 5, 6, 6]
+
+
+def test_failure_before_the_first_step_saves_nothing(tiny_model, tmp_path):
+    def failing_reward(**kwargs):
+        raise RuntimeError("the grader is down")
+
+    with pytest.raises(RuntimeError):
+        train(tiny_model, output_dir=str(tmp_path), save_strategy="steps", arguments={"reward_funcs": failing_reward})
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_failure_to_save_does_not_hide_the_reason(tiny_model, tmp_path, monkeypatch):
+    trainer = build(tiny_model, output_dir=str(tmp_path), save_strategy="steps")
+    trainer.state.global_step = 1
+    trainer.create_optimizer()
+    monkeypatch.setattr(trainer, "_save_checkpoint", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(trl.GRPOTrainer, "train", lambda self: (_ for _ in ()).throw(RuntimeError("the reason")))
+    with pytest.raises(RuntimeError, match="the reason") as raised:
+        trainer.train()
+    assert raised.value.__notes__ == ["The progress could not be saved: disk full"]
+
+
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_of_a_group_sum_to_zero(tiny_model, aggregation, scale):
+    """Also with several rewards that are None here and there: what makes shared tokens cancel in the first place."""
+
+    def sometimes(completion_ids, **kwargs):
+        return [None if sum(ids) % 3 == 0 else float(sum(ids) % 7) for ids in completion_ids]
+
+    def other_times(completion_ids, **kwargs):
+        return [None if sum(ids) % 5 == 0 else float(ids[0] % 4) for ids in completion_ids]
+
+    class Watch:
+        scope = "group"
+
+        def coefficients(self, rollouts):
+            self.rollouts = rollouts
+            return torch.ones_like(rollouts.mask)
+
+    watch = Watch()
+    train(
+        tiny_model,
+        per_device_train_batch_size=64,
+        multi_objective_aggregation=aggregation,
+        scale_rewards=scale,
+        max_steps=1,
+        arguments={"reward_funcs": [sometimes, other_times], "credits": [watch]},
+    )
+    rewards, advantages = watch.rollouts.rewards, watch.rollouts.by_group(watch.rollouts.advantages)
+    assert rewards.isnan().any(1).sum() > rewards.isnan().all(1).sum() > 0
+    assert advantages.sum(1).abs().max() < 1e-5
+    assert advantages.abs().max() > 0.5
+
+
+def test_model_card_names_the_package(tiny_model, tmp_path):
+    run = train(tiny_model, output_dir=str(tmp_path), max_steps=1)
+    run.trainer.create_model_card("a-model")
+    card = (tmp_path / "README.md").read_text()
+    assert "trl-cancel" in card
+    assert "2605.08666" in card
+
+
+def test_images_stay_with_their_rollouts(tiny_model):
+    """Rows of pixels vary in number by rollout; the new cut must keep them together as TRL's own does."""
+    trainer = build(tiny_model, steps_per_generation=4)
+    num_images = [1, 0, 2, 1] * 4
+    grids = [torch.tensor([[1, 2, rollout + 1]]).repeat(images, 1) for rollout, images in enumerate(num_images)]
+    pixels = [torch.full((int(grid.prod(1).sum()), 3), float(rollout)) for rollout, grid in enumerate(grids)]
+    batch = {
+        "prompt_ids": torch.arange(16).unsqueeze(1),
+        "advantages": torch.arange(16.0),
+        "num_items_in_batch": torch.tensor(99),
+        "pixel_values": torch.cat(pixels),
+        "image_grid_thw": torch.cat(grids),
+        "num_images": num_images,
+    }
+    parts = trainer._whole_group_batches(batch)
+    assert len(parts) == 4
+    for part in parts:
+        rollouts = part["prompt_ids"].flatten().tolist()
+        assert rollouts == list(range(rollouts[0], rollouts[0] + 4))
+        assert part["num_images"] == [num_images[rollout] for rollout in rollouts]
+        assert torch.equal(part["pixel_values"], torch.cat([pixels[rollout] for rollout in rollouts]))
+        assert torch.equal(part["image_grid_thw"], torch.cat([grids[rollout] for rollout in rollouts]))
+        assert part["num_items_in_batch"] == 99
+
+
+def test_same_seed_same_run(tiny_model):
+    first, second = train(tiny_model, **OFF_POLICY), train(tiny_model, **OFF_POLICY)
+    assert_same_weights(first.weights, second.weights)
+    assert first.logs == second.logs
+    assert any(math.isfinite(entry.get("loss", math.nan)) for entry in first.logs)
