@@ -27,7 +27,13 @@ def run(method: str, seed: int, steps: int) -> dict:
         command = [sys.executable, "-m", "trl_cancel", "demo", "--output", folder, "--method", method]
         command += ["--seed", str(seed), "--steps", str(steps)]
         time_file = Path(folder) / "time"
-        timed = ["bash", "-c", f'TIMEFORMAT=%R; {{ time "$@" 2>/dev/null >/dev/null; }} 2>{time_file}', "bash", *command]
+        timed = [
+            "bash",
+            "-c",
+            f'TIMEFORMAT=%R; {{ time "$@" 2>/dev/null >/dev/null; }} 2>{time_file}',
+            "bash",
+            *command,
+        ]
         subprocess.run(timed, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         results = json.loads((Path(folder) / "all_results.json").read_text())
         return {"method": method, "seed": seed, "command_seconds": float(time_file.read_text()), **results}
@@ -67,7 +73,8 @@ def main() -> None:
     cells = [(method, seed, options.steps) for seed in options.seeds for method in options.methods]
     with ThreadPoolExecutor(options.jobs) as pool:
         runs = sorted(
-            pool.map(lambda cell: run(*cell), cells), key=lambda run: (options.methods.index(run["method"]), run["seed"])
+            pool.map(lambda cell: run(*cell), cells),
+            key=lambda run: (options.methods.index(run["method"]), run["seed"]),
         )
     environment = {name: version(name) for name in ("trl", "transformers", "torch")}
     environment |= {"python": platform.python_version(), "machine": platform.machine(), "jobs": options.jobs}

@@ -45,7 +45,11 @@ class Row:
 
     settings: dict[str, Any]
     neutral: dict[str, Any]
-    metrics: tuple[str, ...] = ("cancel/shared_prefix_residual", "cancel/positive_fraction", "cancel/negative_fraction")
+    metrics: tuple[str, ...] = (
+        "cancel/shared_prefix_residual",
+        "cancel/positive_fraction",
+        "cancel/negative_fraction",
+    )
     credits: Any = list
     neutral_credits: Any = list
     exact: bool = True

@@ -26,7 +26,9 @@ def normalisation(mask, loss_type, max_length):
     return [[by_loss[loss_type](row) * counts for counts in row] for row in mask]
 
 
-def clipped_loss(logps, old_logps, advantages, mask, *, bounds, level, loss_type, max_length, credit=None, score=False):
+def clipped_loss(
+    logps, old_logps, advantages, mask, *, bounds, level, loss_type, max_length, credit=None, score=False
+):
     """
     Value and gradient by the log-probs of -sum alpha A f(r), for a weight f given by `bounds(A) -> (low, high)`.
 

@@ -23,7 +23,9 @@ class Recorder:
 
     def coefficients(self, rollouts):
         self.seen.append(rollouts)
-        return torch.full_like(rollouts.mask if self.per_token else rollouts.mask[:, :1], self.value, dtype=torch.float)
+        return torch.full_like(
+            rollouts.mask if self.per_token else rollouts.mask[:, :1], self.value, dtype=torch.float
+        )
 
 
 def rollouts(advantages, length=3, **changes):

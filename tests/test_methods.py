@@ -73,7 +73,9 @@ def test_lora(tiny_model, row, tmp_path):
 REFUSALS = [(name, changes, message) for name, row in METHODS.items() for changes, message in row.refused]
 
 
-@pytest.mark.parametrize(("name", "changes", "message"), REFUSALS, ids=[f"{name}-{change}" for name, change, _ in REFUSALS])
+@pytest.mark.parametrize(
+    ("name", "changes", "message"), REFUSALS, ids=[f"{name}-{change}" for name, change, _ in REFUSALS]
+)
 def test_refusals(tiny_model, name, changes, message):
     row = METHODS[name]
     with pytest.raises(ValueError, match=message):

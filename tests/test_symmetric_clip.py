@@ -59,7 +59,11 @@ def test_value_and_gradient(monkeypatch, tiny_model, batch, loss_type, level, gr
 def test_both_signs_share_one_coefficient(monkeypatch, tiny_model, gradient):
     """Equal ratios, opposite advantages: the gradients are opposite, inside and outside the range."""
     loss_of = LossHarness(
-        monkeypatch, tiny_model, symmetric_clip=True, symmetric_clip_gradient=gradient, importance_sampling_level="token"
+        monkeypatch,
+        tiny_model,
+        symmetric_clip=True,
+        symmetric_clip_gradient=gradient,
+        importance_sampling_level="token",
     )
     logps = torch.tensor([[0.9, 0.0, -0.9, 0.1]], dtype=torch.float64).expand(2, 4)
     advantages = torch.tensor([1.5, -1.5], dtype=torch.float64)

@@ -103,13 +103,15 @@ def test_configuration_has_a_default(tiny_model, monkeypatch):
 
 
 def test_other_configurations_are_refused(tiny_model):
-    with pytest.raises(TypeError, match="args is a dict; pass a CancelGRPOConfig or a trl.GRPOConfig"):
+    with pytest.raises(TypeError, match=r"args is a dict; pass a CancelGRPOConfig or a trl\.GRPOConfig"):
         CancelGRPOTrainer(tiny_model, noisy_reward, {"beta": 0}, load_prompts("train", 8))
 
 
 def test_plain_configuration_that_tears_groups_is_refused(tiny_model):
-    plain = trl.GRPOConfig(**{**DEFAULTS, "per_device_train_batch_size": 2}, output_dir="unused", steps_per_generation=4)
-    with pytest.raises(ValueError, match="query_preserved=True cannot keep groups whole.*query_preserved=False"):
+    plain = trl.GRPOConfig(
+        **{**DEFAULTS, "per_device_train_batch_size": 2}, output_dir="unused", steps_per_generation=4
+    )
+    with pytest.raises(ValueError, match=r"query_preserved=True cannot keep groups whole.*query_preserved=False"):
         CancelGRPOTrainer(tiny_model, noisy_reward, plain, load_prompts("train", 8))
 
 
@@ -164,7 +166,9 @@ def test_failure_to_save_does_not_hide_the_reason(tiny_model, tmp_path, monkeypa
     trainer = build(tiny_model, output_dir=str(tmp_path), save_strategy="steps")
     trainer.state.global_step = 1
     trainer.create_optimizer()
-    monkeypatch.setattr(trainer, "_save_checkpoint", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        trainer, "_save_checkpoint", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full"))
+    )
     monkeypatch.setattr(trl.GRPOTrainer, "train", lambda self: (_ for _ in ()).throw(RuntimeError("the reason")))
     with pytest.raises(RuntimeError, match="the reason") as raised:
         trainer.train()

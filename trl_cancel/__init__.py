@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .configs import CancelGRPOConfig
     from .configs import CancelGRPOConfig as GRPOConfig
     from .credit import Credit
-    from .explain import explain
+    from .explanation import explain
     from .rollouts import Rollouts
     from .trainers import CancelGRPOTrainer
     from .trainers import CancelGRPOTrainer as GRPOTrainer
@@ -28,7 +28,7 @@ _HOME = {
     "GRPOConfig": ("configs", "CancelGRPOConfig"),
     "GRPOTrainer": ("trainers", "CancelGRPOTrainer"),
     "Rollouts": ("rollouts", "Rollouts"),
-    "explain": ("explain", "explain"),
+    "explain": ("explanation", "explain"),
 }
 
 __all__ = [

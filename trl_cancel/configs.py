@@ -2,13 +2,12 @@
 
 import copy
 from dataclasses import dataclass, field, fields
-from typing import get_args
 
 from trl import GRPOConfig
 
 from . import _upstream  # noqa: F401  (refuses an untested TRL before anything else happens)
 from .batching import BatchLayout
-from .credit.controls import AdvantageSign
+from .credit.controls import SIGNS
 
 
 # Loss types whose surrogate is TRL's clipped one, min(rA, clip(r)A).
@@ -88,7 +87,7 @@ class CancelGRPOConfig(GRPOConfig):
         metadata={
             "help": "Rollouts to learn from: `both`, `positive` or `negative` advantages. The latter two are controls "
             "in which nothing cancels.",
-            "choices": list(get_args(AdvantageSign)),
+            "choices": list(SIGNS),
         },
     )
     cancellation_metrics: bool = field(

@@ -124,10 +124,17 @@ def _generate(
         for row in rows
     ]
     # The chat template has written the special tokens of a conversation already.
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not conversational)
+    inputs = tokenizer(
+        texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not conversational
+    )
     inputs = inputs.to(model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
-    output = model.generate(
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
+    generate: Any = model.generate
+    output = generate(
         **inputs, max_new_tokens=max_completion_length, pad_token_id=tokenizer.pad_token_id, use_cache=True, **sampling
     )
     texts = tokenizer.batch_decode(output[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)

@@ -14,7 +14,7 @@ from .credit import Credit, SignControl, sequence_ratios, surrogate_weight, symm
 from .credit.protocol import SCOPES, combine
 from .diagnostics.pushes import policy_pushes
 from .diagnostics.residual import shared_contexts, shared_prefix_residual
-from .explain import explain
+from .explanation import explain
 from .metrics import StepMeans
 from .rollouts import Rollouts, Rows, take_rows
 
@@ -79,6 +79,8 @@ class CancelGRPOTrainer(GRPOTrainer):
         ),
     }
 
+    args: CancelGRPOConfig
+
     def __init__(
         self,
         model: Any,
@@ -93,7 +95,7 @@ class CancelGRPOTrainer(GRPOTrainer):
             args = CancelGRPOConfig(f"{name.split('/')[-1]}-GRPO")
         args = CancelGRPOConfig.adopt(args)
         self._layout = args.layout
-        self._credits = [SignControl(args.advantage_sign)] if args.advantage_sign != "both" else []  # type: ignore[arg-type]
+        self._credits: list[Credit] = [SignControl(args.advantage_sign)] if args.advantage_sign != "both" else []
         self._credits += credits
         self._check_credits(args)
 
@@ -238,10 +240,11 @@ class CancelGRPOTrainer(GRPOTrainer):
         return inputs
 
     def _whole_group_batches(self, batch: Rows) -> list[Rows]:
-        num_groups = self._layout.generation_batch_per_process // self.num_generations
-        order = query_preserved_permutation(num_groups, self.num_generations)
+        group_size = self._layout.num_generations
+        order = query_preserved_permutation(self._layout.generation_batch_per_process // group_size, group_size)
         batch = take_rows(split_pixel_values_by_grid(batch), order)
-        return [unsplit_pixel_values_by_grid(part) for part in split_tensor_dict(batch, self.args.steps_per_generation)]
+        parts: list[Any] = split_tensor_dict(batch, self._layout.steps_per_generation)
+        return [unsplit_pixel_values_by_grid(part) for part in parts]
 
     def _view(self, batch: Rows, examples: list[dict[str, Any]]) -> Rollouts:
         rows = len(examples)
@@ -255,11 +258,11 @@ class CancelGRPOTrainer(GRPOTrainer):
             completion_ids=batch["completion_ids"],
             mask=mask * batch["tool_mask"] if "tool_mask" in batch else mask,
             advantages=batch["advantages"],
-            group_ids=self._groups_seen + index // self.num_generations,
+            group_ids=self._groups_seen + index // self._layout.num_generations,
             rewards=self._rewards[first : first + rows],
             reward_names=list(self.reward_func_names),
             examples=examples,
-            num_generations=self.num_generations,
+            num_generations=self._layout.num_generations,
             old_logps=batch.get("old_per_token_logps"),
             reduce=self._sum_over_processes,
         )
@@ -279,7 +282,9 @@ class CancelGRPOTrainer(GRPOTrainer):
         if not (self.model.training and self._acts_in_loss):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)  # the micro-batch itself is used again by later iterations
-        advantages = inputs["advantages"] = inputs["advantages"].detach().requires_grad_(self.args.cancellation_metrics)
+        advantages = inputs["advantages"] = (
+            inputs["advantages"].detach().requires_grad_(self.args.cancellation_metrics)
+        )
         level, self._loss_inputs = self.importance_sampling_level, inputs
         try:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -53,7 +53,9 @@ def groups_by_step(monkeypatch, model, trainer, accumulation, **settings):
     steps = []
     for first in range(0, len(seen), accumulation):
         tags = torch.cat([batch["tag"] for batch in seen[first : first + accumulation]])
-        assert all((batch["tag_rows"] == batch["tag"].unsqueeze(1)).all() for batch in seen[first : first + accumulation])
+        assert all(
+            (batch["tag_rows"] == batch["tag"].unsqueeze(1)).all() for batch in seen[first : first + accumulation]
+        )
         steps.append(torch.bincount(tags // 4, minlength=4 * accumulation).tolist())
     assert len(steps) == 8
     return steps

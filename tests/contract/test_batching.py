@@ -44,8 +44,9 @@ def test_sampler_repeats_each_prompt_in_a_row(tiny_model):
 def test_single_rollouts_are_shuffled_and_split(monkeypatch, tiny_model):
     seen = seen_micro_batches(monkeypatch, tiny_model, steps_per_generation=4, num_iterations=2, max_steps=8)
     tags = [batch["tag"].tolist() for batch in seen]
-    assert sorted(sum(tags[:4], [])) == list(range(16))
-    assert sum(tags[:4], []) != list(range(16))
+    order = [tag for batch in tags[:4] for tag in batch]
+    assert sorted(order) == list(range(16))
+    assert order != list(range(16))
     assert tags[:4] == tags[4:], "the second iteration uses the same micro-batches"
     assert any(len({tag // 4 for tag in batch}) > 1 for batch in tags), "groups are torn"
 
@@ -66,7 +67,15 @@ def test_split_keeps_scalars_and_none():
 
 @pytest.mark.parametrize(
     ("accumulation", "steps_per_generation", "num_iterations", "computed"),
-    [(1, 1, 1, False), (2, 2, 1, False), (4, 2, 1, False), (4, 2, 2, False), (2, 2, 2, True), (2, 4, 1, True), (2, 3, 1, True)],
+    [
+        (1, 1, 1, False),
+        (2, 2, 1, False),
+        (4, 2, 1, False),
+        (4, 2, 2, False),
+        (2, 2, 2, True),
+        (2, 4, 1, True),
+        (2, 3, 1, True),
+    ],
 )
 def test_when_old_log_probs_are_computed(
     monkeypatch, tiny_model, accumulation, steps_per_generation, num_iterations, computed

@@ -27,7 +27,11 @@ def harness(monkeypatch, model, **settings):
 def test_read_after_the_forward_pass(monkeypatch, tiny_model, batch, loss_type, entry):
     """What is written during the forward pass is what the loss uses."""
     logps, old_logps, advantages, mask = batch
-    changed = {"advantages": 2 * advantages, "old_per_token_logps": old_logps - 0.1, "sampling_per_token_logps": logps + 1}
+    changed = {
+        "advantages": 2 * advantages,
+        "old_per_token_logps": old_logps - 0.1,
+        "sampling_per_token_logps": logps + 1,
+    }
     settings = {"loss_type": loss_type, "off_policy_mask_threshold": 0.05}
     settings |= {"epsilon_high": 5.0} if loss_type == "cispo" else {}  # its bound is on the ratio, not on ratio - 1
     with monkeypatch.context() as patch:
@@ -83,7 +87,7 @@ def test_advantages_a_token_scale_loss_and_gradient(monkeypatch, tiny_model, bat
 
 def test_sequence_level_averages_advantages_a_token(monkeypatch, tiny_model, batch):
     """Why token credit at sequence level needs the frozen ratio: TRL's loss would spread it over the rollout."""
-    logps, old_logps, advantages, mask = batch
+    logps, _, advantages, mask = batch
     loss_of = harness(monkeypatch, tiny_model, importance_sampling_level="sequence", loss_type="grpo")
     first_token_only = torch.zeros_like(logps)
     first_token_only[:, 0] = 1

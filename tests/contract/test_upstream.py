@@ -24,7 +24,9 @@ def test_tested_versions_are_accepted(version):
 
 @pytest.mark.parametrize("version", ["1.15.2", "1.17.0", "1.17.0.dev0", "0.26.0", "2.0.0"])
 def test_other_versions_are_refused_with_what_to_install(version):
-    with pytest.raises(ImportError, match=rf"trl {re.escape(version)} is installed. Run: pip install 'trl>=1.16,<1.17'"):
+    with pytest.raises(
+        ImportError, match=rf"trl {re.escape(version)} is installed. Run: pip install 'trl>=1.16,<1.17'"
+    ):
         _upstream.check_trl_version(version)
 
 

@@ -22,8 +22,7 @@ def batch():
 def test_ratios(batch, level):
     logps, old_logps, mask = batch
     expected = [
-        references.ratio(*row, level)
-        for row in zip(logps.tolist(), old_logps.tolist(), mask.tolist(), strict=True)
+        references.ratio(*row, level) for row in zip(logps.tolist(), old_logps.tolist(), mask.tolist(), strict=True)
     ]
     if level == "token":
         found = token_ratios(logps, old_logps)

@@ -28,7 +28,8 @@ def results(tiny_model, tmp_path_factory):
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, "CI": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         found[processes] = {
-            name: (json.loads((out / f"{name}.json").read_text()), torch.load(out / f"{name}.pt")) for name in SCENARIOS
+            name: (json.loads((out / f"{name}.json").read_text()), torch.load(out / f"{name}.pt"))
+            for name in SCENARIOS
         }
     return found
 

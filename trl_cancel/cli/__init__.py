@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 from .. import __version__
 
@@ -15,6 +16,13 @@ COMMANDS = {
 
 class UsageError(Exception):
     """A mistake of the user's: printed as one line, without a traceback, with exit status 2."""
+
+
+class OneLineErrors:
+    """Makes a parser report mistakes as [`UsageError`], without printing how it is used."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
 
 
 def main(argv: list[str] | None = None) -> int:

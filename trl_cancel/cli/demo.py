@@ -3,7 +3,7 @@
 import argparse
 
 from ..methods import METHODS
-from . import UsageError
+from . import OneLineErrors, UsageError
 from ._quiet import quiet
 
 
@@ -30,11 +30,21 @@ SETTINGS = {
 }
 
 
+class DemoParser(OneLineErrors, argparse.ArgumentParser):
+    """The few options of the demo."""
+
+
 def run(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="trl-cancel demo", description=__doc__)
-    parser.add_argument("--output", default="trl-cancel-demo", help="folder for the trained model (default: %(default)s)")
-    parser.add_argument("--method", default="query-preserved", help=f"one of {', '.join(METHODS)} (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=SETTINGS["max_steps"], help="optimizer steps (default: %(default)s)")
+    parser = DemoParser(prog="trl-cancel demo", description=__doc__)
+    parser.add_argument(
+        "--output", default="trl-cancel-demo", help="folder for the trained model (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--method", default="query-preserved", help=f"one of {', '.join(METHODS)} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=SETTINGS["max_steps"], help="optimizer steps (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=42, help="random seed (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.steps < 1:
@@ -50,7 +60,11 @@ def _train(options: argparse.Namespace) -> int:
         use_one_thread()
         chosen = {**SETTINGS, "output_dir": options.output, "max_steps": options.steps, "seed": options.seed}
         settings = Parser("trl-cancel demo", __doc__).read(
-            ["--method", options.method, *(part for name, value in chosen.items() for part in (f"--{name}", str(value)))]
+            [
+                "--method",
+                options.method,
+                *(part for name, value in chosen.items() for part in (f"--{name}", str(value))),
+            ]
         )
         console.print(INTRODUCTION.format(method=options.method, summary=METHODS[options.method].summary))
         run_training(settings)

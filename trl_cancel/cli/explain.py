@@ -5,7 +5,7 @@ from ._quiet import quiet
 
 def run(arguments: list[str]) -> int:
     with quiet():
-        from ..explain import explain
+        from ..explanation import explain
         from .settings import Parser
 
         parser = Parser("trl-cancel explain", "Say what a configuration does. Takes the settings of trl-cancel train.")

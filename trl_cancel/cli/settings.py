@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
@@ -12,7 +12,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 
 from ..configs import CancelGRPOConfig
 from ..methods import METHODS
-from . import UsageError
+from . import OneLineErrors, UsageError
 
 
 @dataclass
@@ -54,16 +54,12 @@ class Settings:
     mixture: DatasetMixtureConfig
 
 
-class Parser(TrlParser):
+class Parser(OneLineErrors, TrlParser):
     """TRL's parser: YAML by `--config`, flags over it, a method's settings under both."""
 
     def __init__(self, prog: str, description: str):
-        super().__init__(
-            (RunArguments, CancelGRPOConfig, ModelConfig, DatasetMixtureConfig), prog=prog, description=description
-        )
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        readers: Any = (RunArguments, CancelGRPOConfig, ModelConfig, DatasetMixtureConfig)
+        super().__init__(readers, prog=prog, description=description)
 
     def read(self, arguments: list[str]) -> Settings:
         """

@@ -120,7 +120,7 @@ def run_training(settings: Settings) -> None:
     Raises:
         `UsageError`: If a setting cannot work; nothing has been written then.
     """
-    check_writable(settings.training.output_dir)
+    check_writable(str(settings.training.output_dir))
     dataset = load_data(settings)
     rewards = find_rewards(settings)
     trainer = build_trainer(settings, dataset, rewards)
@@ -189,7 +189,7 @@ def find_rewards(settings: Settings) -> list[Any]:
     """Reward functions by name: one of TRL's, a dotted path, or the playground's own for the playground."""
     run = settings.run
     names = run.reward_funcs or []
-    rewards = [run.reward_model_name_or_path] if run.reward_model_name_or_path else []
+    rewards: list[Any] = [run.reward_model_name_or_path] if run.reward_model_name_or_path else []
     if not names and not rewards and run.dataset_name == playground.NAME:
         names = ["trl_cancel.playground.reward.answer_reward"]
     rewards += [_find_reward(name) for name in names]
@@ -217,7 +217,7 @@ def _find_reward(name: str) -> Callable[..., Any]:
 
 
 def _reward_names() -> list[str]:
-    return [name for name in trl.rewards.__all__ if name.endswith("_reward")]
+    return [name for name in dir(trl.rewards) if name.endswith("_reward")]
 
 
 def build_trainer(settings: Settings, dataset: Any, rewards: list[Any]) -> CancelGRPOTrainer:
@@ -226,11 +226,12 @@ def build_trainer(settings: Settings, dataset: Any, rewards: list[Any]) -> Cance
     if not model.model_name_or_path:
         raise UsageError(f"model_name_or_path is missing: give a Hub id, a local path or '{playground.NAME}'.")
     path = str(playground.CHECKPOINT) if model.model_name_or_path == playground.NAME else model.model_name_or_path
+    loading: Any = training.model_init_kwargs or {}  # a dictionary by now, also where it was given as JSON
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
-        **(training.model_init_kwargs or {}),
+        **loading,
     }
     try:
         trainer = CancelGRPOTrainer(
@@ -305,7 +306,7 @@ def evaluate(
 
 
 def _tokenizer(trainer: CancelGRPOTrainer) -> PreTrainedTokenizerBase:
-    return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)  # type: ignore[return-value, arg-type]
 
 
 class ProgressBar(TrainerCallback):
@@ -324,7 +325,9 @@ class ProgressBar(TrainerCallback):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self.latest |= {label: f"{float(logs[name]):.3g}" for name, label in self.shown.items() if name in (logs or {})}
+        self.latest |= {
+            label: f"{float(logs[name]):.3g}" for name, label in self.shown.items() if name in (logs or {})
+        }
         if self.bar is not None:
             self.bar.set_postfix(self.latest)
 

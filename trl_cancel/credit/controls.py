@@ -1,13 +1,12 @@
 """Controls: credits whose only purpose is to show what the others owe to something simpler."""
 
-from typing import Literal
-
 import torch
 
 from ..rollouts import Rollouts
+from .protocol import Scope
 
 
-AdvantageSign = Literal["both", "positive", "negative"]
+SIGNS = ("both", "positive", "negative")
 
 
 class SignControl:
@@ -22,9 +21,9 @@ class SignControl:
             `"positive"`, `"negative"` or `"both"`.
     """
 
-    scope = "rollout"
+    scope: Scope = "rollout"
 
-    def __init__(self, sign: AdvantageSign):
+    def __init__(self, sign: str):
         self.sign = sign
 
     def coefficients(self, rollouts: Rollouts) -> torch.Tensor:

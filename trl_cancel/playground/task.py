@@ -18,7 +18,7 @@ import random
 from dataclasses import dataclass
 
 
-SPLITS = {"warm_start": range(0, 50), "train": range(50, 80), "tune": range(80, 90), "test": range(90, 100)}
+SPLITS = {"warm_start": range(50), "train": range(50, 80), "tune": range(80, 90), "test": range(90, 100)}
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,9 @@ def explain(config: CancelGRPOConfig, credits: Sequence[str] = ()) -> str:
         "Forward passes": [_passes(config)],
         "Leaks": list(_leaks(config)) or ["Nothing in these settings breaks cancellation."],
     }
-    return "\n".join(_wrap(topic if first else "", line) for topic, lines in topics.items() for first, line in _mark(lines))
+    return "\n".join(
+        _wrap(topic if first else "", line) for topic, lines in topics.items() for first, line in _mark(lines)
+    )
 
 
 def _mark(lines: list[str]) -> Iterator[tuple[bool, str]]:

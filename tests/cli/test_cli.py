@@ -1,0 +1,242 @@
+"""The command line: what it makes, and one line with exit status 2 for every mistake."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from datasets import Dataset, DatasetDict
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_cancel.cli import COMMANDS, main
+from trl_cancel.cli.demo import SETTINGS
+from trl_cancel.methods import METHODS
+
+
+QUICK = {**SETTINGS, "max_steps": 4, "logging_steps": 1, "eval_problems": 4, "eval_samples": 2}
+
+
+def flags(**settings):
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+def test_help_and_version(capsys):
+    for argument in ([], ["--help"], ["-h"]):
+        assert main(argument) == 0
+        printed = capsys.readouterr().out
+        assert all(name in printed for name in COMMANDS)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("trl-cancel ")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_commands(command, capsys):
+    with pytest.raises(SystemExit) as exited:
+        main([command, "--help"])
+    assert exited.value.code == 0
+    assert "--method" in capsys.readouterr().out
+
+
+def test_help_does_not_wait_for_pytorch():
+    code = "import sys; from trl_cancel.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_demo(tmp_path, capsys):
+    assert main(["demo", "--steps", "8", "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("accuracy, greedy", "accuracy, sampled", "optimizer steps", "training time", "Model saved to"):
+        assert expected in printed
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    before = AutoModelForCausalLM.from_pretrained("trl_cancel/playground/checkpoint")
+    assert any((model.state_dict()[name] != value).any() for name, value in before.state_dict().items())
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert results["steps"] == 8
+    assert results["before"]["sampled"][0] == pytest.approx(0.39, abs=0.03)
+    assert (tmp_path / "out" / "trainer_state.json").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(method, tmp_path):
+    settings = {**QUICK, "eval_problems": 0, "output_dir": tmp_path, "method": method}
+    assert main(["train", *flags(**settings)]) == 0
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_yaml_flags_and_method_in_order(tmp_path, capsys):
+    """A flag beats the file, the file beats the method, the method beats the default."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**QUICK, "epsilon_high": 0.3, "method": "grpo-fix"}))
+    assert main(["explain", "--config", str(recipe)]) == 0
+    assert "Symmetric: token-level ratio in [0, 1.3]" in capsys.readouterr().out
+    assert main(["explain", f"--config={recipe}", "--epsilon_high", "0.4"]) == 0
+    assert "[0, 1.4]" in capsys.readouterr().out
+    recipe.write_text(yaml.safe_dump({**QUICK, "symmetric_clip": False}))
+    assert main(["explain", "--config", str(recipe), "--method", "grpo-fix"]) == 0
+    assert "Symmetric" not in capsys.readouterr().out
+    assert main(["explain", "--config", str(recipe), "--method=grpo-fix", "--symmetric-clip", "true"]) == 0
+    assert "Symmetric" in capsys.readouterr().out
+    assert main(["explain", "--config", str(recipe), "--no_query_preserved"]) == 0
+    assert "Torn" in capsys.readouterr().out
+
+
+def test_train_with_lora_and_a_reward_of_ones_own(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_rewards.py").write_text(
+        "def length(completions, **_):\n    return [len(c[0]['content']) / 10 for c in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    settings = {**QUICK, "output_dir": "out", "reward_funcs": "my_rewards.length", "use_peft": True, "lora_r": 2}
+    assert main(["train", *flags(**settings), "--lora_target_modules", "q_proj", "v_proj"]) == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert "accuracy, sampled" in capsys.readouterr().out
+
+
+def test_train_on_a_data_set_of_ones_own(tmp_path):
+    rows = {"prompt": ["Compute 1+1.", "Compute 2+3."] * 16, "solution": ["2", "5"] * 16}
+    DatasetDict(train=Dataset.from_dict(rows), test=Dataset.from_dict(rows)).save_to_disk(tmp_path / "saved")
+    for split in ("train", "test"):
+        Dataset.from_dict(rows).to_json(tmp_path / "data" / f"{split}.jsonl")
+    (tmp_path / "rewards_of_test.py").write_text(
+        "def one_in_two(prompts, **_):\n    return [float(i % 2) for i in range(len(prompts))]\n"
+    )
+    settings = {
+        **QUICK,
+        "dataset_name": tmp_path / "data",
+        "output_dir": tmp_path / "out",
+        "reward_funcs": "tests.cli.test_cli.one_in_two",
+    }
+    assert main(["train", *flags(**settings)]) == 0
+
+
+def one_in_two(prompts, **_):
+    return [float(index % 2) for index in range(len(prompts))]
+
+
+def test_resume_from_the_command_line(tmp_path):
+    settings = {**QUICK, "output_dir": tmp_path, "eval_problems": 0, "save_strategy": "steps", "save_steps": 4}
+    assert main(["train", *flags(**settings)]) == 0
+    settings |= {"max_steps": 8, "resume_from_checkpoint": tmp_path / "checkpoint-4"}
+    assert main(["train", *flags(**settings)]) == 0
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 8
+
+
+MISTAKES = {
+    "unknown command": (["tain"], "'tain' is not a command; use one of demo, train, explain"),
+    "unknown method, demo": (["demo", "--method", "gpro"], "--method gpro: unknown; use one of grpo, query-preserved"),
+    "unknown method, train": (["train", "--method", "gpro"], "--method gpro: unknown"),
+    "no steps": (["demo", "--steps", "0"], "--steps 0: must be at least 1"),
+    "unknown flag, demo": (["demo", "--stepps", "3"], "unrecognized arguments: --stepps"),
+    "unknown setting": (
+        ["train", *flags(**QUICK), "--symetric_clip", "true"],
+        "symetric_clip: unknown setting; did you mean symmetric_clip?",
+    ),
+    "model path": (
+        ["train", *flags(**{**QUICK, "model_name_or_path": "no/such/model"})],
+        "model_name_or_path=no/such/model: cannot load it",
+    ),
+    "no model": (
+        ["train", *flags(**{k: v for k, v in QUICK.items() if k != "model_name_or_path"})],
+        "model_name_or_path is missing",
+    ),
+    "no data": (
+        ["train", *flags(**{k: v for k, v in QUICK.items() if k != "dataset_name"})],
+        "dataset_name is missing",
+    ),
+    "data set": (
+        ["train", *flags(**{**QUICK, "dataset_name": "no/such/data"})],
+        "dataset_name=no/such/data: cannot load it",
+    ),
+    "split": (
+        ["train", *flags(**{**QUICK, "dataset_train_split": "dev"})],
+        "dataset_train_split=dev: the data set has the splits train, test",
+    ),
+    "reward": (
+        ["train", *flags(**{**QUICK, "reward_funcs": "acuracy_reward"})],
+        "reward_funcs=acuracy_reward: not found",
+    ),
+    "reward module": (
+        ["train", *flags(**{**QUICK, "reward_funcs": "no_such.module"})],
+        "reward_funcs=no_such.module: not found",
+    ),
+    "sizes of TRL": (["train", *flags(**{**QUICK, "num_generations": 7})], "must be divisible by num_generations"),
+    "sizes of ours": (
+        ["train", *flags(**{**QUICK, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1})],
+        "query_preserved=True cannot keep groups whole",
+    ),
+    "choice": (["train", *flags(**{**QUICK, "symmetric_clip_gradient": "none"})], "symmetric_clip_gradient"),
+    "value": (
+        ["train", *flags(**{**QUICK, "max_steps": "many"})],
+        "argument --max_steps/--max-steps: invalid int value: 'many'",
+    ),
+    "contradiction": (
+        ["train", *flags(**{**QUICK, "symmetric_clip": True, "loss_type": "cispo"})],
+        "symmetric_clip=True has no meaning",
+    ),
+    "no such file": (["train", "--config", "no-such.yaml"], "--config no-such.yaml: No such file or directory"),
+    "no file": (["train", "--config"], "--config needs a path"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(mistake, tmp_path, capsys, monkeypatch):
+    """One line that says what to change, exit status 2, and nothing written."""
+    arguments, message = MISTAKES[mistake]
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rte: 1", "learning_rte: unknown setting; did you mean learning_rate?"),
+        ("- a\n- b", "must hold settings"),
+        ("a: [", "not valid YAML"),
+        ("method: gpro", "--method gpro: unknown"),
+        ("advantage_sign: up\nuse_cpu: true\nbf16: false", "advantage_sign='up' is not one of"),
+    ],
+)
+def test_mistakes_in_files(text, message, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    assert main(["train", "--config", str(recipe)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["file/out", "/proc/out"])
+def test_unwritable_output(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    settings = {**QUICK, "output_dir": tmp_path / folder}
+    assert main(["train", *flags(**settings)]) == 2
+    assert f"output_dir={settings['output_dir']}: cannot write to" in capsys.readouterr().err
+
+
+def test_data_set_without_prompts(tmp_path, capsys):
+    Dataset.from_dict({"question": ["1+1"], "solution": ["2"]}).to_json(tmp_path / "data" / "train.jsonl")
+    settings = {
+        **QUICK,
+        "dataset_name": tmp_path / "data",
+        "output_dir": tmp_path / "out",
+        "reward_funcs": "accuracy_reward",
+    }
+    assert main(["train", *flags(**settings)]) == 2
+    error = capsys.readouterr().err
+    assert "split 'train' has the columns question, solution but no 'prompt'" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_in_training_are_not_hidden(tmp_path):
+    """A mistake in a reward function needs its traceback."""
+    settings = {**QUICK, "output_dir": tmp_path, "eval_problems": 0, "reward_funcs": "tests.cli.test_cli.broken"}
+    with pytest.raises(ZeroDivisionError):
+        main(["train", *flags(**settings)])
+
+
+def broken(**_):
+    return [1 / 0]

@@ -1,0 +1,59 @@
+"""The recipes: each parses, says what it claims, and those of the playground run."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trl_cancel import explain
+from trl_cancel.cli.demo import SETTINGS
+from trl_cancel.cli.settings import Parser
+from trl_cancel.configs import _OWN_FIELDS, CancelGRPOConfig
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _a_gpu(monkeypatch):
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_recipe_parses(recipe):
+    settings = Parser("test", "").read(["--config", str(recipe)])
+    written = yaml.safe_load(recipe.read_text())
+    for name in _OWN_FIELDS & written.keys():
+        assert getattr(settings.training, name) == written[name]
+    assert "Torn" not in explain(settings.training)
+    assert settings.training.learning_rate == float(written["learning_rate"])
+    assert settings.training.output_dir == f"runs/{recipe.stem}"
+    assert f"configs/{recipe.name}" in recipe.read_text(), "the comment says how to run it"
+
+
+def test_paper_recipes_have_the_papers_sizes():
+    layout = Parser("test", "").read(["--config", str(CONFIGS / "query_preserved.yaml")]).training.layout
+    assert (layout.prompts_per_generation, layout.updates_per_generation, layout.num_generations) == (128, 4, 8)
+    grpo_fix = Parser("test", "").read(["--config", str(CONFIGS / "grpo_fix.yaml")]).training
+    assert grpo_fix.layout.rollouts_together == grpo_fix.num_generations == 32
+    assert not grpo_fix.layout.is_on_policy
+
+
+def test_demo_is_the_playground_recipe():
+    recipe = yaml.safe_load((CONFIGS / "playground.yaml").read_text())
+    assert recipe.pop("output_dir") == "runs/playground"
+    assert recipe.pop("query_preserved") is True
+    assert recipe == SETTINGS
+
+
+def test_every_own_field_has_help_and_is_documented():
+    for name in _OWN_FIELDS:
+        field = CancelGRPOConfig.__dataclass_fields__[name]
+        assert field.metadata["help"]
+        assert f"{name} (`" in CancelGRPOConfig.__doc__
+        default = f'"{field.default}"' if isinstance(field.default, str) else field.default
+        assert (
+            f"{name} (`{field.type if isinstance(field.type, str) else field.type.__name__}`, *optional*, defaults to `{default}`)"
+            in CancelGRPOConfig.__doc__
+        )
