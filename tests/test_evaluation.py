@@ -39,10 +39,15 @@ def test_greedy_answers_are_the_models_own(playground):
 
 
 def test_rows_are_prompts(playground):
+    _, tokenizer = playground
     seen = []
 
-    def watch(prompts, completions, solution, **columns):
+    def watch(prompts, completions, completion_ids, solution, **columns):
         seen.extend(zip(prompts, solution, strict=True))
+        for completion, ids in zip(completions, completion_ids, strict=True):
+            assert tokenizer.decode(ids, skip_special_tokens=True) == completion[0]["content"]
+            assert ids[-1] == tokenizer.eos_token_id
+            assert ids.count(tokenizer.eos_token_id) == 1
         return [1.0] * len(prompts)
 
     assert score(playground, reward=watch, num_samples=3, batch_size=7).shape == (12, 3)

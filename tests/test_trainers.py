@@ -165,7 +165,6 @@ def test_failure_before_the_first_step_saves_nothing(tiny_model, tmp_path):
 def test_failure_to_save_does_not_hide_the_reason(tiny_model, tmp_path, monkeypatch):
     trainer = build(tiny_model, output_dir=str(tmp_path), save_strategy="steps")
     trainer.state.global_step = 1
-    trainer.create_optimizer()
     monkeypatch.setattr(
         trainer, "_save_checkpoint", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full"))
     )
@@ -239,6 +238,75 @@ def test_images_stay_with_their_rollouts(tiny_model):
         assert torch.equal(part["pixel_values"], torch.cat([pixels[rollout] for rollout in rollouts]))
         assert torch.equal(part["image_grid_thw"], torch.cat([grids[rollout] for rollout in rollouts]))
         assert part["num_items_in_batch"] == 99
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"bf16": True},
+    ],
+    ids=["checkpointing", "reentrant", "bf16"],
+)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_metrics_under_checkpointing_and_mixed_precision(tiny_model, settings):
+    settings = {**OFF_POLICY, "symmetric_clip": True, **settings}
+    logs = train(tiny_model, **settings).logs[:-1]
+    assert max(entry.get("cancel/shared_prefix_residual", 0) for entry in logs) < 1e-2
+    assert_same_weights(
+        train(tiny_model, **settings, cancellation_metrics=False).weights, train(tiny_model, **settings).weights
+    )
+
+
+def test_tool_results_are_context_but_not_pushed(tiny_model):
+    """Tokens that a tool wrote are part of the prefix; the loss masks them, and so do the metrics and credits."""
+    generate = trl.GRPOTrainer._generate_and_score_completions
+    seen = []
+
+    def with_tool_mask(self, inputs):
+        batch = generate(self, inputs)
+        batch["tool_mask"] = torch.ones_like(batch["completion_mask"])
+        batch["tool_mask"][:, 1] = 0
+        return batch
+
+    class Watch:
+        scope = "rollout"
+
+        def coefficients(self, rollouts):
+            seen.append(rollouts)
+            return torch.ones_like(rollouts.mask)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trl.GRPOTrainer, "_generate_and_score_completions", with_tool_mask)
+        logs = train(
+            tiny_model,
+            per_device_train_batch_size=16,
+            max_steps=2,
+            symmetric_clip=True,
+            arguments={"credits": [Watch()]},
+        ).logs
+    assert not seen[0].mask[:, 1].any()
+    assert seen[0].mask[:, 0].all()
+    assert logs[0]["cancel/shared_prefix_residual"] < 1e-6
+
+
+def test_a_saved_checkpoint_is_not_written_again(tiny_model, tmp_path):
+    """It holds the random state of the end of the step; the state at the failure would not resume to the same run."""
+    calls = []
+
+    def failing_reward(completion_ids, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("the grader is down")
+        return noisy_reward(completion_ids)
+
+    settings = {"output_dir": str(tmp_path), "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    with pytest.raises(RuntimeError):
+        train(tiny_model, **settings, arguments={"reward_funcs": failing_reward})
+    resumed = train(tiny_model, **settings, resume=True)
+    whole = train(tiny_model, **{**settings, "output_dir": str(tmp_path / "whole")})
+    assert_same_weights(resumed.weights, whole.weights)
 
 
 def test_same_seed_same_run(tiny_model):

@@ -61,9 +61,9 @@ def score_samples(
     with _sampling(model, seed), tqdm(total=len(rows), desc=description, disable=description is None) as progress:
         for first in range(0, len(rows), batch_size):
             batch = rows[first : first + batch_size]
-            answers = _generate(model, tokenizer, batch, temperature, max_completion_length)
+            answers, ids = _generate(model, tokenizer, batch, temperature, max_completion_length)
             columns = {name: [row[name] for row in batch] for name in batch[0]}
-            rewards += reward(prompts=columns.pop("prompt"), completions=answers, **columns)
+            rewards += reward(prompts=columns.pop("prompt"), completions=answers, completion_ids=ids, **columns)
             progress.update(len(batch))
     scores = torch.tensor([float("nan") if value is None else value for value in rewards])
     return scores.view(-1, num_samples)
@@ -117,7 +117,8 @@ def _generate(
     rows: list[dict[str, Any]],
     temperature: float,
     max_completion_length: int,
-) -> list[Any]:
+) -> tuple[list[Any], list[list[int]]]:
+    """Answers to the prompts of some rows, in the prompts' form, and their token ids without padding."""
     conversational = is_conversational(rows[0])
     texts = [
         apply_chat_template({"prompt": row["prompt"]}, tokenizer)["prompt"] if conversational else row["prompt"]
@@ -126,16 +127,31 @@ def _generate(
     # The chat template has written the special tokens of a conversation already.
     inputs = tokenizer(
         texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not conversational
-    )
-    inputs = inputs.to(model.device)
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if temperature
-        else {"do_sample": False}
-    )
+    ).to(model.device)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    end = _end_tokens(model, tokenizer)
     generate: Any = model.generate
     output = generate(
-        **inputs, max_new_tokens=max_completion_length, pad_token_id=tokenizer.pad_token_id, use_cache=True, **sampling
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_completion_length,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end[0],
+        eos_token_id=end,
+        **(sampling if temperature else {"do_sample": False}),
     )
-    texts = tokenizer.batch_decode(output[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
-    return [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
+    ids = [_until_end(row, end) for row in output[:, inputs["input_ids"].size(1) :].tolist()]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    answers = [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
+    return answers, ids
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer: the model's, which may be several, and the tokenizer's."""
+    declared = model.generation_config.eos_token_id if model.generation_config else None
+    declared = declared if isinstance(declared, list) else [declared]
+    return [token for token in dict.fromkeys([tokenizer.eos_token_id, *declared]) if token is not None]
+
+
+def _until_end(ids: list[int], end: list[int]) -> list[int]:
+    stop = next((index for index, token in enumerate(ids) if token in end), len(ids))
+    return ids[: stop + 1]

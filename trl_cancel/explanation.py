@@ -45,12 +45,16 @@ def _wrap(topic: str, line: str) -> str:
     return textwrap.fill(line, WIDTH, initial_indent=topic.ljust(INDENT), subsequent_indent=" " * INDENT)
 
 
+def _count(number: float, noun: str) -> str:
+    return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"
+
+
 def _generation(config: CancelGRPOConfig) -> str:
     layout = config.layout
     where = "" if layout.num_processes == 1 else f", {layout.generation_batch_per_process} on each of "
     where += "" if layout.num_processes == 1 else f"{layout.num_processes} processes"
     total = layout.prompts_per_generation * layout.num_generations
-    return f"{layout.prompts_per_generation} prompts x {layout.num_generations} rollouts = {total} rollouts{where}."
+    return f"{_count(layout.prompts_per_generation, 'prompt')} x {layout.num_generations} rollouts = {total} rollouts{where}."
 
 
 def _optimizer_step(config: CancelGRPOConfig) -> str:
@@ -58,7 +62,7 @@ def _optimizer_step(config: CancelGRPOConfig) -> str:
     micro_batches = layout.gradient_accumulation_steps * layout.num_processes
     rollouts = micro_batches * layout.per_device_train_batch_size
     return (
-        f"{rollouts} rollouts ({rollouts / layout.num_generations:g} prompts), as {micro_batches} x "
+        f"{rollouts} rollouts ({_count(rollouts / layout.num_generations, 'prompt')}), as {micro_batches} x "
         f"{layout.per_device_train_batch_size}."
     )
 

@@ -1,6 +1,7 @@
 """The trainer: TRL's, with the methods of this package routed into the places where they act."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,8 +54,10 @@ class CancelGRPOTrainer(GRPOTrainer):
             Reward functions, as in [`~trl.GRPOTrainer`].
         args ([`CancelGRPOConfig`] or [`~trl.GRPOConfig`], *optional*):
             Configuration. A plain [`~trl.GRPOConfig`] gets this package's defaults.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
+            Data set with a column `prompt`, as in [`~trl.GRPOTrainer`].
         *trl_args:
-            Further positional arguments of [`~trl.GRPOTrainer`], from `train_dataset` on.
+            Further positional arguments of [`~trl.GRPOTrainer`], from `eval_dataset` on.
         credits (`Sequence` of [`~trl_cancel.credit.Credit`], *optional*):
             Your own token credits; they multiply with the configured ones.
         **trl_kwargs:
@@ -86,6 +89,7 @@ class CancelGRPOTrainer(GRPOTrainer):
         model: Any,
         reward_funcs: Any = None,
         args: GRPOConfig | None = None,
+        train_dataset: Any = None,
         *trl_args: Any,
         credits: Sequence[Credit] = (),
         **trl_kwargs: Any,
@@ -98,6 +102,8 @@ class CancelGRPOTrainer(GRPOTrainer):
         self._credits: list[Credit] = [SignControl(args.advantage_sign)] if args.advantage_sign != "both" else []
         self._credits += credits
         self._check_credits(args)
+        if trl_kwargs.get("environment_factory") is None:  # an environment may bring the prompts
+            _check_dataset(train_dataset)
 
         self._step_means = StepMeans()
         self._shared: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # of the optimizer step at hand
@@ -107,10 +113,9 @@ class CancelGRPOTrainer(GRPOTrainer):
         self._loss_inputs: Rows | None = None  # the inputs of the loss that is being computed
         self._loss_logps: torch.Tensor | None = None
 
-        super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
+        super().__init__(model, reward_funcs, args, train_dataset, *trl_args, **trl_kwargs)
 
         self.epsilon_low, self.epsilon_high = args.clip_range
-        self._check_dataset()
         if self.args.symmetric_clip and self._layout.is_on_policy and not self._uses_sampling_correction:
             logger.warning(
                 "symmetric_clip=True changes nothing here: each generation batch is used for one optimizer step, so "
@@ -131,7 +136,11 @@ class CancelGRPOTrainer(GRPOTrainer):
 
     @property
     def _acts_in_loss(self) -> bool:
-        return self.args.cancellation_metrics or self.args.symmetric_clip or self._spreads_token_credit
+        return self.args.cancellation_metrics or self._weighs_updates
+
+    @property
+    def _weighs_updates(self) -> bool:
+        return self.args.symmetric_clip or self._spreads_token_credit
 
     @property
     def _spreads_token_credit(self) -> bool:
@@ -144,7 +153,8 @@ class CancelGRPOTrainer(GRPOTrainer):
 
     def explain(self) -> str:
         """What the configuration does: sizes, how far off policy, what is kept together, what is added and why."""
-        return explain(self.args, credits=[type(credit).__name__ for credit in self._credits])
+        own = [type(credit).__name__ for credit in self._credits if not isinstance(credit, SignControl)]
+        return explain(self.args, credits=own)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """
@@ -159,16 +169,18 @@ class CancelGRPOTrainer(GRPOTrainer):
             raise
 
     def _save_progress(self, error: BaseException) -> None:
-        unsaved = self.state.global_step > 0 and self.args.save_strategy != "no" and self.optimizer is not None
-        if not unsaved or self.accelerator.num_processes > 1:  # the other processes would not take part
+        step, folder = self.state.global_step, Path(str(self.args.output_dir))
+        # With several processes, the others would not take part in saving.
+        if not step or self.args.save_strategy == "no" or self.accelerator.num_processes > 1:
             return
         try:
-            self._save_checkpoint(self.model, trial=None)
+            if not (folder / f"checkpoint-{step}" / "trainer_state.json").exists():
+                self._save_checkpoint(self.model, trial=None)
         except Exception as saving:
             error.add_note(f"The progress could not be saved: {saving}")
         else:
             error.add_note(
-                f"The progress up to step {self.state.global_step} is saved in {self.args.output_dir}; continue with "
+                f"The progress up to step {step} is saved in {folder}; continue with "
                 "train(resume_from_checkpoint=True)."
             )
 
@@ -202,14 +214,6 @@ class CancelGRPOTrainer(GRPOTrainer):
                     f"use_bias_correction_kl=True (with beta={args.beta}) would lose its ratio. Set "
                     "use_bias_correction_kl=False, importance_sampling_level='token' or beta=0."
                 )
-
-    def _check_dataset(self) -> None:
-        columns = getattr(self.train_dataset, "column_names", None)
-        if columns is not None and "prompt" not in columns and self.environment_factories is None:
-            raise ValueError(
-                f"train_dataset has the columns {columns} but no 'prompt'. Rename or map the column that holds the "
-                "prompts, e.g. dataset.rename_column('question', 'prompt')."
-            )
 
     # Generation: credit, then micro-batches of whole groups
 
@@ -300,7 +304,8 @@ class CancelGRPOTrainer(GRPOTrainer):
         logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if self._loss_inputs is not None:  # called by the loss, which reads its other inputs only now
             self._loss_logps = logps
-            self._weigh(self._loss_inputs, logps.detach())
+            if self._weighs_updates:
+                self._weigh(self._loss_inputs, logps.detach())
         return logps, entropies, aux_loss
 
     def _weigh(self, inputs: Rows, logps: torch.Tensor) -> None:
@@ -388,3 +393,12 @@ class CancelGRPOTrainer(GRPOTrainer):
         for dim in range(tensor.dim()):
             tensor = self.accelerator.pad_across_processes(tensor, dim=dim)
         return self.accelerator.gather(tensor)
+
+
+def _check_dataset(dataset: Any) -> None:
+    columns = getattr(dataset, "column_names", None)  # not known for every stream
+    if columns is not None and "prompt" not in columns:
+        raise ValueError(
+            f"train_dataset has the columns {columns} but no 'prompt'. Rename or map the column that holds the prompts, "
+            "e.g. dataset.rename_column('question', 'prompt')."
+        )

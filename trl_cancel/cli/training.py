@@ -141,6 +141,8 @@ def run_training(settings: Settings) -> None:
         console.print(f"Model saved to {settings.training.output_dir}.")
     if settings.training.push_to_hub:
         trainer.push_to_hub(dataset_name=settings.run.dataset_name)
+    if hasattr(trainer, "end"):  # transformers 5.18: ends trackers and process groups
+        trainer.end()
 
 
 def check_writable(folder: str) -> None:
@@ -157,27 +159,30 @@ def check_writable(folder: str) -> None:
 def load_data(settings: Settings) -> DatasetDict | dict[str, Any]:
     """The data set by split; `playground` is the embedded one."""
     run, mixture = settings.run, settings.mixture
-    if mixture.datasets:
-        dataset = get_dataset(mixture)
-    elif run.dataset_name == playground.NAME:
+    if not mixture.datasets and not run.dataset_name:
+        raise UsageError(f"dataset_name is missing: give a Hub id, a local path or '{playground.NAME}'.")
+    if not mixture.datasets and run.dataset_name == playground.NAME:
         from ..playground.data import load_prompts
 
         dataset = DatasetDict(train=load_prompts("train"), test=load_prompts("test", 1024))
-    elif run.dataset_name:
+    else:
+        name = "datasets" if mixture.datasets else f"dataset_name={run.dataset_name}"
         try:
-            dataset = load_dataset(run.dataset_name, name=run.dataset_config, streaming=run.dataset_streaming)
+            dataset = (
+                get_dataset(mixture)
+                if mixture.datasets
+                else load_dataset(run.dataset_name, name=run.dataset_config, streaming=run.dataset_streaming)
+            )
         except Exception as error:  # the library raises a dozen types for names, files and connections
             raise UsageError(
-                f"dataset_name={run.dataset_name}: cannot load it ({error}). Give a Hub id, a local folder or file "
-                f"format that datasets.load_dataset reads, or '{playground.NAME}'."
+                f"{name}: cannot load it ({error}). Give a Hub id, a local folder of files that datasets.load_dataset "
+                f"reads, or '{playground.NAME}'."
             ) from error
-    else:
-        raise UsageError(f"dataset_name is missing: give a Hub id, a local path or '{playground.NAME}'.")
     split = run.dataset_train_split
     if split not in dataset:
         raise UsageError(f"dataset_train_split={split}: the data set has the splits {', '.join(dataset)}.")
-    columns = dataset[split].column_names or []
-    if "prompt" not in columns:
+    columns = dataset[split].column_names  # None for some streams
+    if columns is not None and "prompt" not in columns:
         raise UsageError(
             f"dataset_name={run.dataset_name}: split {split!r} has the columns {', '.join(columns)} but no 'prompt'. "
             "Rename the column that holds the prompts to 'prompt'."
@@ -197,6 +202,10 @@ def find_rewards(settings: Settings) -> list[Any]:
         raise UsageError(
             "reward_funcs is missing: name one of TRL's (accuracy_reward, think_format_reward, ...) or a function by "
             "its dotted path (my_module.my_reward)."
+        )
+    if run.eval_problems and not callable(rewards[0]):
+        raise UsageError(
+            "eval_problems is scored by a reward function, not by reward_model_name_or_path; set it to 0."
         )
     return rewards
 
@@ -282,8 +291,6 @@ def evaluate(
     """Answers the test problems greedily and by sampling."""
     if problems is None:
         return None
-    if not callable(reward):
-        raise UsageError("eval_problems needs a reward function first in reward_funcs, not a reward model.")
 
     def score(temperature: float, num_samples: int, how: str) -> Estimate:
         return mean_with_interval(

@@ -1,0 +1,66 @@
+"""What a configuration does, in words."""
+
+import pytest
+
+from trl_cancel import CancelGRPOConfig, explain
+
+from .runs import DEFAULTS
+
+
+def told(**settings):
+    text = explain(CancelGRPOConfig(output_dir="unused", **{**DEFAULTS, **settings}))
+    lines, topic = {}, ""
+    for line in text.splitlines():
+        assert len(line) <= 100
+        topic = line[:16].strip() or topic
+        lines[topic] = f"{lines.get(topic, '')} {line[16:].strip()}".strip()
+    return lines
+
+
+def test_sizes():
+    lines = told(
+        per_device_train_batch_size=16,
+        num_generations=8,
+        gradient_accumulation_steps=2,
+        steps_per_generation=8,
+        num_iterations=2,
+    )
+    assert lines["Generation"] == "16 prompts x 8 rollouts = 128 rollouts."
+    assert lines["Optimizer step"] == "32 rollouts (4 prompts), as 2 x 16."
+    assert told()["Generation"] == "1 prompt x 4 rollouts = 4 rollouts."
+    assert lines["Off-policy"].startswith("8 optimizer steps with each generation batch")
+
+
+@pytest.mark.parametrize(
+    ("settings", "topic", "expected"),
+    [
+        ({}, "Off-policy", "No: each generation batch is used for one optimizer step"),
+        ({}, "Groups", "batches are TRL's own"),
+        ({"steps_per_generation": 4}, "Groups", "Whole in every optimizer step and every micro-batch"),
+        (
+            {"steps_per_generation": 8, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+            "Groups",
+            "but spread over its micro-batches",
+        ),
+        ({"steps_per_generation": 4, "query_preserved": False}, "Groups", "Torn: TRL shuffles single rollouts"),
+        ({"epsilon": 0.1, "epsilon_high": 0.3}, "Clipping", "negative rollouts are cut off below 0.9, positive ones above 1.3"),
+        ({"symmetric_clip": True}, "Clipping", "Symmetric: token-level ratio in [0, 1.2] for both signs"),
+        ({"loss_type": "cispo"}, "Clipping", "That of loss_type='cispo'"),
+        ({"advantage_sign": "positive"}, "Credit", "Rollouts of negative advantage are left out"),
+        ({}, "Forward passes", "Each micro-batch's loss makes its own. This package adds none."),
+        ({"num_iterations": 2, "beta": 0.1}, "Forward passes", "one for the old log-probs, since updates are off-policy and one for the reference"),
+        ({}, "Leaks", "Nothing in these settings breaks cancellation."),
+        ({"num_iterations": 2}, "Leaks", "loss_type='dapo' treats one ratio differently by sign"),
+        ({"num_iterations": 2, "symmetric_clip": True}, "Leaks", "Nothing in these settings"),
+        ({"loss_type": "grpo"}, "Leaks", "divides by each rollout's length"),
+        ({"mask_truncated_completions": True}, "Leaks", "drops members of a group"),
+        ({"steps_per_generation": 4, "query_preserved": False}, "Leaks", "Groups are torn"),
+    ],
+)  # fmt: skip
+def test_lines(settings, topic, expected):
+    assert expected in told(**settings)[topic]
+
+
+def test_own_credits_are_named():
+    config = CancelGRPOConfig(output_dir="unused", **DEFAULTS)
+    assert "times the coefficients of FirstTokens" in " ".join(explain(config, credits=["FirstTokens"]).split())
