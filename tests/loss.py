@@ -44,6 +44,8 @@ class LossHarness:
             "num_items_in_batch": mask.sum(),
             "shared_contexts": torch.zeros_like(mask),
             "deserved": torch.zeros_like(logps),
+            "rollout_advantages": advantages if advantages.dim() == 1 else advantages[:, 0],
+            "group_ids": torch.arange(mask.size(0)) // self.trainer.num_generations,
             **extra,
         }
         before = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}

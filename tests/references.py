@@ -1,5 +1,6 @@
 """Slow, independent versions of every formula: loops over Python floats, written from the papers."""
 
+import itertools
 import math
 
 
@@ -84,3 +85,41 @@ def shared_prefix_residual(token_ids, present, groups, advantages, pushes, in_up
             deserved = sum(values) / sum(map(abs, values))
             total += len(applied) * abs(sum(applied) / gross - deserved)
     return (total / count if count else 0.0), count
+
+
+def post_clip_weight(ratio, advantage, epsilon_low, epsilon_high):
+    """Eq. 46 and 47 of 2604.13088, for one rollout."""
+    clipped = min(max(ratio, 1 - epsilon_low), 1 + epsilon_high)
+    return min(ratio, clipped) if advantage >= 0 else max(ratio, clipped)
+
+
+def orthogonal_projection(weights, advantages):
+    """Eq. 18."""
+    square = sum(a * a for a in advantages)
+    inner = sum(a * s for a, s in zip(advantages, weights, strict=True))
+    return [s - (inner / square * a if square else 0.0) for a, s in zip(advantages, weights, strict=True)]
+
+
+def positive_orthogonal_projection(weights, advantages):
+    """Eq. 51 by trying every set of rollouts that may be zero: the nearest of the feasible points on the faces."""
+    best = None
+    for zero in itertools.product([False, True], repeat=len(weights)):
+        a = [0.0 if z else value for z, value in zip(zero, advantages, strict=True)]
+        s = [0.0 if z else value for z, value in zip(zero, weights, strict=True)]
+        point = orthogonal_projection(s, a)
+        if min(point) >= 0 and abs(sum(x * y for x, y in zip(point, advantages, strict=True))) < 1e-9:
+            distance = sum((x - y) ** 2 for x, y in zip(point, weights, strict=True))
+            if best is None or distance < best[0]:
+                best = distance, point
+    return best[1]
+
+
+def truncate_and_rebalance(weights, advantages, floor):
+    """Eq. 52 to 55, with the sign of beta that makes it positive."""
+    raised = [max(value, floor) for value in weights]
+    pairs = list(zip(advantages, raised, strict=True))
+    positive = sum(a * s for a, s in pairs if a > 0)
+    negative = sum(-a * s for a, s in pairs if a < 0)
+    alpha = min(1.0, negative / positive) if positive else 1.0
+    beta = min(1.0, positive / negative) if negative else 1.0
+    return [s * alpha if a > 0 else s * beta if a < 0 else s for a, s in pairs]

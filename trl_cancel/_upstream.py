@@ -36,6 +36,9 @@ def check_trl_version(installed: str) -> None:
 
 try:
     from trl import GRPOTrainer
+
+    # Keeps a forward pass without gradients from warning about checkpoints that it does not need.
+    from trl.models.utils import disable_gradient_checkpointing
     from trl.trainer.utils import (
         # Name of the base model, for the default output folder: the same as TRL's own default.
         get_config_model_id,
@@ -135,6 +138,7 @@ __all__ = [
     "check_installation",
     "check_signatures",
     "check_trl_version",
+    "disable_gradient_checkpointing",
     "get_config_model_id",
     "pad",
     "split_pixel_values_by_grid",

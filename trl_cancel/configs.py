@@ -8,6 +8,7 @@ from trl import GRPOConfig
 from . import _upstream  # noqa: F401  (refuses an untested TRL before anything else happens)
 from .batching import BatchLayout
 from .credit.controls import SIGNS
+from .credit.group_weights import TRANSFORMATIONS, TRUST_REGIONS
 
 
 # Loss types whose surrogate is TRL's clipped one, min(rA, clip(r)A).
@@ -42,6 +43,34 @@ class CancelGRPOConfig(GRPOConfig):
 
             - `"surrogate"`: zero there (Eq. 80).
             - `"score"`: the clipped ratio is a constant weight of the score, so the push goes on (Eq. 81).
+
+        > Parameters that control the weights of a group
+
+        group_weights (`str`, *optional*, defaults to `"none"`):
+            Make the sequence-level ratios of each group orthogonal to its advantages before they weigh the rollouts
+            (DFPO), so that what the group shares is not pushed. Needs `importance_sampling_level="sequence"`. Source:
+            section 4 of [2604.13088](https://huggingface.co/papers/2604.13088). One of:
+
+            - `"none"`: GSPO's ratios, or GRPO's.
+            - `"identity"`: GSPO's clipped ratios as constant weights; a control.
+            - `"min"`: each rollout gets the smallest weight of its group (Eq. 50).
+            - `"orth"`: the nearest orthogonal weights, which can be negative (Eq. 18).
+            - `"positive_orth"`: the nearest orthogonal weights that are not negative (Eq. 51).
+            - `"rebalance"`: the heavier side is scaled down (Eq. 52 to 55).
+        group_weights_trust_region (`str`, *optional*, defaults to `"mask"`):
+            What stops the push on a rollout whose ratio has left the clipping range. One of:
+
+            - `"none"`: nothing, as the paper reads literally (Eq. 86).
+            - `"mask"`: a rollout whose gradient GSPO's clipping would cut off gets weight 0, and the rest of the group
+              is made orthogonal without it.
+            - `"group"`: the whole group rests while the ratio of one of its rollouts is outside the range.
+        group_weights_include_sampling_ratio (`bool`, *optional*, defaults to `True`):
+            Transform the sequence-level correction for vLLM's sampling together with the ratio, instead of letting it
+            multiply the result. Token-level corrections always multiply.
+        group_weights_scale (`float`, *optional*, defaults to `1.0`):
+            Multiplies all weights; an ablation of the paper.
+        group_weights_stop_gradient (`bool`, *optional*, defaults to `True`):
+            Hold the weights constant. `False` differentiates through them, an ablation of the paper.
 
         > Parameters that control credit
 
@@ -82,6 +111,42 @@ class CancelGRPOConfig(GRPOConfig):
             "choices": ["surrogate", "score"],
         },
     )
+    group_weights: str = field(
+        default="none",
+        metadata={
+            "help": "Make the sequence-level ratios of each group orthogonal to its advantages before they weigh the "
+            "rollouts (DFPO). Needs `importance_sampling_level='sequence'`. `none`: GSPO's ratios, or GRPO's; "
+            "`identity`: GSPO's as constant weights, a control; `min`: the smallest of the group; `orth`: the nearest "
+            "orthogonal weights; `positive_orth`: the nearest that are not negative; `rebalance`: the heavier side "
+            "is scaled down.",
+            "choices": ["none", *TRANSFORMATIONS],
+        },
+    )
+    group_weights_trust_region: str = field(
+        default="mask",
+        metadata={
+            "help": "What stops the push on a rollout whose ratio has left the clipping range: nothing (`none`), "
+            "weight 0 where GSPO's clipping would cut its gradient off (`mask`), or rest for its whole group "
+            "(`group`).",
+            "choices": list(TRUST_REGIONS),
+        },
+    )
+    group_weights_include_sampling_ratio: bool = field(
+        default=True,
+        metadata={
+            "help": "Transform the sequence-level correction for vLLM's sampling together with the ratio, instead of "
+            "letting it multiply the result."
+        },
+    )
+    group_weights_scale: float = field(
+        default=1.0, metadata={"help": "Multiplies all group weights; an ablation of the paper."}
+    )
+    group_weights_stop_gradient: bool = field(
+        default=True,
+        metadata={
+            "help": "Hold the group weights constant. `False` differentiates through them, an ablation of the paper."
+        },
+    )
     advantage_sign: str = field(
         default="both",
         metadata={
@@ -103,6 +168,7 @@ class CancelGRPOConfig(GRPOConfig):
         self._check_choices()
         self._check_batches()
         self._check_symmetric_clip()
+        self._check_group_weights()
 
     @classmethod
     def adopt(cls, args: GRPOConfig) -> "CancelGRPOConfig":
@@ -191,8 +257,55 @@ class CancelGRPOConfig(GRPOConfig):
                 f"(with beta={self.beta}) would lose its ratio. Set use_bias_correction_kl=False, "
                 "symmetric_clip_gradient='surrogate' or beta=0."
             )
-        # With the bound on negative advantages too, and no lower one, TRL's surrogate is the symmetric one (Eq. 80).
-        self.delta = bound
+
+    def _check_group_weights(self) -> None:
+        if self.group_weights == "none":
+            return
+        chosen = f"group_weights={self.group_weights!r}"
+        if self.importance_sampling_level != "sequence":
+            raise ValueError(
+                f"{chosen} transforms the ratios of whole rollouts, but importance_sampling_level="
+                f"{self.importance_sampling_level!r}. Set importance_sampling_level='sequence', or group_weights='none'."
+            )
+        if self.loss_type not in (*CLIPPED_LOSSES, "cispo"):
+            raise ValueError(
+                f"{chosen} needs a loss that multiplies a ratio with the advantage; loss_type={self.loss_type!r} bends "
+                f"it in its own way. Set loss_type to one of {', '.join(map(repr, (*CLIPPED_LOSSES, 'cispo')))}, or "
+                "group_weights='none'."
+            )
+        if self.loss_type == "cispo" and self.clip_range[1] < 1:
+            raise ValueError(
+                f"{chosen} with loss_type='cispo': epsilon_high={self.clip_range[1]} bounds the ratio itself there, so "
+                "every weight would be cut. Set epsilon_high to 1 or more (TRL's documentation recommends 5.0)."
+            )
+        if self.use_bias_correction_kl and self.beta:
+            raise ValueError(
+                f"{chosen} holds the ratio at 1 inside the loss, so use_bias_correction_kl=True (with "
+                f"beta={self.beta}) would lose its ratio. Set use_bias_correction_kl=False or beta=0."
+            )
+        if not self.group_weights_scale > 0:
+            raise ValueError(f"group_weights_scale={self.group_weights_scale} must be positive, e.g. 0.5.")
+        layout = self.layout
+        if layout.is_split and not self.query_preserved:
+            raise ValueError(
+                f"{chosen} needs whole groups in each optimizer step. Set query_preserved=True, or "
+                f"steps_per_generation={self.gradient_accumulation_steps} (= gradient_accumulation_steps)."
+            )
+        if not self.group_weights_stop_gradient:
+            self._check_differentiable_weights(layout)
+
+    def _check_differentiable_weights(self, layout: BatchLayout) -> None:
+        if self.loss_type == "cispo":
+            raise ValueError(
+                "group_weights_stop_gradient=False has no meaning with loss_type='cispo', whose ratio is a constant. "
+                f"Set loss_type to one of {', '.join(map(repr, CLIPPED_LOSSES))}."
+            )
+        if not (layout.groups_are_local and layout.groups_fit_micro_batches):
+            raise ValueError(
+                "group_weights_stop_gradient=False differentiates through the weights of a whole group, which must "
+                f"lie in one micro-batch: make per_device_train_batch_size={self.per_device_train_batch_size} a "
+                f"multiple of num_generations={self.num_generations}."
+            )
 
 
 _OWN_FIELDS = {setting.name for setting in fields(CancelGRPOConfig)} - {setting.name for setting in fields(GRPOConfig)}

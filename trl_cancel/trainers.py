@@ -1,23 +1,29 @@
 """The trainer: TRL's, with the methods of this package routed into the places where they act."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.logging import get_logger
 from trl import GRPOConfig, GRPOTrainer
 
-from ._upstream import get_config_model_id, split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
+from ._upstream import (
+    disable_gradient_checkpointing,
+    get_config_model_id,
+    split_pixel_values_by_grid,
+    split_tensor_dict,
+    unsplit_pixel_values_by_grid,
+)
 from .batching import query_preserved_permutation
 from .configs import CLIPPED_LOSSES, CancelGRPOConfig
-from .credit import Credit, SignControl, sequence_ratios, surrogate_weight, symmetric_clip, token_ratios
+from .credit import Credit, SignControl
 from .credit.protocol import SCOPES, combine
-from .diagnostics.pushes import policy_pushes
-from .diagnostics.residual import shared_contexts, shared_prefix_residual
 from .explanation import explain
-from .metrics import StepMeans
+from .monitor import UpdateMonitor
 from .rollouts import Rollouts, Rows, take_rows
+from .update_weights import UpdateWeights, loss_mask
 
 
 logger = get_logger(__name__)
@@ -98,6 +104,10 @@ class CancelGRPOTrainer(GRPOTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = CancelGRPOConfig(f"{name.split('/')[-1]}-GRPO")
         args = CancelGRPOConfig.adopt(args)
+        if args.symmetric_clip:
+            # With the bound on negative advantages too, and no lower one, TRL's surrogate is the symmetric one (Eq. 80).
+            args = copy.copy(args)
+            args.delta = 1 + args.clip_range[1]
         self._layout = args.layout
         self._credits: list[Credit] = [SignControl(args.advantage_sign)] if args.advantage_sign != "both" else []
         self._credits += credits
@@ -105,9 +115,9 @@ class CancelGRPOTrainer(GRPOTrainer):
         if trl_kwargs.get("environment_factory") is None:  # an environment may bring the prompts
             _check_dataset(train_dataset)
 
-        self._step_means = StepMeans()
-        self._shared: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # of the optimizer step at hand
         self._groups_seen = 0
+        self._generated_at_step = 0
+        self._only_forward = False
         self._rewards: torch.Tensor | None = None
         self._scored: Rows | None = None  # the generation batch, until it is cut into micro-batches
         self._loss_inputs: Rows | None = None  # the inputs of the loss that is being computed
@@ -116,6 +126,8 @@ class CancelGRPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, train_dataset, *trl_args, **trl_kwargs)
 
         self.epsilon_low, self.epsilon_high = args.clip_range
+        self._monitor = UpdateMonitor(self.accelerator, self._layout.groups_are_local)
+        self._update_weights = UpdateWeights(self.args, self._monitor)
         if self.args.symmetric_clip and self._layout.is_on_policy and not self._uses_sampling_correction:
             logger.warning(
                 "symmetric_clip=True changes nothing here: each generation batch is used for one optimizer step, so "
@@ -130,17 +142,34 @@ class CancelGRPOTrainer(GRPOTrainer):
         return self.use_vllm and self.vllm_importance_sampling_correction
 
     @property
+    def _weighs_groups(self) -> bool:
+        return self.args.group_weights != "none"
+
+    @property
+    def _weighs_groups_in_loss(self) -> bool:
+        """Whether each micro-batch holds whole groups (over all processes), so that the loss's forward pass will do."""
+        return self._layout.groups_fit_micro_batches or self._layout.micro_batches_together == 1
+
+    @property
     def _keeps_groups_whole(self) -> bool:
         """Whether this package cuts the micro-batches; where TRL's own cut keeps groups whole, it is left alone."""
+        if self._weighs_groups and self._layout.groups_are_local:
+            return self._layout.steps_per_generation > 1
         return self.args.query_preserved and self._layout.is_split
 
     @property
     def _acts_in_loss(self) -> bool:
-        return self.args.cancellation_metrics or self._weighs_updates
+        return (
+            self.args.cancellation_metrics
+            or self.args.symmetric_clip
+            or self._spreads_token_credit
+            or self._weighs_groups
+        )
 
     @property
-    def _weighs_updates(self) -> bool:
-        return self.args.symmetric_clip or self._spreads_token_credit
+    def _holds_ratio(self) -> bool:
+        """Whether symmetric clipping weighs the score, instead of being TRL's surrogate with other bounds."""
+        return self.args.symmetric_clip and self.args.symmetric_clip_gradient == "score"
 
     @property
     def _spreads_token_credit(self) -> bool:
@@ -226,11 +255,14 @@ class CancelGRPOTrainer(GRPOTrainer):
         batch = super()._generate_and_score_completions(inputs)
         if self.model.training:
             rollouts = self._view(batch, inputs)
+            if self._acts_in_loss:
+                batch.update(group_ids=rollouts.group_ids, rollout_advantages=rollouts.advantages)
             if self.args.cancellation_metrics:
-                batch.update(self._contexts(batch, rollouts))
+                batch.update(self._monitor.mark_shared(batch, rollouts, self._tokenizer.pad_token_id))
             if self._credits:
                 self._apply_credits(batch, rollouts)
             self._scored = batch if self._keeps_groups_whole else None
+            self._generated_at_step = self.state.global_step
         self._rewards = None
         return batch
 
@@ -241,6 +273,11 @@ class CancelGRPOTrainer(GRPOTrainer):
             self._buffered_inputs = self._whole_group_batches(self._scored)
             self._scored = None
             inputs = self._buffered_inputs[self._step % len(self._buffered_inputs)]
+        if self.model.training and self._weighs_groups and not self._weighs_groups_in_loss:
+            together = self._layout.micro_batches_together
+            first = self._step % len(self._buffered_inputs)
+            if first % together == 0:
+                self._weigh_groups_ahead(self._buffered_inputs[first : first + together])
         return inputs
 
     def _whole_group_batches(self, batch: Rows) -> list[Rows]:
@@ -293,106 +330,120 @@ class CancelGRPOTrainer(GRPOTrainer):
         try:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             if self.args.cancellation_metrics:
-                self._measure(loss, advantages, inputs)
+                assert self._loss_logps is not None
+                self._monitor.watch_loss(loss, self._loss_logps, advantages, inputs)
         finally:
             self.importance_sampling_level, self._loss_inputs, self._loss_logps = level, None, None
         if self.accelerator.sync_gradients:
-            self._end_optimizer_step()
+            for name, value in self._monitor.end_step().items():
+                self._metrics["train"][name].append(value)
         return loss
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        if self._only_forward:
+            kwargs["compute_entropy"] = False
         logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._only_forward:
+            raise _ForwardDone(logps)
         if self._loss_inputs is not None:  # called by the loss, which reads its other inputs only now
             self._loss_logps = logps
-            if self._weighs_updates:
-                self._weigh(self._loss_inputs, logps.detach())
+            self._weigh(self._loss_inputs, logps)
         return logps, entropies, aux_loss
 
     def _weigh(self, inputs: Rows, logps: torch.Tensor) -> None:
-        """Update-time weights: those that depend on the ratios of the very forward pass that the loss makes."""
-        old_logps = inputs.get("old_per_token_logps")
-        old_logps = logps if old_logps is None else old_logps
-        mask = inputs["completion_mask"] * inputs["tool_mask"] if "tool_mask" in inputs else inputs["completion_mask"]
+        """Puts the update-time weights into the advantages, where they differ from what TRL's surrogate does."""
         advantages = inputs["advantages"]
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
-        if self.importance_sampling_level == "sequence":
-            ratios, counted = sequence_ratios(logps, old_logps, mask).unsqueeze(1), mask.any(1, keepdim=True).float()
-        else:
-            ratios, counted = token_ratios(logps, old_logps), mask.float()
-
-        weights = None
+        ratios = self._update_weights.ratios(inputs, logps.detach())
+        of_surrogate = self._update_weights.of_surrogate(inputs, ratios, advantages.detach())
+        weights: torch.Tensor | None = None
+        if self._weighs_groups:
+            weights = self._weigh_groups(inputs, logps)
+        elif self._holds_ratio or (self._spreads_token_credit and advantages.size(1) > 1):
+            weights = of_surrogate
         if self.args.symmetric_clip:
-            self._count_clipped(ratios, advantages.detach(), counted)
-            if self.args.symmetric_clip_gradient == "score":
-                weights = symmetric_clip(ratios, self.epsilon_high)
+            self._update_weights.count_clipped(inputs, ratios, advantages.detach())
+        if self.args.cancellation_metrics:
+            self._monitor.watch_weights(of_surrogate if weights is None else weights, inputs, loss_mask(inputs))
+        if weights is None:
+            return
         if self._spreads_token_credit and advantages.size(1) > 1:
-            if weights is None:
-                weights = surrogate_weight(ratios, advantages, self.epsilon_low, self.epsilon_high, self.args.delta)
             self.importance_sampling_level = "token"  # until the loss is done: the weights hold the sequence's ratio
-        if weights is not None:
-            self._freeze_ratios(inputs, logps, old_logps, advantages * weights)
+        self._freeze_ratios(inputs, logps, advantages * weights)
 
-    def _freeze_ratios(
-        self, inputs: Rows, logps: torch.Tensor, old_logps: torch.Tensor, weighted_advantages: torch.Tensor
-    ) -> None:
+    def _freeze_ratios(self, inputs: Rows, logps: torch.Tensor, weighted_advantages: torch.Tensor) -> None:
         """Makes the loss's ratio 1 in value with gradient ∇log π, so that the advantages alone weigh the tokens."""
-        inputs["advantages"] = weighted_advantages
-        inputs["old_per_token_logps"] = logps
+        old_logps = inputs.get("old_per_token_logps")
         # The off-policy mask would take its drift from the old log-probs; it must still see the true ones.
-        inputs.setdefault("sampling_per_token_logps", old_logps)
+        inputs.setdefault("sampling_per_token_logps", logps.detach() if old_logps is None else old_logps)
+        inputs["advantages"] = weighted_advantages
+        # Weights that are differentiated through carry the whole gradient; the ratio then has none.
+        inputs["old_per_token_logps"] = logps.detach() if self.args.group_weights_stop_gradient else logps
 
-    def _count_clipped(self, ratios: torch.Tensor, advantages: torch.Tensor, counted: torch.Tensor) -> None:
-        # TRL's own `clip_ratio/*` reads 0 under symmetric clipping, whose bounds it takes for two-sided clipping.
-        clipped = (ratios > 1 + self.epsilon_high).float()
-        sign = advantages if ratios.size(1) > 1 else advantages.sum(1, keepdim=True)
-        self._step_means.add("symmetric_clip/clip_fraction", clipped, counted)
-        self._step_means.add("symmetric_clip/clip_fraction_positive", clipped, counted * (sign > 0))
-        self._step_means.add("symmetric_clip/clip_fraction_negative", clipped, counted * (sign < 0))
+    # Weights of whole groups
 
-    # Metrics
+    def _weigh_groups(self, inputs: Rows, logps: torch.Tensor) -> torch.Tensor:
+        """The weights of the rollouts of a micro-batch, of shape `(B, 1)`; what they hold is taken out of the loss."""
+        if "group_weights" in inputs:
+            weights = inputs["group_weights"]
+        else:
+            attached = logps if not self.args.group_weights_stop_gradient else logps.detach()
+            ratios = self._update_weights.ratios(inputs, attached).squeeze(1)
+            active = self._update_weights.taking_part(inputs, logps.detach())
+            weights = self._update_weights.of_groups(ratios, active, inputs)
+        if self.args.off_policy_mask_threshold is not None:
+            # Rollouts that it drops have weight 0 already; it must not drop others for the sign of their weight.
+            inputs["sampling_per_token_logps"] = logps.detach()
+        correction = inputs.get("importance_sampling_ratio")
+        if self.args.group_weights_include_sampling_ratio and correction is not None and correction.size(1) == 1:
+            inputs["importance_sampling_ratio"] = torch.ones_like(correction)
+        return weights.unsqueeze(1)
 
-    def _contexts(self, batch: Rows, rollouts: Rollouts) -> Rows:
-        """The contexts that good and bad rollouts share, row by row, to be carried along with the rollouts."""
-        ids = batch["completion_ids"]
-        # A completion that is masked for being truncated is missing from the update but not from its group.
-        present = (ids != self._tokenizer.pad_token_id) | batch["completion_mask"].bool()
-        tensors = [ids, present.long(), rollouts.group_ids, rollouts.advantages]
-        if not self._layout.groups_are_local:
-            tensors = [self._gather_rows(tensor) for tensor in tensors]
-        contexts, deserved = shared_contexts(*tensors)
-        first = 0 if self._layout.groups_are_local else self.accelerator.process_index * ids.size(0)
-        local = slice(first, first + ids.size(0)), slice(ids.size(1))
-        return {"shared_contexts": contexts[local] * rollouts.mask, "deserved": deserved[local]}
+    def _weigh_groups_ahead(self, micro_batches: list[Rows]) -> None:
+        """
+        The weights of groups that are spread over micro-batches, before the first of these is trained on: with one
+        forward pass, or none where the weights of the model are still those that sampled.
+        """
+        fresh = self.state.global_step == self._generated_at_step
+        logps = [
+            micro_batch.get("old_per_token_logps") if fresh else self._current_logps(micro_batch)
+            for micro_batch in micro_batches
+        ]
+        weighing, parts = self._update_weights, []
+        for micro_batch, current in zip(micro_batches, logps, strict=True):
+            current = torch.zeros_like(micro_batch["completion_mask"]).float() if current is None else current
+            ratios = weighing.ratios(micro_batch, current).squeeze(1)
+            parts.append((ratios, weighing.taking_part(micro_batch, current)))
+        ratios, active = (torch.cat(part) for part in zip(*parts, strict=True))
+        names = {"rollout_advantages", "group_ids", "importance_sampling_ratio"} & micro_batches[0].keys()
+        rows = {name: torch.cat([micro_batch[name] for micro_batch in micro_batches]) for name in names}
+        weights = weighing.of_groups(ratios, active, rows)
+        sizes = [micro_batch["group_ids"].size(0) for micro_batch in micro_batches]
+        for micro_batch, part in zip(micro_batches, weights.split(sizes), strict=True):
+            micro_batch["group_weights"] = part
 
-    def _measure(self, loss: torch.Tensor, advantages: torch.Tensor, inputs: Rows) -> None:
-        """Reads off the loss what it does to each token, for the metrics of the optimizer step."""
-        assert self._loss_logps is not None
-        pushes = policy_pushes(loss, self._loss_logps, advantages)
-        self._shared.append((pushes.flatten(), inputs["shared_contexts"].flatten(), inputs["deserved"].flatten()))
-        counted = inputs["completion_mask"].any(1).float()
-        sign = advantages.detach() if advantages.dim() == 1 else advantages.detach().sum(1)
-        self._step_means.add("cancel/positive_fraction", (sign > 0).float(), counted)
-        self._step_means.add("cancel/negative_fraction", (sign < 0).float(), counted)
-
-    def _end_optimizer_step(self) -> None:
-        if self._shared:
-            pushes, contexts, deserved = (torch.cat(part) for part in zip(*self._shared, strict=True))
-            if not self._layout.groups_are_local:
-                pushes, contexts, deserved = map(self._gather_rows, (pushes, contexts, deserved))
-            residual, count = shared_prefix_residual(pushes, contexts, deserved)
-            self._step_means.add("cancel/shared_prefix_residual", residual, count.float())
-            self._shared.clear()
-        for name, mean in self._step_means.flush(self._sum_over_processes).items():
-            self._metrics["train"][name].append(mean)
+    def _current_logps(self, inputs: Rows) -> torch.Tensor:
+        """A forward pass without gradients, with the arguments that the loss would give it."""
+        model, checkpointing = cast(Any, (self.model, self.args.gradient_checkpointing_kwargs))
+        self._only_forward = True
+        try:
+            with torch.no_grad(), disable_gradient_checkpointing(model, checkpointing):
+                super().compute_loss(model, inputs)
+        except _ForwardDone as done:
+            return done.logps
+        finally:
+            self._only_forward = False
+        raise AssertionError("the loss has made no forward pass")
 
     def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
 
-    def _gather_rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Rows of all processes; rows and columns that some of them lack are 0."""
-        for dim in range(tensor.dim()):
-            tensor = self.accelerator.pad_across_processes(tensor, dim=dim)
-        return self.accelerator.gather(tensor)
+
+class _ForwardDone(Exception):
+    """Carries the log-probs out of a loss of which nothing else is wanted."""
+
+    def __init__(self, logps: torch.Tensor):
+        self.logps = logps
 
 
 def _check_dataset(dataset: Any) -> None:

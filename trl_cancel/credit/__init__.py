@@ -2,8 +2,27 @@
 
 from .clipping import surrogate_weight, symmetric_clip
 from .controls import SignControl
+from .group_weights import (
+    min_replace,
+    orthogonal_projection,
+    positive_orthogonal_projection,
+    post_clip_weights,
+    truncate_and_rebalance,
+)
 from .protocol import Credit
 from .ratios import sequence_ratios, token_ratios
 
 
-__all__ = ["Credit", "SignControl", "sequence_ratios", "surrogate_weight", "symmetric_clip", "token_ratios"]
+__all__ = [
+    "Credit",
+    "SignControl",
+    "min_replace",
+    "orthogonal_projection",
+    "positive_orthogonal_projection",
+    "post_clip_weights",
+    "sequence_ratios",
+    "surrogate_weight",
+    "symmetric_clip",
+    "token_ratios",
+    "truncate_and_rebalance",
+]

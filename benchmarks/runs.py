@@ -1,0 +1,153 @@
+"""Many short runs on the playground: each once, two at a time, kept in a file, and taken up again where they stopped."""
+
+import json
+import multiprocessing
+import os
+import platform
+import tempfile
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+# One process of the playground: 16 prompts x 8 rollouts a generation, cut into 4 optimizer steps of whole groups.
+PLAYGROUND = {
+    "num_generations": 8,
+    "per_device_train_batch_size": 16,
+    "gradient_accumulation_steps": 2,
+    "steps_per_generation": 8,
+    "max_completion_length": 64,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    One run.
+
+    Args:
+        name (`str`):
+            What is compared.
+        settings (`dict`):
+            Settings over those of the playground.
+        seed (`int`):
+            Seed of the data order, the sampling and the evaluation.
+        split (`str`):
+            Problems to evaluate on: `"tune"` or `"test"`.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    seed: int
+    split: str = "test"
+
+
+def run(cell: Cell) -> dict[str, Any]:
+    """Trains and evaluates; the accuracies, the logged values step by step, and the cell itself."""
+    warnings.simplefilter("ignore")
+    import torch
+    from transformers import PrinterCallback
+
+    from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
+    from trl_cancel.cli._quiet import quiet
+    from trl_cancel.evaluation import score_samples
+    from trl_cancel.playground import CHECKPOINT
+    from trl_cancel.playground.data import load_prompts
+    from trl_cancel.playground.reward import answer_reward
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        args = CancelGRPOConfig(output_dir=folder, seed=cell.seed, **{**PLAYGROUND, **cell.settings})
+        trainer = CancelGRPOTrainer(str(CHECKPOINT), answer_reward, args, load_prompts("train"))
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        problems = load_prompts(cell.split, 256)
+        evaluated = {
+            how: score_samples(
+                trainer.model,
+                trainer.processing_class,
+                problems,
+                answer_reward,
+                num_samples=samples,
+                temperature=temperature,
+                max_completion_length=64,
+                seed=cell.seed,
+            )
+            .mean()
+            .item()
+            for how, samples, temperature in (("greedy", 1, 0.0), ("sampled", 4, 1.0))
+        }
+    kept = ("reward", "entropy", "cancel/", "group_weights/", "clip_ratio/region_mean")
+    logs = [
+        {name: _short(value) for name, value in entry.items() if name.startswith(kept) and not name.endswith("_std")}
+        for entry in trainer.state.log_history[:-1]
+    ]
+    return {**asdict(cell), **evaluated, "logs": logs}
+
+
+def run_all(cells: list[Cell], file: Path, jobs: int) -> list[dict[str, Any]]:
+    """
+    Runs the cells that `file` does not hold yet; every finished run is written at once.
+
+    Args:
+        cells (`list[Cell]`):
+            The runs.
+        file (`Path`):
+            JSON file of finished runs.
+        jobs (`int`):
+            Runs at a time.
+
+    Returns:
+        `list[dict]`: What [`run`] returned for each cell, in their order.
+    """
+    done = {_key(result): result for result in json.loads(file.read_text())["runs"]} if file.exists() else {}
+    missing = [cell for cell in cells if _key(asdict(cell)) not in done]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for count, future in enumerate(as_completed([pool.submit(run, cell) for cell in missing]), 1):
+            result = future.result()
+            done[_key(result)] = result
+            _write(file, list(done.values()))
+            print(f"{count}/{len(missing)} {result['name']} seed {result['seed']}: {result['sampled']:.1%}", flush=True)
+    return [done[_key(asdict(cell))] for cell in cells]
+
+
+def interval(values: list[float], form: str = "{:.1%}") -> str:
+    """The mean and its 95% bootstrap interval over seeds."""
+    import torch
+
+    from trl_cancel.evaluation import mean_with_interval
+
+    mean, low, high = map(form.format, mean_with_interval(torch.tensor(values).unsqueeze(1)))
+    return f"{mean} [{low}, {high}]"
+
+
+def _write(file: Path, results: list[dict[str, Any]]) -> None:
+    environment = {name: version(name) for name in ("trl", "transformers", "torch")}
+    environment |= {"python": platform.python_version(), "machine": platform.machine()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".part")
+    unfinished.write_text(json.dumps({"environment": environment, "runs": results}, separators=(",", ":")))
+    unfinished.replace(file)
+
+
+def _key(cell: dict[str, Any]) -> str:
+    return json.dumps([cell["name"], cell["settings"], cell["seed"], cell["split"]], sort_keys=True)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")

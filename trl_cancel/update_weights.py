@@ -1,0 +1,175 @@
+"""
+Update-time weights: what multiplies the advantages because of how far the policy has moved since it sampled.
+
+Known only once a forward pass has given the current log-probs, unlike token credit, which is settled when the rollouts
+are scored.
+"""
+
+from typing import Any
+
+import torch
+from trl import GRPOTrainer
+
+from .configs import CLIPPED_LOSSES, CancelGRPOConfig
+from .credit import post_clip_weights, sequence_ratios, surrogate_weight, symmetric_clip, token_ratios
+from .credit.group_weights import consistent_weights, inside_trust_region
+from .diagnostics.energy import gradient_asymmetry
+from .monitor import UpdateMonitor
+from .rollouts import Rows
+
+
+class UpdateWeights:
+    """
+    The weights of a micro-batch's tokens or rollouts, given its log-probs.
+
+    Shapes: B rollouts, T completion tokens; P groups of G rollouts.
+
+    Args:
+        args ([`CancelGRPOConfig`]):
+            Configuration.
+        monitor ([`~trl_cancel.monitor.UpdateMonitor`]):
+            Takes the metrics, and completes groups that straddle processes.
+    """
+
+    def __init__(self, args: CancelGRPOConfig, monitor: UpdateMonitor):
+        self.args, self.monitor = args, monitor
+        self.epsilon_low, self.epsilon_high = args.clip_range
+        self.group_size = args.layout.num_generations
+
+    def ratios(self, rows: Rows, logps: torch.Tensor) -> torch.Tensor:
+        """Importance ratios, of shape `(B, 1)` at the level of sequences and `(B, T)` at that of tokens."""
+        old_logps = rows.get("old_per_token_logps")
+        old_logps = logps.detach() if old_logps is None else old_logps
+        if self.args.importance_sampling_level == "sequence":
+            return sequence_ratios(logps, old_logps, loss_mask(rows)).unsqueeze(1)
+        return token_ratios(logps, old_logps)
+
+    def of_surrogate(self, rows: Rows, ratios: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor | None:
+        """
+        The weight with which the loss puts a token's score into the gradient; `None` for losses that have no clipped
+        surrogate.
+
+        Args:
+            rows (`dict`):
+                The micro-batch.
+            ratios (`torch.Tensor` of shape `(B, T)` or `(B, 1)`):
+                Importance ratios.
+            advantages (`torch.Tensor` of shape `(B, T)` or `(B, 1)`):
+                Advantages.
+        """
+        if self.args.loss_type == "cispo":
+            return ratios.clamp(max=self.epsilon_high)
+        if self.args.loss_type not in CLIPPED_LOSSES:
+            return None
+        if self.args.symmetric_clip and self.args.symmetric_clip_gradient == "score":
+            return symmetric_clip(ratios, self.epsilon_high)
+        return surrogate_weight(ratios, advantages, self.epsilon_low, self.epsilon_high, self.args.delta)
+
+    def count_clipped(self, rows: Rows, ratios: torch.Tensor, advantages: torch.Tensor) -> None:
+        """Metrics of symmetric clipping; TRL's own `clip_ratio/*` reads 0, taking it for two-sided clipping."""
+        mask = loss_mask(rows)
+        counted = mask.any(1, keepdim=True).float() if ratios.size(1) == 1 else mask.float()
+        clipped = (ratios > 1 + self.epsilon_high).float()
+        sign = advantages if ratios.size(1) > 1 else advantages.sum(1, keepdim=True)
+        self.monitor.metrics.add("symmetric_clip/clip_fraction", clipped, counted)
+        self.monitor.metrics.add("symmetric_clip/clip_fraction_positive", clipped, counted * (sign > 0))
+        self.monitor.metrics.add("symmetric_clip/clip_fraction_negative", clipped, counted * (sign < 0))
+
+    # Weights of whole groups
+
+    def taking_part(self, rows: Rows, logps: torch.Tensor) -> torch.Tensor:
+        """Rollouts that the loss counts, of shape `(B,)` and type `bool`: some token, and not dropped whole."""
+        mask = loss_mask(rows)
+        active = mask.any(1)
+        if (ratio := _sequence_correction(rows)) is not None:
+            active = active & (ratio != 0)
+        if self.args.off_policy_mask_threshold is not None:
+            old_logps: Any = rows.get("old_per_token_logps")
+            old_logps = logps if old_logps is None else old_logps
+            kept = GRPOTrainer.get_off_policy_mask(
+                rows["rollout_advantages"].unsqueeze(1),
+                logps,
+                rows.get("sampling_per_token_logps", old_logps),
+                mask,
+                self.args.off_policy_mask_threshold,
+            )
+            active = active & kept.squeeze(1).bool()
+        return active
+
+    def of_groups(self, ratios: torch.Tensor, active: torch.Tensor, rows: Rows) -> torch.Tensor:
+        r"""
+        Weights of the rollouts of whole groups (DFPO, section 4 of
+        [2604.13088](https://huggingface.co/papers/2604.13088)): each ratio is clipped as the loss would, multiplied
+        with the correction for the sampling engine, and made consistent within its group.
+
+        Args:
+            ratios (`torch.Tensor` of shape `(B,)`):
+                Sequence-level ratios \\( s_i \\). The groups may stand in any order, but must be complete over all
+                processes.
+            active (`torch.Tensor` of shape `(B,)` and type `bool`):
+                Rollouts that take part.
+            rows (`dict`):
+                What else belongs to the rollouts: `rollout_advantages`, `group_ids`, and `importance_sampling_ratio`
+                where sampling is corrected for.
+
+        Returns:
+            `torch.Tensor` of shape `(B,)`: \\( \tilde s_i \\), 0 for rollouts that do not take part.
+        """
+        correction = _sequence_correction(rows)
+        if correction is None or not self.args.group_weights_include_sampling_ratio:
+            correction = torch.ones_like(ratios)
+        *columns, group_ids = self.monitor.whole_groups(
+            ratios, active.to(ratios.dtype), rows["rollout_advantages"], correction, rows["group_ids"]
+        )
+        order = group_ids.argsort(stable=True)
+        fold = (-1, self.group_size)
+        ratios, active, advantages, correction = (column[order].view(fold) for column in columns)  # (P, G)
+        weights = self._consistent(ratios, active.bool(), advantages, correction).flatten()
+        return self.monitor.own_rows(torch.empty_like(weights).scatter(0, order, weights))
+
+    def _consistent(
+        self, ratios: torch.Tensor, active: torch.Tensor, advantages: torch.Tensor, correction: torch.Tensor
+    ) -> torch.Tensor:
+        clipped = self._clip(ratios, advantages)
+        cut = (clipped != ratios) & (self.args.loss_type != "cispo")  # where the clipped surrogate is flat
+        followed = active & inside_trust_region(
+            cut, active & self._outside(ratios), self.args.group_weights_trust_region
+        )
+        before = clipped * correction
+        weights = consistent_weights(before, advantages, followed, self.args.group_weights)
+        weights = self.args.group_weights_scale * weights
+
+        metrics, counted = self.monitor.metrics, active.to(ratios.dtype)
+        metrics.add_range("group_weights/ratio_min", "group_weights/ratio_max", ratios[active])
+        metrics.add("group_weights/weight_mean", weights, counted)
+        metrics.add("group_weights/clip_fraction", (clipped != ratios).float(), counted)
+        net, gross = (weights * advantages).sum(-1).abs(), weights.norm(dim=-1) * advantages.norm(dim=-1)
+        metrics.add("group_weights/orthogonality", net / gross.where(gross > 0, 1.0), (gross > 0).float())
+        metrics.add("cancel/asymmetry_before", gradient_asymmetry(before * counted, advantages))
+        return weights
+
+    def _clip(self, ratios: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        if self.args.loss_type == "cispo":
+            return ratios.clamp(max=self.epsilon_high)
+        if self.args.symmetric_clip:
+            return symmetric_clip(ratios, self.epsilon_high)
+        if self.args.delta is not None:  # as in TRL, which bounds both signs although only one can reach it
+            ratios = ratios.clamp(max=self.args.delta)
+        return post_clip_weights(ratios, advantages, self.epsilon_low, self.epsilon_high)
+
+    def _outside(self, ratios: torch.Tensor) -> torch.Tensor:
+        if self.args.loss_type == "cispo":
+            return ratios > self.epsilon_high
+        return (ratios > 1 + self.epsilon_high) | (ratios < 1 - self.epsilon_low)
+
+
+def loss_mask(rows: Rows) -> torch.Tensor:
+    """1 for the tokens that the loss counts, of shape `(B, T)`."""
+    mask = rows["completion_mask"]
+    return mask * rows["tool_mask"] if "tool_mask" in rows else mask
+
+
+def _sequence_correction(rows: Rows) -> torch.Tensor | None:
+    """vLLM's correction of whole rollouts, of shape `(B,)`, where there is one and it is not by token."""
+    ratio = rows.get("importance_sampling_ratio")
+    return ratio.squeeze(1) if ratio is not None and ratio.size(1) == 1 else None
