@@ -122,7 +122,9 @@ def run_all(cells: list[Cell], file: Path, jobs: int) -> list[dict[str, Any]]:
             result = future.result()
             done[_key(result)] = result
             _write(file, list(done.values()))
-            print(f"{count}/{len(missing)} {result['name']} seed {result['seed']}: {result['sampled']:.1%}", flush=True)
+            print(
+                f"{count}/{len(missing)} {result['name']} seed {result['seed']}: {result['sampled']:.1%}", flush=True
+            )
     return [done[_key(asdict(cell))] for cell in cells]
 
 

@@ -59,6 +59,23 @@ class Row:
 ON_POLICY = {"num_iterations": 1, "steps_per_generation": 1, "max_steps": 3}
 CLIP_METRICS = tuple(f"symmetric_clip/clip_fraction{sign}" for sign in ("", "_positive", "_negative"))
 
+GROUP_METRICS = tuple(
+    f"group_weights/{name}" for name in ("ratio_min", "ratio_max", "weight_mean", "clip_fraction", "orthogonality")
+)
+SEQUENCE = {"importance_sampling_level": "sequence", "loss_type": "grpo"}
+
+
+def dfpo(transformation: str, **changes: Any) -> Row:
+    """Group weights of one kind; `min` and `orth` leave on-policy groups as they are."""
+    return Row(
+        settings={**SEQUENCE, "group_weights": transformation, **changes.pop("settings", {})},
+        neutral={**ON_POLICY, **changes.pop("neutral", {})},
+        metrics=(*GROUP_METRICS, "cancel/asymmetry", "cancel/asymmetry_before"),
+        exact=False,
+        **changes,
+    )
+
+
 METHODS = {
     "query-preserved": Row(
         settings={},
@@ -94,6 +111,46 @@ METHODS = {
         settings={"symmetric_clip": True, "importance_sampling_level": "sequence", "loss_type": "grpo"},
         neutral=ON_POLICY,
         metrics=CLIP_METRICS,
+    ),
+    "dfpo-min": dfpo(
+        "min",
+        refused=(
+            (
+                {"importance_sampling_level": "token"},
+                "Set importance_sampling_level='sequence', or group_weights='none'",
+            ),
+            ({"loss_type": "sapo"}, "loss_type='sapo' bends it in its own way. Set loss_type to one of 'grpo', "),
+            ({"loss_type": "vespo"}, "loss_type='vespo'"),
+            ({"loss_type": "cispo"}, "epsilon_high=0.2 bounds the ratio itself there"),
+            ({"beta": 0.1, "use_bias_correction_kl": True}, "would lose its ratio. Set use_bias_correction_kl=False"),
+            ({"query_preserved": False}, "needs whole groups in each optimizer step. Set query_preserved=True, or"),
+            ({"group_weights": "mean"}, "group_weights='mean' is not one of 'none', 'identity', 'min'"),
+            ({"group_weights_trust_region": "soft"}, "group_weights_trust_region='soft' is not one of 'none', 'mask'"),
+            ({"group_weights_scale": 0.0}, "group_weights_scale=0.0 must be positive"),
+        ),
+    ),
+    "dfpo-orth": dfpo("orth"),
+    "dfpo-positive-orth": dfpo("positive_orth", settings={"group_weights_trust_region": "none"}),
+    "dfpo-rebalance": dfpo("rebalance", settings={"group_weights_trust_region": "group"}),
+    "dfpo-spread": dfpo(
+        "min",
+        neutral={"steps_per_generation": 2},
+        settings={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 8},
+    ),
+    "dfpo-through-weights": dfpo(
+        "identity",
+        settings={"group_weights_stop_gradient": False},
+        refused=(
+            ({"loss_type": "cispo", "epsilon_high": 5.0}, "has no meaning with loss_type='cispo'"),
+            (
+                {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+                "make per_device_train_batch_size=2 a multiple of num_generations=4",
+            ),
+        ),
+    ),
+    "dfpo-symmetric": dfpo("min", settings={"symmetric_clip": True}),
+    "dfpo-with-credit": dfpo(
+        "min", credits=lambda: [FirstTokens()], neutral_credits=lambda: [FirstTokens(weight=1.0)]
     ),
     "positive-only": Row(
         settings={"advantage_sign": "positive"},

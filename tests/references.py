@@ -123,3 +123,18 @@ def truncate_and_rebalance(weights, advantages, floor):
     alpha = min(1.0, negative / positive) if positive else 1.0
     beta = min(1.0, positive / negative) if negative else 1.0
     return [s * alpha if a > 0 else s * beta if a < 0 else s for a, s in pairs]
+
+
+def consistent(transformation, weights, advantages):
+    """Weights of the rollouts of a group that take part, made consistent."""
+    if not weights or transformation == "identity":
+        return weights
+    if transformation == "orth":
+        return orthogonal_projection(weights, advantages)
+    if transformation == "positive_orth":
+        return positive_orthogonal_projection(weights, advantages)
+    if transformation == "rebalance":
+        return truncate_and_rebalance(weights, advantages, 1e-6)
+    equal = [min(weights)] * len(weights)
+    # Equal weights cancel only where the advantages sum to zero, which they do not when a member is missing.
+    return equal if abs(sum(advantages)) < 1e-9 else truncate_and_rebalance(equal, advantages, 0.0)

@@ -6,8 +6,15 @@ import trl
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoModelForCausalLM
 
+from trl_cancel.configs import _OWN_FIELDS
+
 from .methods import METHODS, settings_of
 from .runs import assert_same_weights, build, train
+
+
+def of_trl(settings):
+    """The settings that TRL knows too."""
+    return {name: value for name, value in settings.items() if name not in _OWN_FIELDS}
 
 
 @pytest.fixture(params=METHODS, ids=str)
@@ -17,8 +24,7 @@ def row(request):
 
 def test_neutral_setting_is_trl(tiny_model, row):
     settings = settings_of(row, **row.neutral)
-    own = ("query_preserved", "symmetric_clip", "symmetric_clip_gradient", "advantage_sign")
-    theirs = train(tiny_model, trl.GRPOTrainer, **{name: value for name, value in settings.items() if name not in own})
+    theirs = train(tiny_model, trl.GRPOTrainer, **of_trl(settings))
     ours = train(tiny_model, **settings, arguments={"credits": row.neutral_credits()})
     for log, expected in zip(ours.logs, theirs.logs, strict=True):
         ours_of_trl = {name: log[name] for name in expected}
@@ -41,10 +47,9 @@ def test_trains(tiny_model, row):
 
 def test_acts(tiny_model, row):
     """Turned on, it must compute something else than TRL does on the same data."""
-    own = ("symmetric_clip", "symmetric_clip_gradient", "advantage_sign")
     settings = settings_of(row)
     ours = train(tiny_model, **settings, arguments={"credits": row.credits()})
-    theirs = train(tiny_model, trl.GRPOTrainer, **{name: value for name, value in settings.items() if name not in own})
+    theirs = train(tiny_model, trl.GRPOTrainer, **of_trl(settings))
     assert any((ours.weights[name] != value).any() for name, value in theirs.weights.items())
 
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .configs import CancelGRPOConfig
+    from .configs import CancelGRPOConfig, DFPOConfig, GRPOFixConfig
     from .configs import CancelGRPOConfig as GRPOConfig
     from .credit import Credit
     from .explanation import explain
     from .rollouts import Rollouts
-    from .trainers import CancelGRPOTrainer
+    from .trainers import CancelGRPOTrainer, DFPOTrainer, GRPOFixTrainer
     from .trainers import CancelGRPOTrainer as GRPOTrainer
 
 __version__ = "0.1.0"
@@ -25,7 +25,11 @@ _HOME = {
     "CancelGRPOConfig": ("configs", "CancelGRPOConfig"),
     "CancelGRPOTrainer": ("trainers", "CancelGRPOTrainer"),
     "Credit": ("credit", "Credit"),
+    "DFPOConfig": ("configs", "DFPOConfig"),
+    "DFPOTrainer": ("trainers", "DFPOTrainer"),
     "GRPOConfig": ("configs", "CancelGRPOConfig"),
+    "GRPOFixConfig": ("configs", "GRPOFixConfig"),
+    "GRPOFixTrainer": ("trainers", "GRPOFixTrainer"),
     "GRPOTrainer": ("trainers", "CancelGRPOTrainer"),
     "Rollouts": ("rollouts", "Rollouts"),
     "explain": ("explanation", "explain"),
@@ -35,7 +39,11 @@ __all__ = [
     "CancelGRPOConfig",
     "CancelGRPOTrainer",
     "Credit",
+    "DFPOConfig",
+    "DFPOTrainer",
     "GRPOConfig",
+    "GRPOFixConfig",
+    "GRPOFixTrainer",
     "GRPOTrainer",
     "Rollouts",
     "explain",

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from trl import GRPOConfig
 
@@ -165,15 +166,13 @@ class CancelGRPOConfig(GRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_choices()
-        self._check_batches()
-        self._check_symmetric_clip()
-        self._check_group_weights()
+        self._check()
 
     @classmethod
     def adopt(cls, args: GRPOConfig) -> "CancelGRPOConfig":
         """
-        This configuration with the settings of a plain [`~trl.GRPOConfig`] and defaults for what that lacks.
+        This configuration with the settings of a plain [`~trl.GRPOConfig`] and this class's defaults for what that
+        lacks.
 
         Args:
             args ([`~trl.GRPOConfig`]):
@@ -183,17 +182,17 @@ class CancelGRPOConfig(GRPOConfig):
             `TypeError`: If `args` is something else.
             `ValueError`: If the settings do not fit this class's defaults.
         """
-        if isinstance(args, CancelGRPOConfig):
+        if isinstance(args, cls):
             return args
-        if not isinstance(args, GRPOConfig):
-            raise TypeError(f"args is a {type(args).__name__}; pass a CancelGRPOConfig or a trl.GRPOConfig.")
+        if not isinstance(args, GRPOConfig) or isinstance(args, CancelGRPOConfig):
+            raise TypeError(f"args is a {type(args).__name__}; pass a {cls.__name__} or a trl.GRPOConfig.")
         # TRL's own `__post_init__` has run on `args` and cannot run twice, so its results are taken over.
         adopted = object.__new__(cls)
         adopted.__dict__.update(copy.copy(args.__dict__))
         for setting in fields(cls):
             if setting.name not in adopted.__dict__:
-                setattr(adopted, setting.name, setting.default)
-        adopted._check_batches()
+                setattr(adopted, setting.name, setting.default)  # this package's fields have plain defaults
+        adopted._check()
         return adopted
 
     @property
@@ -206,6 +205,12 @@ class CancelGRPOConfig(GRPOConfig):
         """`epsilon_low` and `epsilon_high` of the loss; symmetric clipping has no lower bound."""
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         return (1.0, high) if self.symmetric_clip else (self.epsilon, high)
+
+    def _check(self) -> None:
+        self._check_choices()
+        self._check_batches()
+        self._check_symmetric_clip()
+        self._check_group_weights()
 
     def _check_choices(self) -> None:
         for setting in fields(self):
@@ -309,3 +314,93 @@ class CancelGRPOConfig(GRPOConfig):
 
 
 _OWN_FIELDS = {setting.name for setting in fields(CancelGRPOConfig)} - {setting.name for setting in fields(GRPOConfig)}
+
+
+def _again(name: str, default: Any) -> Any:
+    """A field of the class above with another default and the same help."""
+    metadata = CancelGRPOConfig.__dataclass_fields__[name].metadata
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class DFPOConfig(CancelGRPOConfig):
+    r"""
+    [`CancelGRPOConfig`] with the settings of DFPO with Min-Replace, *Design Conditions for Intra-Group Learning of
+    Sequence-Level Rewards: Token Gradient Cancellation* ([2604.13088](https://huggingface.co/papers/2604.13088),
+    section 5 and Appendix I).
+
+    A generation batch of one process holds 8 prompts of 32 rollouts, and each optimizer step one prompt. The paper
+    does not state its clipping range; this is TRL's.
+
+    Parameters:
+        group_weights (`str`, *optional*, defaults to `"min"`):
+            See [`CancelGRPOConfig`].
+        importance_sampling_level (`str`, *optional*, defaults to `"sequence"`):
+            See [`~trl.GRPOConfig`], as for all that follow.
+        loss_type (`str`, *optional*, defaults to `"grpo"`):
+            Mean over the tokens of each rollout.
+        num_generations (`int`, *optional*, defaults to `32`):
+            Rollouts a prompt.
+        per_device_train_batch_size (`int`, *optional*, defaults to `8`):
+            Rollouts a micro-batch.
+        gradient_accumulation_steps (`int`, *optional*, defaults to `4`):
+            Micro-batches an optimizer step.
+        steps_per_generation (`int`, *optional*, defaults to `32`):
+            Micro-batches a generation batch.
+        learning_rate (`float`, *optional*, defaults to `8e-7`):
+            Learning rate.
+        lr_scheduler_type (`str`, *optional*, defaults to `"cosine_with_min_lr"`):
+            Schedule.
+        lr_scheduler_kwargs (`dict`, *optional*, defaults to `{"min_lr_rate": 0.2}`):
+            Its lowest rate.
+        warmup_steps (`float`, *optional*, defaults to `0.03`):
+            Warmup, as a share of all steps.
+
+    Raises:
+        `ValueError`: As [`CancelGRPOConfig`].
+    """
+
+    group_weights: str = _again("group_weights", "min")
+    importance_sampling_level: str = _again("importance_sampling_level", "sequence")
+    loss_type: str = _again("loss_type", "grpo")
+    num_generations: int | None = _again("num_generations", 32)
+    per_device_train_batch_size: int = _again("per_device_train_batch_size", 8)
+    gradient_accumulation_steps: int = _again("gradient_accumulation_steps", 4)
+    steps_per_generation: int | None = _again("steps_per_generation", 32)
+    learning_rate: float = _again("learning_rate", 8e-7)
+    lr_scheduler_type: Any = _again("lr_scheduler_type", "cosine_with_min_lr")
+    lr_scheduler_kwargs: dict[str, Any] | str | None = _again("lr_scheduler_kwargs", {"min_lr_rate": 0.2})
+    warmup_steps: float = _again("warmup_steps", 0.03)
+
+    def __post_init__(self):
+        if self.lr_scheduler_type != "cosine_with_min_lr" and self.lr_scheduler_kwargs == {"min_lr_rate": 0.2}:
+            self.lr_scheduler_kwargs = None  # another schedule does not know it
+        super().__post_init__()
+
+
+@dataclass
+class GRPOFixConfig(DFPOConfig):
+    r"""
+    [`CancelGRPOConfig`] with the settings of GRPO-fix, symmetric clipping at the level of tokens
+    ([2604.13088](https://huggingface.co/papers/2604.13088), Appendices H and I); otherwise those of [`DFPOConfig`].
+
+    Parameters:
+        symmetric_clip (`bool`, *optional*, defaults to `True`):
+            See [`CancelGRPOConfig`].
+        group_weights (`str`, *optional*, defaults to `"none"`):
+            See [`CancelGRPOConfig`].
+        importance_sampling_level (`str`, *optional*, defaults to `"token"`):
+            See [`~trl.GRPOConfig`].
+        loss_type (`str`, *optional*, defaults to `"dapo"`):
+            All tokens weigh alike: the mean over each rollout would keep shared tokens from cancelling.
+
+    Raises:
+        `ValueError`: As [`CancelGRPOConfig`].
+    """
+
+    symmetric_clip: bool = _again("symmetric_clip", True)
+    group_weights: str = _again("group_weights", "none")
+    importance_sampling_level: str = _again("importance_sampling_level", "token")
+    loss_type: str = _again("loss_type", "dapo")

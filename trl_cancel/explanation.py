@@ -28,6 +28,7 @@ def explain(config: CancelGRPOConfig, credits: Sequence[str] = ()) -> str:
         "Off-policy": [_off_policy(config)],
         "Groups": [_groups(config)],
         "Clipping": [_clipping(config)],
+        "Group weights": list(_group_weights(config)),
         "Credit": [_credit(config, credits)],
         "Forward passes": [_passes(config)],
         "Leaks": list(_leaks(config)) or ["Nothing in these settings breaks cancellation."],
@@ -91,6 +92,26 @@ def _groups(config: CancelGRPOConfig) -> str:
     return f"Whole in every optimizer step {also}: query_preserved=True shuffles prompts, not single rollouts."
 
 
+def _group_weights(config: CancelGRPOConfig) -> Iterator[str]:
+    if config.group_weights == "none":
+        return
+    weights = {
+        "identity": "the clipped ratios as constants, which cancel no better",
+        "min": "the smallest of the group for all",
+        "orth": "the nearest that are orthogonal to the advantages",
+        "positive_orth": "the nearest that are orthogonal to the advantages and not negative",
+        "rebalance": "the heavier side scaled down until both balance",
+    }[config.group_weights]
+    region = {
+        "none": "nothing stops the push on a rollout outside the clipping range",
+        "mask": "a rollout whose gradient clipping would cut off rests, and the others balance without it",
+        "group": "a group rests while one of its rollouts is outside the clipping range",
+    }[config.group_weights_trust_region]
+    scale = "" if config.group_weights_scale == 1 else f", times {config.group_weights_scale:g}"
+    through = "" if config.group_weights_stop_gradient else ", differentiated through"
+    yield f"{config.group_weights}: {weights}{scale}{through}; {region}."
+
+
 def _clipping(config: CancelGRPOConfig) -> str:
     low, high = config.clip_range
     level = f"{config.importance_sampling_level}-level ratio"
@@ -127,7 +148,18 @@ def _passes(config: CancelGRPOConfig) -> str:
     if config.beta:
         passes.append("one for the reference model's log-probs, since beta > 0")
     before = f"TRL makes {' and '.join(passes)}, without gradients, for each generation batch. " if passes else ""
-    return f"{before}Each micro-batch's loss makes its own. This package adds none."
+    return f"{before}Each micro-batch's loss makes its own. {_own_passes(config)}"
+
+
+def _own_passes(config: CancelGRPOConfig) -> str:
+    layout = config.layout
+    if config.group_weights == "none" or layout.holds_groups_in_micro_batches or layout.is_on_policy:
+        return "This package adds none."
+    return (
+        "This package adds one without gradients for each optimizer step but the first of a generation batch, since "
+        "groups are spread over micro-batches; a per_device_train_batch_size that is a multiple of num_generations "
+        "saves it."
+    )
 
 
 def _leaks(config: CancelGRPOConfig) -> Iterator[str]:
@@ -135,9 +167,18 @@ def _leaks(config: CancelGRPOConfig) -> Iterator[str]:
         yield f"advantage_sign={config.advantage_sign!r} leaves no opposite pushes to cancel."
     if config.layout.is_split and not config.query_preserved:
         yield "Groups are torn between optimizer steps (query_preserved=False)."
-    if not config.layout.is_on_policy and not config.symmetric_clip and config.loss_type != "cispo":
+    if (
+        not config.layout.is_on_policy
+        and not config.symmetric_clip
+        and config.loss_type != "cispo"
+        and (config.group_weights == "none")
+    ):
         yield f"loss_type={config.loss_type!r} treats one ratio differently by sign (symmetric_clip=False)."
-    if not config.layout.is_on_policy and config.importance_sampling_level == "sequence":
+    if (
+        not config.layout.is_on_policy
+        and config.importance_sampling_level == "sequence"
+        and (config.group_weights in ("none", "identity"))
+    ):
         yield "Sequence-level ratios weigh the rollouts of a group differently."
     if config.loss_type in ("grpo", "sapo"):
         yield f"loss_type={config.loss_type!r} divides by each rollout's length, so short rollouts push harder."

@@ -23,10 +23,24 @@ class Method:
     paper: str | None = None
 
 
+SEQUENCE = {"importance_sampling_level": "sequence", "loss_type": "grpo"}
 METHODS = {
     "grpo": Method({"query_preserved": False}, "TRL's GRPO, unchanged"),
     "query-preserved": Method({"query_preserved": True}, "rollouts of a prompt share an optimizer step", "2605.08666"),
     "grpo-fix": Method({"symmetric_clip": True}, "symmetric clipping, and whole groups", "2604.13088"),
+    "gspo": Method(SEQUENCE, "ratios of whole sequences, clipped"),
+    "dfpo-min": Method(
+        {**SEQUENCE, "group_weights": "min"}, "each rollout weighs as the lightest of its group", "2604.13088"
+    ),
+    "dfpo-orth": Method(
+        {**SEQUENCE, "group_weights": "orth"}, "nearest weights that are orthogonal to the advantages", "2604.13088"
+    ),
+    "dfpo-positive-orth": Method(
+        {**SEQUENCE, "group_weights": "positive_orth"}, "the nearest such weights without negative ones", "2604.13088"
+    ),
+    "dfpo-rebalance": Method(
+        {**SEQUENCE, "group_weights": "rebalance"}, "the heavier side of each group scaled down", "2604.13088"
+    ),
     "positive-only": Method({"advantage_sign": "positive"}, "control: bad rollouts left out", "2605.08666"),
     "negative-only": Method({"advantage_sign": "negative"}, "control: good rollouts left out", "2605.08666"),
 }

@@ -17,7 +17,7 @@ from ._upstream import (
     unsplit_pixel_values_by_grid,
 )
 from .batching import query_preserved_permutation
-from .configs import CLIPPED_LOSSES, CancelGRPOConfig
+from .configs import CLIPPED_LOSSES, CancelGRPOConfig, DFPOConfig, GRPOFixConfig
 from .credit import Credit, SignControl
 from .credit.protocol import SCOPES, combine
 from .explanation import explain
@@ -27,6 +27,33 @@ from .update_weights import UpdateWeights, loss_mask
 
 
 logger = get_logger(__name__)
+
+# What the model card cites.
+CANCELLATION = {
+    "title": "The Cancellation Hypothesis in Critic-Free RL: From Outcome Rewards to Token Credits",
+    "id": "2605.08666",
+    # docstyle-ignore
+    "citation": (
+        "@article{cancellation2026,\n"
+        "    title  = {{The Cancellation Hypothesis in Critic-Free RL: From Outcome Rewards to Token Credits}},\n"
+        "    year   = 2026,\n"
+        "    eprint = {arXiv:2605.08666},\n"
+        "}"
+    ),
+}
+DESIGN_CONDITIONS = {
+    "title": "Design Conditions for Intra-Group Learning of Sequence-Level Rewards: Token Gradient Cancellation",
+    "id": "2604.13088",
+    # docstyle-ignore
+    "citation": (
+        "@article{designconditions2026,\n"
+        "    title  = {{Design Conditions for Intra-Group Learning of Sequence-Level Rewards: Token Gradient "
+        "Cancellation}},\n"
+        "    year   = 2026,\n"
+        "    eprint = {arXiv:2604.13088},\n"
+        "}"
+    ),
+}
 
 
 class CancelGRPOTrainer(GRPOTrainer):
@@ -75,19 +102,9 @@ class CancelGRPOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "grpo", "trl-cancel"]
     _name = "GRPO (trl-cancel)"
-    _paper = {
-        "title": "The Cancellation Hypothesis in Critic-Free RL: From Outcome Rewards to Token Credits",
-        "id": "2605.08666",
-        # docstyle-ignore
-        "citation": (
-            "@article{cancellation2026,\n"
-            "    title  = {{The Cancellation Hypothesis in Critic-Free RL: From Outcome Rewards to Token Credits}},\n"
-            "    year   = 2026,\n"
-            "    eprint = {arXiv:2605.08666},\n"
-            "}"
-        ),
-    }
+    _paper = CANCELLATION
 
+    _config_class: type[CancelGRPOConfig] = CancelGRPOConfig
     args: CancelGRPOConfig
 
     def __init__(
@@ -102,8 +119,8 @@ class CancelGRPOTrainer(GRPOTrainer):
     ):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = CancelGRPOConfig(f"{name.split('/')[-1]}-GRPO")
-        args = CancelGRPOConfig.adopt(args)
+            args = self._config_class(f"{name.split('/')[-1]}-GRPO")
+        args = self._config_class.adopt(args)
         if args.symmetric_clip:
             # With the bound on negative advantages too, and no lower one, TRL's surrogate is the symmetric one (Eq. 80).
             args = copy.copy(args)
@@ -128,9 +145,19 @@ class CancelGRPOTrainer(GRPOTrainer):
         self.epsilon_low, self.epsilon_high = args.clip_range
         self._monitor = UpdateMonitor(self.accelerator, self._layout.groups_are_local)
         self._update_weights = UpdateWeights(self.args, self._monitor)
-        if self.args.symmetric_clip and self._layout.is_on_policy and not self._uses_sampling_correction:
+        self._say_what_cannot_act()
+
+    def _say_what_cannot_act(self) -> None:
+        idle = ["symmetric_clip=True"] if self.args.symmetric_clip else []
+        if self._weighs_groups and not (
+            self._uses_sampling_correction
+            and self.args.group_weights_include_sampling_ratio
+            and self.args.vllm_importance_sampling_mode.startswith("sequence")
+        ):
+            idle.append(f"group_weights={self.args.group_weights!r}")
+        if idle and self._layout.is_on_policy:
             logger.warning(
-                "symmetric_clip=True changes nothing here: each generation batch is used for one optimizer step, so "
+                f"{' and '.join(idle)} changes nothing here: each generation batch is used for one optimizer step, so "
                 "all ratios are 1. It acts with num_iterations > 1 or with steps_per_generation greater than "
                 "gradient_accumulation_steps."
             )
@@ -146,15 +173,10 @@ class CancelGRPOTrainer(GRPOTrainer):
         return self.args.group_weights != "none"
 
     @property
-    def _weighs_groups_in_loss(self) -> bool:
-        """Whether each micro-batch holds whole groups (over all processes), so that the loss's forward pass will do."""
-        return self._layout.groups_fit_micro_batches or self._layout.micro_batches_together == 1
-
-    @property
     def _keeps_groups_whole(self) -> bool:
         """Whether this package cuts the micro-batches; where TRL's own cut keeps groups whole, it is left alone."""
-        if self._weighs_groups and self._layout.groups_are_local:
-            return self._layout.steps_per_generation > 1
+        if self._weighs_groups and self._layout.groups_fit_micro_batches and self._layout.steps_per_generation > 1:
+            return True
         return self.args.query_preserved and self._layout.is_split
 
     @property
@@ -273,7 +295,7 @@ class CancelGRPOTrainer(GRPOTrainer):
             self._buffered_inputs = self._whole_group_batches(self._scored)
             self._scored = None
             inputs = self._buffered_inputs[self._step % len(self._buffered_inputs)]
-        if self.model.training and self._weighs_groups and not self._weighs_groups_in_loss:
+        if self.model.training and self._weighs_groups and not self._layout.holds_groups_in_micro_batches:
             together = self._layout.micro_batches_together
             first = self._step % len(self._buffered_inputs)
             if first % together == 0:
@@ -439,6 +461,31 @@ class CancelGRPOTrainer(GRPOTrainer):
         return self.accelerator.reduce(tensor, reduction="sum")
 
 
+class DFPOTrainer(CancelGRPOTrainer):
+    """
+    [`CancelGRPOTrainer`] with [`DFPOConfig`]: sequence-level ratios made consistent within each group (DFPO, *Design
+    Conditions for Intra-Group Learning of Sequence-Level Rewards: Token Gradient Cancellation*,
+    [2604.13088](https://huggingface.co/papers/2604.13088)).
+    """
+
+    _tag_names = ["trl", "grpo", "trl-cancel", "dfpo"]
+    _name = "DFPO (trl-cancel)"
+    _paper = DESIGN_CONDITIONS
+    _config_class = DFPOConfig
+
+
+class GRPOFixTrainer(CancelGRPOTrainer):
+    """
+    [`CancelGRPOTrainer`] with [`GRPOFixConfig`]: one clipping range for both signs of the advantage (GRPO-fix,
+    Appendix H of [2604.13088](https://huggingface.co/papers/2604.13088)).
+    """
+
+    _tag_names = ["trl", "grpo", "trl-cancel", "grpo-fix"]
+    _name = "GRPO-fix (trl-cancel)"
+    _paper = DESIGN_CONDITIONS
+    _config_class = GRPOFixConfig
+
+
 class _ForwardDone(Exception):
     """Carries the log-probs out of a loss of which nothing else is wanted."""
 
@@ -447,6 +494,8 @@ class _ForwardDone(Exception):
 
 
 def _check_dataset(dataset: Any) -> None:
+    if isinstance(dataset, dict):
+        raise ValueError(f"train_dataset holds the splits {list(dataset)}; pass one of them, e.g. dataset['train'].")
     columns = getattr(dataset, "column_names", None)  # not known for every stream
     if columns is not None and "prompt" not in columns:
         raise ValueError(

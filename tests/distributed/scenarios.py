@@ -24,8 +24,16 @@ from trl_cancel import CancelGRPOTrainer
 
 
 torch.set_num_threads(1)
-G = 4
 # Sizes of one process; with two each gets half of every micro-batch.
+DFPO = {
+    "importance_sampling_level": "sequence",
+    "loss_type": "grpo",
+    "group_weights": "orth",
+    "num_iterations": 3,
+    "max_steps": 6,
+    "learning_rate": 0.1,
+    "optim": "sgd",
+}
 SCENARIOS = {
     "on-policy": {"per_device_train_batch_size": 16, "max_steps": 2},
     # Groups of four lie across the two processes, two rollouts on each.
@@ -38,6 +46,19 @@ SCENARIOS = {
         "learning_rate": 0.05,
     },
     "stock-clip": {"per_device_train_batch_size": 16, "num_iterations": 3, "max_steps": 6, "learning_rate": 0.05},
+    # Whole groups in each micro-batch; groups spread over the four micro-batches of a step; and groups of which each
+    # process holds a half, in one micro-batch and in two.
+    "dfpo": {**DFPO, "per_device_train_batch_size": 16},
+    "dfpo-spread": {**DFPO, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": 3},
+    "dfpo-straddling": {**DFPO, "per_device_train_batch_size": 4},
+    "dfpo-straddling-spread": {
+        **DFPO,
+        "group_weights": "positive_orth",
+        "num_generations": 8,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 3,
+    },
     "split": {"per_device_train_batch_size": 8, "steps_per_generation": 4, "max_steps": 4},
 }
 
@@ -45,7 +66,7 @@ SCENARIOS = {
 def canned_rollouts(prompts, trainer):
     """Two shared tokens, then tokens that depend on the prompt and on the rollout's number in its group."""
     tokenizer, counts, output = trainer.processing_class, {}, {"prompt_ids": [], "completion_ids": [], "logprobs": []}
-    straddles = trainer.accelerator.num_processes > 1 and len(prompts) < G
+    straddles = trainer.accelerator.num_processes > 1 and len(prompts) < trainer.num_generations
     for prompt in prompts:
         text = prompt[0]["content"]
         number = counts.get(text, trainer.accelerator.process_index * len(prompts) if straddles else 0)

@@ -14,7 +14,7 @@ from .scenarios import SCENARIOS
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/multi_cpu.yaml")]
-GLOBAL = ("cancel/", "symmetric_clip/", "reward", "loss", "clip_ratio/region_mean")
+GLOBAL = ("cancel/", "symmetric_clip/", "group_weights/", "reward", "loss", "clip_ratio/region_mean")
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,10 @@ def test_the_runs_have_something_to_compare(results):
     for name in ("on-policy", "straddling", "symmetric-clip"):
         residuals = [log["cancel/shared_prefix_residual"] for log in results[2][name][0]["logs"][:-1]]
         assert max(residuals) < 1e-4
+    for name in ("dfpo", "dfpo-spread", "dfpo-straddling", "dfpo-straddling-spread"):
+        logs = results[2][name][0]["logs"][:-1]
+        assert max(log["group_weights/ratio_max"] for log in logs) > 1.001
+        assert max(log.get("group_weights/orthogonality", 0) for log in logs) < 1e-5
     clipped = [log["symmetric_clip/clip_fraction"] for log in results[2]["symmetric-clip"][0]["logs"][:-1]]
     assert max(clipped) > 0
 

@@ -88,6 +88,11 @@ class BatchLayout:
         return self.per_device_train_batch_size % self.num_generations == 0
 
     @property
+    def holds_groups_in_micro_batches(self) -> bool:
+        """Whether each micro-batch can hold whole groups, taken over all processes."""
+        return self.groups_fit_micro_batches or self.micro_batches_together == 1
+
+    @property
     def updates_per_generation(self) -> float:
         """Optimizer steps made with each generation batch."""
         return self.steps_per_generation * self.num_iterations / self.gradient_accumulation_steps

@@ -180,7 +180,10 @@ def consistent_weights(
         equal = min_replace(weights.where(active, largest))
         weights = equal.where(active.all(-1, keepdim=True), truncate_and_rebalance(equal, present, floor=0.0))
     elif transformation == "orth":
-        weights = orthogonal_projection(weights, present)
+        projected = orthogonal_projection(weights, present)
+        # What is left of a group with one member is rounding, and must not look like a push.
+        rounding = 8 * torch.finfo(weights.dtype).eps * weights.abs().amax(-1, keepdim=True)
+        weights = projected.where(projected.abs() > rounding, 0.0)
     elif transformation == "positive_orth":
         weights = positive_orthogonal_projection(weights, present)
     elif transformation == "rebalance":
