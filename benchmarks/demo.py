@@ -2,7 +2,7 @@
 The demo over several seeds and methods: `python benchmarks/demo.py`.
 
 Runs `trl-cancel demo` for every combination, two at a time, and writes `benchmarks/results/demo.json` and the table of
-README.md. Twelve runs take about ten minutes on two cores.
+README.md. Twelve runs take about seven minutes on two cores.
 """
 
 import argparse

@@ -5,7 +5,7 @@ Steps of a real run on the playground, and steps on canned rollouts ("update onl
 share of everything else is larger. Two measures: the time spent inside this package's own functions, as a share of the step; and the ratio of
 the whole step to that of TRL's trainer, with all variants once a round in random order, which shows what the first
 measure cannot see but is only as good as the machine is quiet ("TRL again" shows how quiet). Writes
-`benchmarks/results/overhead-<device>.json` and prints a table. About ten minutes on a CPU core.
+`benchmarks/results/overhead-<device>.json` and prints a table. About fifteen minutes on a CPU core.
 """
 
 import argparse
@@ -47,6 +47,14 @@ VARIANTS: dict[str, tuple[type, dict[str, Any]]] = {
     "query_preserved": (CancelGRPOTrainer, {"cancellation_metrics": False}),
     "cancellation_metrics": (CancelGRPOTrainer, {"query_preserved": False}),
     "symmetric_clip": (CancelGRPOTrainer, {"symmetric_clip": True}),
+    "dfpo min": (
+        CancelGRPOTrainer,
+        {"group_weights": "min", "importance_sampling_level": "sequence", "loss_type": "grpo"},
+    ),
+    "dfpo positive_orth": (
+        CancelGRPOTrainer,
+        {"group_weights": "positive_orth", "importance_sampling_level": "sequence", "loss_type": "grpo"},
+    ),
     "symmetric_clip score": (CancelGRPOTrainer, {"symmetric_clip": True, "symmetric_clip_gradient": "score"}),
 }
 
@@ -93,7 +101,8 @@ BATCH = {
 
 
 # Where this package spends time of its own; the overridden methods spend TRL's.
-OWN = ("_view", "_apply_credits", "_contexts", "_whole_group_batches", "_weigh", "_measure", "_end_optimizer_step")
+OWN = ("_view", "_apply_credits", "_whole_group_batches", "_weigh", "_weigh_groups_ahead")
+OWN_OF_MONITOR = ("mark_shared", "watch_loss", "end_step")
 
 
 def time_own_functions(trainer: Any) -> list[float]:
@@ -110,9 +119,10 @@ def time_own_functions(trainer: Any) -> list[float]:
 
         return call
 
-    for name in OWN:
-        if hasattr(trainer, name):
-            setattr(trainer, name, timed(getattr(trainer, name)))
+    if hasattr(trainer, "_monitor"):
+        for owner, names in ((trainer, OWN), (trainer._monitor, OWN_OF_MONITOR)):
+            for name in names:
+                setattr(owner, name, timed(getattr(owner, name)))
     return seconds
 
 
@@ -229,8 +239,8 @@ def _row(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="file of the results (default: one in benchmarks/results)")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
 
@@ -242,9 +252,10 @@ def main() -> None:
         results = measure(GPU_SIZES if gpu else SIZES, options.rounds)
     environment = {name: version(name) for name in ("trl", "transformers", "torch")}
     environment |= {"python": platform.python_version(), "device": device, "threads": torch.get_num_threads()}
-    options.output.mkdir(parents=True, exist_ok=True)
-    file = options.output / f"overhead-{'cuda' if gpu else 'cpu'}.json"
-    file.write_text(json.dumps({"environment": environment, "batch": BATCH, "results": results}, indent=1))
+    file = options.output or RESULTS / f"overhead-{'cuda' if gpu else 'cpu'}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    contents = {"environment": environment, "rounds": options.rounds, "batch": BATCH, "results": results}
+    file.write_text(json.dumps(contents, indent=1))
 
 
 if __name__ == "__main__":

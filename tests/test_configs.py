@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from trl_cancel import explain
+from trl_cancel.batching import BatchLayout
 from trl_cancel.cli.demo import SETTINGS
 from trl_cancel.cli.settings import Parser
 from trl_cancel.configs import _OWN_FIELDS, CancelGRPOConfig
@@ -38,6 +39,21 @@ def test_paper_recipes_have_the_papers_sizes():
     grpo_fix = Parser("test", "").read(["--config", str(CONFIGS / "grpo_fix.yaml")]).training
     assert grpo_fix.layout.rollouts_together == grpo_fix.num_generations == 32
     assert not grpo_fix.layout.is_on_policy
+
+
+def test_groups_that_straddle_processes_are_refused(monkeypatch):
+    """Two processes with two rollouts each of a group of four, in several optimizer steps."""
+    straddling = BatchLayout(
+        num_generations=4,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        steps_per_generation=2,
+        num_processes=2,
+    )
+    monkeypatch.setattr(BatchLayout, "of", lambda args: straddling)
+    with pytest.raises(ValueError, match="rollouts a process is not a multiple of .* straddle the 2 processes"):
+        CancelGRPOConfig(bf16=False)
+    assert not CancelGRPOConfig(bf16=False, query_preserved=False).layout.groups_are_local
 
 
 def test_demo_is_the_playground_recipe():

@@ -127,6 +127,47 @@ def test_off_policy_mask_sees_the_true_old_log_probs(monkeypatch, tiny_model, ba
     assert dropped["score"] == ((drift > 0.05) & (advantages < 0)).tolist()
 
 
+def test_off_policy_mask_prefers_the_samplers_log_probs(monkeypatch, tiny_model, batch):
+    """Where the sampling engine gave its own log-probs, the drift is measured from these, as in TRL."""
+    logps, old_logps, advantages, mask = batch
+    sampling = logps + torch.tensor([0.5, -0.5] * 4, dtype=torch.float64).unsqueeze(1)
+    loss_of = LossHarness(
+        monkeypatch,
+        tiny_model,
+        per_device_train_batch_size=B,
+        off_policy_mask_threshold=0.05,
+        symmetric_clip=True,
+        symmetric_clip_gradient="score",
+    )
+    _, by_logps = loss_of(logps, old_logps, advantages, mask, sampling_per_token_logps=sampling)
+    even = torch.arange(B) % 2 == 0
+    assert ((advantages < 0) & even).any()
+    assert ((advantages < 0) & ~even).any()
+    assert (~by_logps.any(1)).tolist() == ((advantages < 0) & even).tolist()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_tool_results_do_not_count(monkeypatch, tiny_model, batch, level):
+    """Their log-probs change neither the ratio of a sequence nor the fraction that is clipped."""
+    logps, old_logps, advantages, mask = batch
+    loss_of = LossHarness(
+        monkeypatch,
+        tiny_model,
+        per_device_train_batch_size=B,
+        importance_sampling_level=level,
+        loss_type="grpo",
+        symmetric_clip=True,
+        symmetric_clip_gradient="score",
+    )
+    tool_mask = torch.ones_like(mask)
+    tool_mask[:, 1] = 0
+    _, by_logps = loss_of(*batch, tool_mask=tool_mask)
+    clipped = loss_of.metrics["symmetric_clip/clip_fraction"]
+    _, moved = loss_of(logps, old_logps - 2.0 * (1 - tool_mask), advantages, mask, tool_mask=tool_mask)
+    assert torch.equal(by_logps * tool_mask, moved * tool_mask)
+    assert loss_of.metrics["symmetric_clip/clip_fraction"] == clipped
+
+
 def test_off_policy_run_differs_from_stock_clipping(tiny_model):
     stock = train(tiny_model, **OFF_POLICY)
     symmetric = train(tiny_model, **OFF_POLICY, symmetric_clip=True)

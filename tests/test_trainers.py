@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import trl
-from datasets import IterableDataset
+from datasets import DatasetDict, IterableDataset
 
 from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
 from trl_cancel.playground import CHECKPOINT
@@ -119,6 +119,27 @@ def test_dataset_without_prompts_is_refused_before_anything_is_generated(tiny_mo
     dataset = load_prompts("train", 8).rename_column("prompt", "question")
     with pytest.raises(ValueError, match=r"train_dataset has the columns \['question', .*\] but no 'prompt'"):
         build(tiny_model, arguments={"train_dataset": dataset})
+
+
+def test_a_split_is_asked_for(tiny_model):
+    splits = DatasetDict(train=load_prompts("train", 8), test=load_prompts("test", 8))
+    with pytest.raises(ValueError, match=r"train_dataset holds the splits \['train', 'test'\]; pass one of them"):
+        build(tiny_model, arguments={"train_dataset": splits})
+
+
+def test_evaluation_data_without_prompts_are_refused(tiny_model):
+    unnamed = load_prompts("tune", 8).rename_column("prompt", "question")
+    for evaluated in (unnamed, {"easy": load_prompts("tune", 8), "hard": unnamed}):
+        with pytest.raises(ValueError, match=r"eval_dataset has the columns .* but no 'prompt'"):
+            build(tiny_model, arguments={"eval_dataset": evaluated})
+
+
+def test_symmetric_clipping_leaves_the_configuration_alone(tiny_model):
+    """A configuration may be changed, written out and read again, and used for another trainer."""
+    args = CancelGRPOConfig(output_dir="unused", **DEFAULTS, symmetric_clip=True)
+    trainer = CancelGRPOTrainer(tiny_model, noisy_reward, args, load_prompts("train", 8))
+    assert (args.delta, trainer.args.delta) == (None, 1.2)
+    assert CancelGRPOConfig(output_dir="unused", **DEFAULTS, symmetric_clip=True, delta=1.2).clip_range == (1.0, 0.2)
 
 
 @pytest.mark.parametrize("settings", [{}, OFF_POLICY], ids=["on-policy", "off-policy"])

@@ -130,7 +130,10 @@ class CancelGRPOTrainer(GRPOTrainer):
         self._credits += credits
         self._check_credits(args)
         if trl_kwargs.get("environment_factory") is None:  # an environment may bring the prompts
-            _check_dataset(train_dataset)
+            evaluated = trl_args[0] if trl_args else trl_kwargs.get("eval_dataset")
+            _check_dataset("train_dataset", train_dataset)
+            for dataset in evaluated.values() if isinstance(evaluated, dict) else [evaluated]:
+                _check_dataset("eval_dataset", dataset)
 
         self._groups_seen = 0
         self._generated_at_step = 0
@@ -493,12 +496,12 @@ class _ForwardDone(Exception):
         self.logps = logps
 
 
-def _check_dataset(dataset: Any) -> None:
+def _check_dataset(argument: str, dataset: Any) -> None:
     if isinstance(dataset, dict):
-        raise ValueError(f"train_dataset holds the splits {list(dataset)}; pass one of them, e.g. dataset['train'].")
+        raise ValueError(f"{argument} holds the splits {list(dataset)}; pass one of them, e.g. dataset['train'].")
     columns = getattr(dataset, "column_names", None)  # not known for every stream
     if columns is not None and "prompt" not in columns:
         raise ValueError(
-            f"train_dataset has the columns {columns} but no 'prompt'. Rename or map the column that holds the prompts, "
+            f"{argument} has the columns {columns} but no 'prompt'. Rename or map the column that holds the prompts, "
             "e.g. dataset.rename_column('question', 'prompt')."
         )

@@ -65,6 +65,21 @@ def test_every_method_trains(method, tmp_path):
     assert (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (b"method: [grpo]", "method=['grpo']: unknown; use one of grpo, "),
+        (b"1: x", "must hold settings, one `name: value` a line"),
+        (b"output_dir: caf\xe9", "not valid YAML"),
+    ],
+)
+def test_broken_recipes(written, said, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes(written)
+    assert main(["explain", "--config", str(recipe)]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_yaml_flags_and_method_in_order(tmp_path, capsys):
     """A flag beats the file, the file beats the method, the method beats the default."""
     recipe = tmp_path / "recipe.yaml"
@@ -124,8 +139,8 @@ def test_resume_from_the_command_line(tmp_path):
 
 MISTAKES = {
     "unknown command": (["tain"], "'tain' is not a command; use one of demo, train, explain"),
-    "unknown method, demo": (["demo", "--method", "gpro"], "--method gpro: unknown; use one of grpo, query-preserved"),
-    "unknown method, train": (["train", "--method", "gpro"], "--method gpro: unknown"),
+    "unknown method, demo": (["demo", "--method", "gpro"], "method=gpro: unknown; use one of grpo, query-preserved"),
+    "unknown method, train": (["train", "--method", "gpro"], "method=gpro: unknown"),
     "no steps": (["demo", "--steps", "0"], "--steps 0: must be at least 1"),
     "unknown flag, demo": (["demo", "--stepps", "3"], "unrecognized arguments: --stepps"),
     "unknown setting": (
@@ -198,7 +213,7 @@ def test_mistakes(mistake, tmp_path, capsys, monkeypatch):
         ("learning_rte: 1", "learning_rte: unknown setting; did you mean learning_rate?"),
         ("- a\n- b", "must hold settings"),
         ("a: [", "not valid YAML"),
-        ("method: gpro", "--method gpro: unknown"),
+        ("method: gpro", "method=gpro: unknown"),
         ("advantage_sign: up\nuse_cpu: true\nbf16: false", "advantage_sign='up' is not one of"),
     ],
 )

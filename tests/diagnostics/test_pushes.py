@@ -20,7 +20,8 @@ def test_pushes_are_the_policy_gradient(monkeypatch, tiny_model, loss_type, leve
     with monkeypatch.context() as patch:
         loss_of = LossHarness(patch, tiny_model, beta=0.5, **settings)
         seen = []
-        loss_of.trainer._end_optimizer_step = lambda: seen.extend(loss_of.trainer._shared)
+        monitor = loss_of.trainer._monitor
+        monitor.end_step = lambda: seen.extend(monitor._shared) or {}
         _, with_kl = loss_of(logps, old_logps, advantages, mask, ref_per_token_logps=ref_logps)
     assert not torch.allclose(plain, with_kl)
     torch.testing.assert_close(seen[0][0].view(4, 6), -plain, rtol=1e-9, atol=1e-12)

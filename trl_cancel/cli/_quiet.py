@@ -6,16 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+LIBRARIES = "transformers|trl|torch|accelerate|peft|datasets|importlib|<frozen"
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """
-    Hides the deprecation notes that transformers and TRL address to each other, loading bars, and whatever asks for an
+    Hides the deprecation notes that these libraries address to each other, loading bars, and whatever asks for an
     optional package; everything else is shown.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category, module=LIBRARIES)
         from transformers.utils import logging
 
         logging.disable_progress_bar()

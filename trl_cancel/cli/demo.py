@@ -78,5 +78,5 @@ its own rollouts, with {method}: {summary}.
 """
 NEXT_STEPS = """\
 Use the model:     AutoModelForCausalLM.from_pretrained("{output}")
-Compare with TRL:  trl-cancel demo --method grpo
+Compare with TRL:  trl-cancel demo --method grpo --output trl-cancel-demo-grpo
 In your script:    from trl_cancel import GRPOConfig, GRPOTrainer"""

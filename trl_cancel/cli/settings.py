@@ -77,8 +77,8 @@ class Parser(OneLineErrors, TrlParser):
         self._check_names(arguments, yaml_settings)
         method = _value_of("--method", arguments) or yaml_settings.get("method")
         if method is not None:
-            if method not in METHODS:
-                raise UsageError(f"--method {method}: unknown; use one of {', '.join(METHODS)}.")
+            if not isinstance(method, str) or method not in METHODS:
+                raise UsageError(f"method={method}: unknown; use one of {', '.join(METHODS)}.")
             self.set_defaults(**METHODS[method].settings)
         try:
             return Settings(*self.parse_args_and_config(arguments))
@@ -120,12 +120,12 @@ def _read_yaml(arguments: list[str]) -> dict[str, Any]:
             raise UsageError("--config needs a path to a YAML file.")
         return {}
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             settings = yaml.safe_load(file)
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: not valid YAML: {error}") from error
-    if not isinstance(settings, dict):
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise UsageError(f"--config {path}: must hold settings, one `name: value` a line.")
     return settings

@@ -181,12 +181,14 @@ def load_data(settings: Settings) -> DatasetDict | dict[str, Any]:
     split = run.dataset_train_split
     if split not in dataset:
         raise UsageError(f"dataset_train_split={split}: the data set has the splits {', '.join(dataset)}.")
-    columns = dataset[split].column_names  # None for some streams
-    if columns is not None and "prompt" not in columns:
-        raise UsageError(
-            f"dataset_name={run.dataset_name}: split {split!r} has the columns {', '.join(columns)} but no 'prompt'. "
-            "Rename the column that holds the prompts to 'prompt'."
-        )
+    evaluated = run.eval_problems or settings.training.eval_strategy != "no"
+    for used in [split, run.dataset_test_split] if evaluated and run.dataset_test_split in dataset else [split]:
+        columns = dataset[used].column_names  # None for some streams
+        if columns is not None and "prompt" not in columns:
+            raise UsageError(
+                f"dataset_name={run.dataset_name}: split {used!r} has the columns {', '.join(columns)} but no "
+                "'prompt'. Rename the column that holds the prompts to 'prompt'."
+            )
     return dataset
 
 
@@ -319,7 +321,7 @@ def _tokenizer(trainer: CancelGRPOTrainer) -> PreTrainedTokenizerBase:
 class ProgressBar(TrainerCallback):
     """A progress bar with the latest reward and residual, instead of a dictionary at every log."""
 
-    shown = {"reward": "reward", RESIDUAL: "residual"}
+    shown = {"reward": "latest reward", RESIDUAL: "latest residual"}
 
     def __init__(self):
         self.bar: Any = None
