@@ -18,7 +18,7 @@ from runs import Cell, interval, run_all
 RESULTS = Path(__file__).parent / "results" / "trust_region.json"
 SEQUENCE = {"importance_sampling_level": "sequence", "loss_type": "grpo", "num_iterations": 2}
 EPSILONS = (0.003, 0.02, 0.2)
-LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 TUNING_SEEDS = (100, 101)
 
 

@@ -51,7 +51,7 @@ def test_groups_that_straddle_processes_are_refused(monkeypatch):
         num_processes=2,
     )
     monkeypatch.setattr(BatchLayout, "of", lambda args: straddling)
-    with pytest.raises(ValueError, match="rollouts a process is not a multiple of .* straddle the 2 processes"):
+    with pytest.raises(ValueError, match=r"rollouts a process is not a multiple of .* straddle the 2 processes"):
         CancelGRPOConfig(bf16=False)
     assert not CancelGRPOConfig(bf16=False, query_preserved=False).layout.groups_are_local
 

@@ -7,6 +7,10 @@ from trl_cancel import CancelGRPOConfig, explain
 from .runs import DEFAULTS
 
 
+DFPO = {"group_weights": "min", "importance_sampling_level": "sequence", "num_iterations": 2}
+SPREAD = {"steps_per_generation": 8, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+
+
 def told(**settings):
     text = explain(CancelGRPOConfig(output_dir="unused", **{**DEFAULTS, **settings}))
     lines, topic = {}, ""
@@ -48,6 +52,13 @@ def test_sizes():
         ({"loss_type": "cispo"}, "Clipping", "That of loss_type='cispo'"),
         ({"advantage_sign": "positive"}, "Credit", "Rollouts of negative advantage are left out"),
         ({}, "Forward passes", "Each micro-batch's loss makes its own. This package adds none."),
+        (DFPO, "Group weights", "min: the smallest of the group for all; a rollout whose gradient clipping would cut off"),
+        ({**DFPO, "group_weights": "orth", "group_weights_scale": 0.5}, "Group weights", "advantages, times 0.5; a rollout"),
+        ({**DFPO, "group_weights_trust_region": "group"}, "Group weights", "a group rests while one of its rollouts"),
+        (DFPO, "Forward passes", "This package adds none."),
+        ({**DFPO, **SPREAD}, "Forward passes", "This package adds one without gradients for each optimizer step but the first"),
+        ({**DFPO, "group_weights": "none"}, "Leaks", "Sequence-level ratios weigh the rollouts of a group differently"),
+        (DFPO, "Leaks", "Nothing in these settings"),
         ({"num_iterations": 2, "beta": 0.1}, "Forward passes", "one for the old log-probs, since updates are off-policy and one for the reference"),
         ({}, "Leaks", "Nothing in these settings breaks cancellation."),
         ({"num_iterations": 2}, "Leaks", "loss_type='dapo' treats one ratio differently by sign"),

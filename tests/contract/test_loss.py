@@ -116,6 +116,49 @@ def test_off_policy_mask_prefers_the_sampling_log_probs(monkeypatch, tiny_model,
     assert not dropped.any()
 
 
+def test_off_policy_mask_drops_negative_rollouts_that_have_drifted():
+    """What group weights ask for beforehand, to know who is left: 0 for a rollout that the loss will drop."""
+    logps = torch.tensor([[0.0, 0.0], [-1.0, -1.0], [-1.0, -1.0], [0.0, -1.0]])
+    kept = trl.GRPOTrainer.get_off_policy_mask(
+        torch.tensor([[-1.0], [-1.0], [1.0], [-1.0]]),
+        logps,
+        torch.zeros(4, 2),
+        torch.tensor([[1, 1], [1, 1], [1, 1], [1, 0]]),
+        0.5,
+    )
+    assert kept.flatten().tolist() == [1, 0, 1, 1]
+
+
+def test_loss_asks_for_its_forward_pass_first(monkeypatch, tiny_model, batch):
+    """Nothing is logged or changed before it, so that a pass without gradients can be taken out of the loss."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(self, *args, **kwargs):
+        assert kwargs["compute_entropy"] is True, "by name, since the pass turns it off"
+        raise Stop
+
+    loss_of = harness(monkeypatch, tiny_model)
+    monkeypatch.setattr(trl.GRPOTrainer, "_get_per_token_logps_and_entropies", stop)
+    before = {name: list(values) for name, values in loss_of.trainer._metrics["train"].items()}
+    with pytest.raises(Stop):
+        loss_of(*batch)
+    assert before == loss_of.trainer._metrics["train"]
+
+
+def test_sequence_level_correction_multiplies_the_loss(monkeypatch, tiny_model, batch):
+    """Of shape (B, 1), as the sequence-level modes of the sampling correction have it; ones change nothing."""
+    loss_of = harness(monkeypatch, tiny_model, importance_sampling_level="sequence", loss_type="grpo")
+    _, without = loss_of(*batch)
+    loss_of.trainer.use_vllm = loss_of.trainer.vllm_importance_sampling_correction = True
+    ratio = torch.linspace(0.5, 2, batch[0].size(0), dtype=torch.float64).unsqueeze(1)
+    _, ones = loss_of(*batch, importance_sampling_ratio=torch.ones_like(ratio))
+    _, corrected = loss_of(*batch, importance_sampling_ratio=ratio)
+    assert torch.equal(ones, without)
+    torch.testing.assert_close(corrected, ratio * without, rtol=1e-12, atol=0)
+
+
 def test_clipping_bounds_are_attributes_of_the_trainer(monkeypatch, tiny_model, batch):
     """`epsilon_low` and `epsilon_high` are read from the trainer, `delta` from its arguments."""
     logps, _, advantages, mask = batch
