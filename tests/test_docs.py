@@ -68,7 +68,8 @@ def test_command_is_one(command, monkeypatch, capsys):
         flags = re.findall(r"--\w+", command)
         with pytest.raises(SystemExit):
             main(["demo", "--help"])
-        assert all(flag in capsys.readouterr().out for flag in flags)
+        printed = capsys.readouterr().out
+        assert all(flag in printed for flag in flags)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
