@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
+import hypothesis
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -18,6 +19,8 @@ from trl_cancel.playground.warm_start import build_model
 
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("shared machines", deadline=None)
+hypothesis.settings.load_profile("shared machines")
 
 
 @pytest.fixture(autouse=True)

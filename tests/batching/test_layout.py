@@ -19,7 +19,7 @@ sizes = st.builds(
 
 
 @given(layout=sizes)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_micro_batches_together_against_a_simulation(layout):
     """Micro-steps counted one by one: which neighbours in a generation batch ever fall into different steps."""
     cut = set()
@@ -33,7 +33,7 @@ def test_micro_batches_together_against_a_simulation(layout):
 
 
 @given(layout=sizes)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_on_policy_against_a_simulation(layout):
     """On-policy means that no optimizer step ends inside the use of a generation batch."""
     uses = layout.steps_per_generation * layout.num_iterations
@@ -42,7 +42,7 @@ def test_on_policy_against_a_simulation(layout):
 
 
 @given(layout=sizes)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_suggested_sizes_fit(layout):
     assume(not layout._fits())
     for suggestion in layout.sizes_that_fit():

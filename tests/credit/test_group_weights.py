@@ -133,10 +133,10 @@ def test_all_zero_advantages(name, weights):
 @given(group=groups(centred=False, max_size=5), other=groups(centred=False, max_size=5))
 def test_no_feasible_point_is_nearer(group, other):
     """The positive projection of anything else is a feasible point; none is nearer than the projection itself."""
-    weights, advantages = group
-    assume(len(other[0]) == len(weights))
+    size = min(len(group[0]), len(other[0]))
+    weights, advantages, elsewhere = group[0][:size], group[1][:size], other[0][:size]
     nearest = positive_orthogonal_projection(weights, advantages)
-    feasible = truncate_and_rebalance(other[0], advantages)
+    feasible = truncate_and_rebalance(elsewhere, advantages)
     assert (weights - nearest).norm() <= (weights - feasible).norm() * (1 + 1e-9)
 
 

@@ -22,7 +22,7 @@ def random_batch(seed, rows=12, length=7, group=4, vocabulary=2):
 
 
 @given(seed=st.integers(0, 10**6), vocabulary=st.integers(1, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_contexts_are_prefixes(seed, vocabulary):
     ids, present, groups, *_ = random_batch(seed, vocabulary=vocabulary)
     numbers = prefix_ids(ids, present, groups)
@@ -35,7 +35,7 @@ def test_contexts_are_prefixes(seed, vocabulary):
 
 
 @given(seed=st.integers(0, 10**6), vocabulary=st.integers(1, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_residual_against_loops(seed, vocabulary):
     ids, present, groups, advantages, generator = random_batch(seed, vocabulary=vocabulary)
     coefficients = torch.rand(ids.shape, dtype=torch.float64, generator=generator)
@@ -52,7 +52,7 @@ def test_residual_against_loops(seed, vocabulary):
 
 
 @given(seed=st.integers(0, 10**6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_equal_coefficients_leave_nothing(seed):
     """Also where only a part of the group shares the prefix, and whatever the coefficient of each context."""
     ids, present, groups, advantages, generator = random_batch(seed)
