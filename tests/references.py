@@ -138,3 +138,64 @@ def consistent(transformation, weights, advantages):
     equal = [min(weights)] * len(weights)
     # Equal weights cancel only where the advantages sum to zero, which they do not when a member is missing.
     return equal if abs(sum(advantages)) < 1e-9 else truncate_and_rebalance(equal, advantages, 0.0)
+
+
+def nthr_scores(hidden, probabilities, token_ids, mask, positive):
+    """Eq. 7 of 2505.18830 by pairs of tokens, with errors over the tokens that occur, and the threshold of Eq. 9."""
+    tokens = [(i, t) for i, row in enumerate(mask) for t, counts in enumerate(row) if counts]
+    occurring = sorted({token_ids[i][t] for i, t in tokens})
+
+    def error(i, t):
+        return [(v == token_ids[i][t]) - probabilities[i][t][v] for v in occurring]
+
+    scores = [[0.0] * len(row) for row in mask]
+    for i, t in tokens:
+        for j, k in tokens:
+            if positive[j]:
+                scores[i][t] += dot(error(j, k), error(i, t)) * dot(hidden[j][k], hidden[i][t])
+    means = [sum(scores[i]) / sum(mask[i]) for i in range(len(mask)) if positive[i] and sum(mask[i])]
+    return scores, min(means, default=math.inf)
+
+
+def dot(first, second):
+    """Inner product."""
+    return sum(a * b for a, b in zip(first, second, strict=True))
+
+
+def delta_coefficients(proxies, advantages, lambda_min, lambda_max, *, refinements, gamma, normalize):
+    """Section 4 of 2605.21467, with squared distances."""
+    sides = [(a > 0) - (a < 0) for a in advantages]
+
+    def centroid(side, weights):
+        chosen = [(w * abs(a), v) for w, a, s, v in zip(weights, advantages, sides, proxies, strict=True) if s == side]
+        total = sum(weight for weight, _ in chosen)
+        return [sum(weight * v[k] for weight, v in chosen) / total for k in range(len(proxies[0]))]
+
+    def margins(weights):
+        centroids = {side: centroid(side, weights) for side in (1, -1)}
+        return [
+            math.dist(v, centroids[-s]) ** 2 - math.dist(v, centroids[s]) ** 2 if s else 0.0
+            for s, v in zip(sides, proxies, strict=True)
+        ]
+
+    def scales(values):
+        found = {0: 1.0}
+        for side in (1, -1):
+            own = [value for value, s in zip(values, sides, strict=True) if s == side]
+            mean = sum(own) / len(own)
+            found[side] = math.sqrt(sum((value - mean) ** 2 for value in own) / len(own)) if gamma is None else gamma
+        return found
+
+    def assignments(values, scale):
+        return [1 / (1 + math.exp(-value / scale[s])) for value, s in zip(values, sides, strict=True)]
+
+    found = margins([1.0] * len(proxies))
+    scale = scales(found)
+    for _ in range(refinements):
+        weights = assignments(found, scale)
+        scale = scales(found)
+        found = margins(weights)
+    alpha = [value if s else 0.0 for value, s in zip(assignments(found, scale), sides, strict=True)]
+    coefficients = [lambda_min + (lambda_max - lambda_min) * value for value in alpha]
+    mean = sum(coefficients) / len(coefficients) if normalize else 1.0
+    return [value / mean for value in coefficients]

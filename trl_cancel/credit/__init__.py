@@ -2,6 +2,7 @@
 
 from .clipping import surrogate_weight, symmetric_clip
 from .controls import SignControl
+from .delta import delta_coefficients
 from .group_weights import (
     min_replace,
     orthogonal_projection,
@@ -9,6 +10,7 @@ from .group_weights import (
     post_clip_weights,
     truncate_and_rebalance,
 )
+from .nthr import nthr_eta, nthr_scores
 from .protocol import Credit
 from .ratios import sequence_ratios, token_ratios
 
@@ -16,7 +18,10 @@ from .ratios import sequence_ratios, token_ratios
 __all__ = [
     "Credit",
     "SignControl",
+    "delta_coefficients",
     "min_replace",
+    "nthr_eta",
+    "nthr_scores",
     "orthogonal_projection",
     "positive_orthogonal_projection",
     "post_clip_weights",

@@ -1,0 +1,102 @@
+"""DelTA coefficients against a literal transcription with distances, and what makes them what they are."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from tests import references
+from trl_cancel.credit import delta_coefficients
+
+
+def batch(seed, tokens=30, size=4, zeros=True):
+    generator = torch.Generator().manual_seed(seed)
+    proxies = torch.randn(tokens, size, dtype=torch.float64, generator=generator)
+    advantages = torch.randn(tokens, dtype=torch.float64, generator=generator)
+    if zeros:
+        advantages[torch.rand(tokens, generator=generator) < 0.2] = 0
+    return proxies + advantages.unsqueeze(1).sign(), advantages
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("gamma", [None, 2.0])
+@pytest.mark.parametrize("refinements", [0, 1, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_against_distances(seed, refinements, gamma, normalize):
+    proxies, advantages = batch(seed, tokens=10 + 20 * seed, size=1 + 3 * seed)
+    settings = {"refinements": refinements, "gamma": gamma, "normalize": normalize}
+    found = delta_coefficients(proxies, advantages, lambda_min=0.5, lambda_max=2.0, **settings)
+    expected = references.delta_coefficients(proxies.tolist(), advantages.tolist(), 0.5, 2.0, **settings)
+    assert found.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_split_over_processes():
+    """Two processes that add up their sums compute what one does."""
+    proxies, advantages = batch(0)
+    parts = [slice(0, 11), slice(11, None)]
+    barrier, sent = threading.Barrier(2, timeout=60), [None, None]
+
+    def run(rank):
+        def reduce(tensor):
+            sent[rank] = tensor
+            barrier.wait()
+            total = sent[0] + sent[1]
+            barrier.wait()
+            return total
+
+        return delta_coefficients(proxies[parts[rank]], advantages[parts[rank]], refinements=2, reduce=reduce)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = torch.cat(list(pool.map(run, range(2))))
+    torch.testing.assert_close(found, delta_coefficients(proxies, advantages, refinements=2), rtol=1e-12, atol=1e-12)
+
+
+def test_neutral_range():
+    assert delta_coefficients(*batch(1), lambda_min=1.0, lambda_max=1.0).tolist() == pytest.approx([1.0] * 30)
+
+
+def test_mean_is_one_and_tokens_without_a_side_get_the_least():
+    proxies, advantages = batch(2)
+    found = delta_coefficients(proxies, advantages)
+    assert found.mean().item() == pytest.approx(1)
+    assert (advantages == 0).any()
+    assert (found[advantages == 0] == found.min()).all()
+    raw = delta_coefficients(proxies, advantages, normalize=False)
+    assert raw[advantages == 0].tolist() == [0.8] * int((advantages == 0).sum())
+    assert (raw >= 0.8).all()
+    assert (raw <= 1.2).all()
+
+
+def test_tokens_that_look_like_the_other_side_get_less():
+    proxies = torch.tensor([[1.0], [1.1], [0.9], [-1.0], [-1.0], [-1.1], [-0.9], [1.0]])
+    advantages = torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0, -1.0])
+    found = delta_coefficients(proxies, advantages)
+    assert found[3] < found[:3].min()
+    assert found[7] < found[4:7].min()
+
+
+@pytest.mark.parametrize("advantages", [[1.0, 2.0], [-1.0, -2.0], [0.0, 0.0]])
+def test_one_side_only(advantages):
+    """Nothing to tell apart: all tokens of the side are treated alike."""
+    found = delta_coefficients(torch.tensor([[1.0], [3.0]]), torch.tensor(advantages))
+    assert found.tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_a_side_without_spread():
+    """One token a side: its margin is positive and its scale zero, so it counts as its own side's for certain."""
+    found = delta_coefficients(torch.tensor([[1.0], [3.0]]), torch.tensor([1.0, -1.0]), normalize=False)
+    assert found.tolist() == pytest.approx([1.2, 1.2])
+    same = delta_coefficients(torch.tensor([[1.0], [1.0]]), torch.tensor([1.0, -1.0]), normalize=False)
+    assert same.tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_no_tokens():
+    assert delta_coefficients(torch.zeros(0, 3), torch.zeros(0)).shape == (0,)
+
+
+def test_half_precision_is_accumulated_in_single():
+    proxies, advantages = batch(1)
+    found = delta_coefficients(proxies.bfloat16(), advantages.float())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), delta_coefficients(proxies, advantages), rtol=0.02, atol=0.02)

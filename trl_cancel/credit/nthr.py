@@ -1,0 +1,113 @@
+r"""
+NTHR, negative token hidden reward ([2505.18830](https://huggingface.co/papers/2505.18830), section 5 and Appendix 7.4):
+tokens of wrong rollouts whose push would lower the likelihood of the right ones carry less of the advantage.
+
+To first order in the output layer, raising token \\( k \\) of a right rollout and lowering a token of a wrong one meet
+in \\( \langle e_k, e\rangle\langle h_k, h\rangle \\), with the prediction errors \\( e = \mathrm{onehot}(y) - \pi \\)
+and the hidden states that predict the tokens. The score of a token is the sum over all tokens of the right rollouts
+(Eq. 7):
+
+$$ s = \sum_{i\in+}\sum_k \langle e_{ik}, e\rangle\langle h_{ik}, h\rangle = e^\top M_+ h,
+\qquad M_+ = \sum_{i\in+}\sum_k e_{ik}h_{ik}^\top $$
+
+so a group costs three products of size tokens x vocabulary x d, not one for each pair of tokens. The vocabulary is
+restricted to the tokens that occur in the group's rollouts, as in Appendix 7.4.
+
+Shapes: G rollouts of one prompt, T completion tokens, N active tokens, V* restricted vocabulary, d hidden size.
+"""
+
+import torch
+
+from ..states import LMHead
+
+
+CHUNK = 4096  # tokens whose errors are held at a time
+
+
+def nthr_scores(
+    hidden: torch.Tensor,
+    logps: torch.Tensor,
+    token_ids: torch.Tensor,
+    mask: torch.Tensor,
+    positive: torch.Tensor,
+    head: LMHead | torch.Tensor,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    Scores of the tokens of one group, and the threshold above which a token of a wrong rollout is selected.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(G, T, d)`):
+            Last hidden states, the ones that predict each token.
+        logps (`torch.Tensor` of shape `(G, T)`):
+            Log-probabilities of the tokens, at `temperature`. They hold the normaliser of the softmax, so no logits
+            over the whole vocabulary are needed.
+        token_ids (`torch.Tensor` of shape `(G, T)`):
+            The tokens.
+        mask (`torch.Tensor` of shape `(G, T)`):
+            1 for the tokens that count.
+        positive (`torch.Tensor` of shape `(G,)` and type `bool`):
+            The right rollouts.
+        head ([`~trl_cancel.states.LMHead`] or `torch.Tensor` of shape `(V, d)`):
+            Output layer, or its bare weight.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of the policy.
+
+    Returns:
+        `tuple`: `scores`, a `torch.Tensor` of shape `(G, T)` with the score of every token (those of right rollouts
+        too), 0 where the mask is; and `threshold`, a scalar: the least mean score of a right rollout (Eq. 9 with
+        \\( \beta = 1 \\)), infinite if there is none.
+    """
+    head = head if isinstance(head, LMHead) else LMHead(head)
+    active = mask.bool()
+    vocabulary, targets = token_ids[active].unique(return_inverse=True)  # (V*,), (N,)
+    states, chosen = hidden[active], logps[active]  # (N, d), (N,)
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    of_positive = positive.unsqueeze(1).expand_as(active)[active]  # (N,)
+
+    def errors(tokens: torch.Tensor) -> torch.Tensor:
+        logits = head.logits(states[tokens], vocabulary).to(dtype) / temperature  # (tokens, V*)
+        own = targets[tokens].unsqueeze(1)
+        log_normaliser = logits.gather(1, own) - chosen[tokens].to(dtype).unsqueeze(1)
+        return torch.zeros_like(logits).scatter(1, own, 1.0) - torch.exp(logits - log_normaliser)
+
+    matrix = states.new_zeros(len(vocabulary), states.size(1), dtype=dtype)  # M+
+    for tokens in of_positive.nonzero().squeeze(1).split(CHUNK):
+        matrix += errors(tokens).T @ states[tokens].to(dtype)
+    scores = states.new_zeros(len(states), dtype=dtype)
+    for tokens in torch.arange(len(states), device=states.device).split(CHUNK):
+        scores[tokens] = ((errors(tokens) @ matrix) * states[tokens].to(dtype)).sum(1)
+
+    spread = torch.zeros_like(logps, dtype=dtype).masked_scatter(active, scores)
+    lengths = active.sum(1)
+    means = spread.sum(1) / lengths.clamp(min=1)
+    threshold = means.masked_fill(~(positive & (lengths > 0)), torch.inf).amin()
+    return spread, threshold
+
+
+def nthr_eta(success_rate: torch.Tensor, mode: str | float) -> torch.Tensor:
+    r"""
+    What the advantage of a selected token is multiplied with.
+
+    Args:
+        success_rate (`torch.Tensor`):
+            p, the fraction of right rollouts in a group.
+        mode (`str` or `float`):
+            `"balanced"`: \( 2|0.5-p| \), the paper's; `"p"`; `"1-p"`; or a number.
+
+    Returns:
+        `torch.Tensor` of the same shape.
+
+    Raises:
+        `ValueError`: If `mode` is none of these.
+    """
+    if mode == "balanced":
+        return 2 * (0.5 - success_rate).abs()
+    if mode == "p":
+        return success_rate
+    if mode == "1-p":
+        return 1 - success_rate
+    try:
+        return torch.full_like(success_rate, float(mode))
+    except ValueError:
+        raise ValueError(f"mode={mode!r} is not one of 'balanced', 'p', '1-p' or a number.") from None
