@@ -32,6 +32,7 @@ METHODS = {
 }
 # dapo weighs all tokens alike, so that nothing but the ratios keeps shared tokens from cancelling.
 COMMON = {"num_iterations": 4, "loss_type": "dapo", "epsilon": 0.2, "learning_rate": 1e-4}
+METRICS = ("cancel/shared_prefix_residual", "cancel/asymmetry", "cancel/asymmetry_before")
 STEPS_PER_BATCH = 4  # optimizer steps with each generation batch, in each iteration
 
 
@@ -39,9 +40,9 @@ def off_policy_mean(run: dict, metric: str) -> float:
     """The mean of a metric over the steps of the second to the last iteration."""
     iterations = run["settings"]["num_iterations"]
     moved = [
-        entry[metric]
-        for step, entry in enumerate(run["logs"])
-        if step % (STEPS_PER_BATCH * iterations) >= STEPS_PER_BATCH and metric in entry
+        value
+        for step, value in enumerate(run["logs"][metric])
+        if step % (STEPS_PER_BATCH * iterations) >= STEPS_PER_BATCH and value is not None
     ]
     return statistics.mean(moved)
 
@@ -52,8 +53,8 @@ def table(runs: list[dict]) -> str:
     for name in dict.fromkeys(run["name"] for run in runs):
         rows = [run for run in runs if run["name"] == name]
         cells = [name]
-        for metric in ("cancel/shared_prefix_residual", "cancel/asymmetry", "cancel/asymmetry_before"):
-            known = metric in {logged for entry in rows[0]["logs"] for logged in entry}
+        for metric in METRICS:
+            known = any(value is not None for value in rows[0]["logs"][metric])
             cells.append(interval([off_policy_mean(run, metric) for run in rows], "{:.3g}") if known else "")
         cells.append(interval([run["sampled"] for run in rows]))
         lines.append(f"| {' | '.join(cells)} |")
@@ -72,7 +73,7 @@ def main() -> None:
         for seed in range(options.seeds)
         for name, settings in METHODS.items()
     ]
-    print(f"\n{table(run_all(cells, options.output, options.jobs))}")
+    print(f"\n{table(run_all(cells, options.output, options.jobs, METRICS))}")
 
 
 if __name__ == "__main__":

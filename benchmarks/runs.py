@@ -57,8 +57,8 @@ class Cell:
     split: str = "test"
 
 
-def run(cell: Cell) -> dict[str, Any]:
-    """Trains and evaluates; the accuracies, the logged values step by step, and the cell itself."""
+def run(cell: Cell, kept: tuple[str, ...]) -> dict[str, Any]:
+    """Trains and evaluates; the accuracies, the metrics `kept` step by step, and the cell itself."""
     warnings.simplefilter("ignore")
     import torch
     from transformers import PrinterCallback
@@ -92,15 +92,12 @@ def run(cell: Cell) -> dict[str, Any]:
             .item()
             for how, samples, temperature in (("greedy", 1, 0.0), ("sampled", 4, 1.0))
         }
-    kept = ("reward", "entropy", "cancel/", "group_weights/", "clip_ratio/region_mean")
-    logs = [
-        {name: _short(value) for name, value in entry.items() if name.startswith(kept) and not name.endswith("_std")}
-        for entry in trainer.state.log_history[:-1]
-    ]
+    history = trainer.state.log_history[:-1]
+    logs = {name: [_short(entry.get(name)) for entry in history] for name in kept}
     return {**asdict(cell), **evaluated, "logs": logs}
 
 
-def run_all(cells: list[Cell], file: Path, jobs: int) -> list[dict[str, Any]]:
+def run_all(cells: list[Cell], file: Path, jobs: int, kept: tuple[str, ...] = ("reward",)) -> list[dict[str, Any]]:
     """
     Runs the cells that `file` does not hold yet; every finished run is written at once.
 
@@ -111,6 +108,8 @@ def run_all(cells: list[Cell], file: Path, jobs: int) -> list[dict[str, Any]]:
             JSON file of finished runs.
         jobs (`int`):
             Runs at a time.
+        kept (`tuple[str, ...]`, *optional*):
+            Logged metrics to keep.
 
     Returns:
         `list[dict]`: What [`run`] returned for each cell, in their order.
@@ -118,7 +117,7 @@ def run_all(cells: list[Cell], file: Path, jobs: int) -> list[dict[str, Any]]:
     done = {_key(result): result for result in json.loads(file.read_text())["runs"]} if file.exists() else {}
     missing = [cell for cell in cells if _key(asdict(cell)) not in done]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        for count, future in enumerate(as_completed([pool.submit(run, cell) for cell in missing]), 1):
+        for count, future in enumerate(as_completed([pool.submit(run, cell, kept) for cell in missing]), 1):
             result = future.result()
             done[_key(result)] = result
             _write(file, list(done.values()))
@@ -151,5 +150,5 @@ def _key(cell: dict[str, Any]) -> str:
     return json.dumps([cell["name"], cell["settings"], cell["seed"], cell["split"]], sort_keys=True)
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")

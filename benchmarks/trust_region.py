@@ -53,20 +53,14 @@ def tuned(runs: list[dict]) -> dict[str, tuple[float, float]]:
 
 def grid_table(runs: list[dict]) -> str:
     """Mean sampled accuracy over the tuning seeds, for every point of the grid."""
-    grid = list(itertools.product(EPSILONS, LEARNING_RATES))
-    lines = ["| | " + " | ".join(f"ε {epsilon:g}, lr {rate:g}" for epsilon, rate in grid) + " |"]
-    lines.append("|---" * (len(grid) + 1) + "|")
-    for name in dict.fromkeys(run["name"] for run in runs):
-        means = [
-            statistics.mean(
-                run["sampled"]
-                for run in runs
-                if run["name"] == name
-                and (run["settings"]["epsilon"], run["settings"]["learning_rate"]) == (epsilon, rate)
-            )
-            for epsilon, rate in grid
+    names = list(dict.fromkeys(run["name"] for run in runs))
+    lines = [f"| ε | learning rate | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    for epsilon, rate in itertools.product(EPSILONS, LEARNING_RATES):
+        here = [
+            run for run in runs if (run["settings"]["epsilon"], run["settings"]["learning_rate"]) == (epsilon, rate)
         ]
-        lines.append(f"| {name} | " + " | ".join(f"{mean:.0%}" for mean in means) + " |")
+        means = [statistics.mean(run["sampled"] for run in here if run["name"] == name) for name in names]
+        lines.append(f"| {epsilon:g} | {rate:g} | {' | '.join(f'{mean:.0%}' for mean in means)} |")
     return "\n".join(lines)
 
 

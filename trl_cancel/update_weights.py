@@ -145,7 +145,8 @@ class UpdateWeights:
         metrics.add("group_weights/clip_fraction", (clipped != ratios).float(), counted)
         net, gross = (weights * advantages).sum(-1).abs(), weights.norm(dim=-1) * advantages.norm(dim=-1)
         metrics.add("group_weights/orthogonality", net / gross.where(gross > 0, 1.0), (gross > 0).float())
-        metrics.add("cancel/asymmetry_before", gradient_asymmetry(before * counted, advantages))
+        if self.args.cancellation_metrics:
+            metrics.add("cancel/asymmetry_before", gradient_asymmetry(before * counted, advantages))
         return weights
 
     def _clip(self, ratios: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
