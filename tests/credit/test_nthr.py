@@ -41,8 +41,8 @@ def test_scores_and_threshold(seed, head, temperature):
 
 def test_a_bias_and_a_bare_weight():
     hidden, _, ids, mask, positive, layer, _ = group(0)
-    biased = LMHead(layer.weight, bias=torch.randn(7, dtype=torch.float64))
-    logits = hidden @ layer.weight.T + biased.bias
+    linear = torch.nn.Linear(3, 7, dtype=torch.float64).requires_grad_(False)
+    biased, logits = LMHead(linear), linear(hidden)
     logps = logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     expected, _ = references.nthr_scores(
         hidden.tolist(), logits.softmax(-1).tolist(), ids.tolist(), mask.tolist(), positive.tolist()
@@ -51,7 +51,7 @@ def test_a_bias_and_a_bare_weight():
     torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
     hidden, logps, ids, mask, positive, layer, _ = group(1)
     for got, same in zip(
-        nthr_scores(hidden, logps, ids, mask, positive, layer.weight),
+        nthr_scores(hidden, logps, ids, mask, positive, layer.layer),
         nthr_scores(hidden, logps, ids, mask, positive, layer),
         strict=True,
     ):
@@ -68,7 +68,7 @@ def test_chunks_change_nothing(monkeypatch):
 
 def test_half_precision_is_accumulated_in_single():
     hidden, logps, ids, mask, positive, layer, _ = group(3)
-    half = nthr_scores(hidden.bfloat16(), logps.float(), ids, mask, positive, LMHead(layer.weight.bfloat16()))
+    half = nthr_scores(hidden.bfloat16(), logps.float(), ids, mask, positive, LMHead(layer.layer.bfloat16()))
     exact = nthr_scores(hidden, logps, ids, mask, positive, layer)
     assert half[0].dtype == torch.float32
     torch.testing.assert_close(half[0].double(), exact[0], rtol=0.1, atol=0.2)
