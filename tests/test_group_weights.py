@@ -143,8 +143,9 @@ def test_correction_for_the_sampling_engine(monkeypatch, tiny_model, batch, tran
         assert pushes.view(2, G).sum(1).abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("sampler", ["policy", "engine"])
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS[1:])
-def test_rollouts_that_are_dropped_leave_the_rest_consistent(monkeypatch, tiny_model, batch, transformation):
+def test_rollouts_that_are_dropped_leave_the_rest_consistent(monkeypatch, tiny_model, batch, transformation, sampler):
     """A truncated completion (empty mask) and one that the off-policy mask drops; what is left still balances."""
     logps, old_logps, advantages, mask = batch
     mask[1] = 0
@@ -157,8 +158,11 @@ def test_rollouts_that_are_dropped_leave_the_rest_consistent(monkeypatch, tiny_m
         loss_type="dr_grpo",
         off_policy_mask_threshold=threshold,
     )
-    _, by_logps = loss_of(logps, old_logps, advantages, mask)
-    drift = ((old_logps - logps) * mask).sum(1) / mask.sum(1).clamp(min=1)
+    # The engine's own log-probs, where there are any, say how far a rollout has drifted.
+    sampling = old_logps if sampler == "policy" else logps + 0.5 * (torch.arange(B) % 3 == 0).unsqueeze(1)
+    extra = {} if sampler == "policy" else {"sampling_per_token_logps": sampling}
+    _, by_logps = loss_of(logps, old_logps, advantages, mask, **extra)
+    drift = ((sampling - logps) * mask).sum(1) / mask.sum(1).clamp(min=1)
     kept = ~((advantages < 0) & (drift > threshold))
     assert not kept.all()
     active = kept & mask.any(1)

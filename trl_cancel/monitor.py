@@ -50,7 +50,7 @@ class UpdateMonitor:
 
     def watch_loss(self, loss: torch.Tensor, logps: torch.Tensor, advantages: torch.Tensor, inputs: Rows) -> None:
         """Reads off the loss of a micro-batch what it does to each token."""
-        pushes = policy_pushes(loss, logps, advantages)
+        pushes = policy_pushes(loss, logps, advantages if advantages.requires_grad else None)
         self._shared.append((pushes.flatten(), inputs["shared_contexts"].flatten(), inputs["deserved"].flatten()))
         counted = inputs["completion_mask"].any(1).float()
         sign = advantages.detach() if advantages.dim() == 1 else advantages.detach().sum(1)

@@ -348,8 +348,9 @@ class CancelGRPOTrainer(GRPOTrainer):
         if not (self.model.training and self._acts_in_loss):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)  # the micro-batch itself is used again by later iterations
+        # The metrics tell the pushes of the policy from those of a KL term by their advantages.
         advantages = inputs["advantages"] = (
-            inputs["advantages"].detach().requires_grad_(self.args.cancellation_metrics)
+            inputs["advantages"].detach().requires_grad_(self.args.cancellation_metrics and bool(self.beta))
         )
         level, self._loss_inputs = self.importance_sampling_level, inputs
         try:
