@@ -56,6 +56,28 @@ def test_groups_that_straddle_processes_are_refused(monkeypatch):
     assert not CancelGRPOConfig(bf16=False, query_preserved=False).layout.groups_are_local
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"symmetric_clip": "false"}, "symmetric_clip='false' must be True or False"),
+        ({"query_preserved": None}, "query_preserved=None must be True or False"),
+        ({"epsilon": -0.3}, "epsilon=-0.3 must be a positive number"),
+        ({"epsilon": None}, "epsilon=None must be a positive number"),
+        ({"epsilon_high": "0.3"}, "epsilon_high='0.3' must be a positive number"),
+        ({"loss_type": "foo"}, "loss_type='foo' is not one of 'grpo'"),
+        ({"importance_sampling_level": "word"}, "importance_sampling_level='word' is not one of 'token', 'sequence'"),
+        ({"num_iterations": 0}, "num_iterations=0 must be a whole number of at least 1"),
+        ({"group_weights_scale": "1"}, "group_weights_scale='1' must be positive"),
+    ],
+)
+def test_impossible_values_are_refused(settings, message):
+    also = (
+        {"group_weights": "min", "importance_sampling_level": "sequence"} if "group_weights_scale" in settings else {}
+    )
+    with pytest.raises(ValueError, match=message):
+        CancelGRPOConfig(bf16=False, **also, **settings)
+
+
 def test_demo_is_the_playground_recipe():
     recipe = yaml.safe_load((CONFIGS / "playground.yaml").read_text())
     assert recipe.pop("output_dir") == "runs/playground"

@@ -39,15 +39,29 @@ def harness(monkeypatch, model, transformation, **settings):
     return LossHarness(monkeypatch, model, **{**SEQUENCE, **RANGE, "group_weights": transformation, **settings})
 
 
-def weights_of_groups(transformation, ratios, advantages, active, region="none", correction=None):
+def post_clip(ratio, advantage):
+    return references.post_clip_weight(ratio, advantage, LOW, HIGH)
+
+
+def weights_of_groups(
+    transformation,
+    ratios,
+    advantages,
+    active,
+    region="none",
+    correction=None,
+    clip=post_clip,
+    low=1 - LOW,
+    high=1 + HIGH,
+):
     """The weights of every rollout, one group at a time, from the loop references."""
     weights = []
     for first in range(0, len(ratios), G):
         members = [i for i in range(first, first + G) if active[i]]
-        clipped = {i: references.post_clip_weight(ratios[i], advantages[i], LOW, HIGH) for i in members}
+        clipped = {i: clip(ratios[i], advantages[i]) for i in members}
         if region == "mask":
             members = [i for i in members if clipped[i] == ratios[i]]
-        if region == "group" and any(not 1 - LOW <= ratios[i] <= 1 + HIGH for i in members):
+        if region == "group" and any(not low <= ratios[i] <= high for i in members):
             members = []
         before = [clipped[i] * (correction[i] if correction else 1.0) for i in members]
         consistent = dict(
@@ -107,6 +121,83 @@ def test_cispo(monkeypatch, tiny_model, batch, transformation):
     ]
     expected = expected_gradient(weights, advantages, mask, "dapo", None)
     torch.testing.assert_close(by_logps, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("region", ["none", "mask", "group"])
+@pytest.mark.parametrize(
+    ("settings", "clip", "low", "high"),
+    [
+        ({"symmetric_clip": True}, lambda s, a: min(s, 1 + HIGH), 0.0, 1 + HIGH),
+        ({"delta": 1.3}, lambda s, a: post_clip(min(s, 1.3), a), 1 - LOW, 1 + HIGH),
+        ({"loss_type": "cispo", "epsilon_high": 1.3}, lambda s, a: min(s, 1.3), 0.0, 1.3),
+    ],
+    ids=["symmetric", "delta", "cispo"],
+)
+def test_other_clipping(monkeypatch, tiny_model, batch, settings, clip, low, high, region):
+    """The weight is what each kind of clipping leaves of the ratio, and its trust region follows its own range."""
+    logps, _, advantages, mask = batch
+    moved = torch.tensor([0.7, 1.5, 1.5, 1.0, 1.02, 1.1, 1.15, 0.95], dtype=torch.float64)
+    old_logps = logps - moved.log().unsqueeze(1)
+    loss_of = harness(monkeypatch, tiny_model, "rebalance", group_weights_trust_region=region, **settings)
+    _, by_logps = loss_of(logps, old_logps, advantages, mask)
+    ratios, active = sequence_ratios(logps, old_logps, mask), [True] * B
+    assert any(ratio > 1.3 and a < 0 for ratio, a in zip(ratios, advantages.tolist(), strict=True))
+    cutting = "none" if settings.get("loss_type") == "cispo" and region == "mask" else region
+    weights = weights_of_groups(
+        "rebalance", ratios, advantages.tolist(), active, cutting, clip=clip, low=low, high=high
+    )
+    loss_type = "dapo" if settings.get("loss_type") == "cispo" else "grpo"
+    expected = expected_gradient(weights, advantages, mask, loss_type, None)
+    torch.testing.assert_close(by_logps, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_who_does_not_take_part_stops_no_one_and_is_not_counted(monkeypatch, tiny_model, batch):
+    """A rollout that the sampling correction has dropped: its ratio, far outside, neither rests its group nor is logged."""
+    logps, _, advantages, mask = batch
+    loss_of = harness(monkeypatch, tiny_model, "min", group_weights_trust_region="group")
+    loss_of.trainer.use_vllm = loss_of.trainer.vllm_importance_sampling_correction = True
+    old_logps = logps - 0.01
+    old_logps[0] -= 2
+    correction = torch.ones(B, 1, dtype=torch.float64)
+    correction[0] = 0
+    _, by_logps = loss_of(
+        logps, old_logps, advantages, mask, importance_sampling_ratio=correction, sampling_per_token_logps=old_logps
+    )
+    assert by_logps[1:G].any()
+    assert not by_logps[0].any()
+    ratios = torch.tensor(sequence_ratios(logps, old_logps, mask), dtype=torch.float64)
+    weights = torch.tensor(
+        weights_of_groups("min", ratios.tolist(), advantages.tolist(), [False] + [True] * (B - 1)), dtype=torch.float64
+    )
+    metrics = loss_of.metrics
+    assert metrics["group_weights/ratio_max"] == pytest.approx(ratios[1:].max().item())
+    assert metrics["group_weights/weight_mean"] == pytest.approx(weights[1:].mean().item())
+    assert metrics["group_weights/clip_fraction"] == 0
+    before = ratios.clone()
+    before[0] = 0
+    expected = (before * advantages).view(2, G).var(1, correction=0).mean().item()
+    assert metrics["cancel/asymmetry_before"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_off_policy_mask_does_not_look_at_the_sign_of_a_weight(monkeypatch, tiny_model):
+    """A good rollout that drifted is kept, also where its weight has become negative."""
+    ratios = torch.tensor([0.5, 8.0, 1.0], dtype=torch.float64)
+    logps, advantages = torch.zeros(3, 2, dtype=torch.float64), torch.tensor([1.0, 1.0, -2.0], dtype=torch.float64)
+    old_logps, mask = logps - ratios.log().unsqueeze(1), torch.ones(3, 2, dtype=torch.long)
+    settings = {
+        "num_generations": 3,
+        "per_device_train_batch_size": 3,
+        "group_weights_trust_region": "none",
+        "epsilon": 0.99,
+        "epsilon_high": 10.0,
+    }
+    gradients = []
+    for threshold in (None, 0.1):
+        with monkeypatch.context() as patch:
+            loss_of = harness(patch, tiny_model, "orth", off_policy_mask_threshold=threshold, **settings)
+            gradients.append(loss_of(logps, old_logps, advantages, mask)[1])
+    assert (gradients[0][0] > 0).all(), "pushed down, though its advantage is positive"
+    assert torch.equal(gradients[0], gradients[1])
 
 
 @pytest.mark.parametrize("mode", ["sequence", "token"])

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,6 +141,21 @@ def test_symmetric_clipping_leaves_the_configuration_alone(tiny_model):
     trainer = CancelGRPOTrainer(tiny_model, noisy_reward, args, load_prompts("train", 8))
     assert (args.delta, trainer.args.delta) == (None, 1.2)
     assert CancelGRPOConfig(output_dir="unused", **DEFAULTS, symmetric_clip=True, delta=1.2).clip_range == (1.0, 0.2)
+
+
+def test_a_configuration_changed_after_it_was_made(tiny_model):
+    """It does what it says when the trainer is built, or is refused then."""
+    args = CancelGRPOConfig(output_dir="unused", **DEFAULTS)
+    args.symmetric_clip, args.epsilon = True, 0.05
+    trainer = CancelGRPOTrainer(tiny_model, noisy_reward, args, load_prompts("train", 8))
+    assert (trainer.args.delta, trainer.epsilon_high, trainer.epsilon_low) == (1.05, 0.05, 1.0)
+    args.loss_type = "cispo"
+    with pytest.raises(ValueError, match="symmetric_clip=True has no meaning with loss_type='cispo'"):
+        CancelGRPOTrainer(tiny_model, noisy_reward, args, load_prompts("train", 8))
+
+
+def test_a_model_by_its_path(tiny_model):
+    assert CancelGRPOTrainer(Path(tiny_model), noisy_reward, CancelGRPOConfig(**DEFAULTS), load_prompts("train", 8))
 
 
 @pytest.mark.parametrize("settings", [{}, OFF_POLICY], ids=["on-policy", "off-policy"])

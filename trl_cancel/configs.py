@@ -14,6 +14,7 @@ from .credit.group_weights import TRANSFORMATIONS, TRUST_REGIONS
 
 # Loss types whose surrogate is TRL's clipped one, min(rA, clip(r)A).
 CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+LOSS_TYPES = (*CLIPPED_LOSSES, "cispo", "sapo", "vespo")
 
 
 @dataclass
@@ -166,7 +167,7 @@ class CancelGRPOConfig(GRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check()
+        self.check()
 
     @classmethod
     def adopt(cls, args: GRPOConfig) -> "CancelGRPOConfig":
@@ -183,6 +184,7 @@ class CancelGRPOConfig(GRPOConfig):
             `ValueError`: If the settings do not fit this class's defaults.
         """
         if isinstance(args, cls):
+            args.check()
             return args
         if not isinstance(args, GRPOConfig) or isinstance(args, CancelGRPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; pass a {cls.__name__} or a trl.GRPOConfig.")
@@ -192,7 +194,7 @@ class CancelGRPOConfig(GRPOConfig):
         for setting in fields(cls):
             if setting.name not in adopted.__dict__:
                 setattr(adopted, setting.name, setting.default)  # this package's fields have plain defaults
-        adopted._check()
+        adopted.check()
         return adopted
 
     @property
@@ -206,11 +208,36 @@ class CancelGRPOConfig(GRPOConfig):
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         return (1.0, high) if self.symmetric_clip else (self.epsilon, high)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """
+        Refuses settings that contradict each other. Done when the configuration is made, and again by the trainer,
+        since fields can be assigned in between.
+
+        Raises:
+            `ValueError`: Names the settings and what would work.
+        """
+        self._check_values()
         self._check_choices()
         self._check_batches()
         self._check_symmetric_clip()
         self._check_group_weights()
+
+    def _check_values(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.name in _OWN_FIELDS and isinstance(setting.default, bool) and not isinstance(value, bool):
+                raise ValueError(f"{setting.name}={value!r} must be True or False.")
+        for name in ("epsilon", "epsilon_high"):
+            value = getattr(self, name)
+            if not (_is_number(value) and value > 0) and not (name == "epsilon_high" and value is None):
+                raise ValueError(f"{name}={value!r} must be a positive number, e.g. 0.2.")
+        for name in BatchLayout.__dataclass_fields__:
+            value = getattr(self, name, 1)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+        for name, known in (("loss_type", LOSS_TYPES), ("importance_sampling_level", ("token", "sequence"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, known))}.")
 
     def _check_choices(self) -> None:
         for setting in fields(self):
@@ -288,8 +315,8 @@ class CancelGRPOConfig(GRPOConfig):
                 f"{chosen} holds the ratio at 1 inside the loss, so use_bias_correction_kl=True (with "
                 f"beta={self.beta}) would lose its ratio. Set use_bias_correction_kl=False or beta=0."
             )
-        if not self.group_weights_scale > 0:
-            raise ValueError(f"group_weights_scale={self.group_weights_scale} must be positive, e.g. 0.5.")
+        if not (_is_number(self.group_weights_scale) and self.group_weights_scale > 0):
+            raise ValueError(f"group_weights_scale={self.group_weights_scale!r} must be positive, e.g. 0.5.")
         layout = self.layout
         if layout.is_split and not self.query_preserved:
             raise ValueError(
@@ -314,6 +341,10 @@ class CancelGRPOConfig(GRPOConfig):
 
 
 _OWN_FIELDS = {setting.name for setting in fields(CancelGRPOConfig)} - {setting.name for setting in fields(GRPOConfig)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _again(name: str, default: Any) -> Any:

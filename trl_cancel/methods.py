@@ -44,3 +44,12 @@ METHODS = {
     "positive-only": Method({"advantage_sign": "positive"}, "control: bad rollouts left out", "2605.08666"),
     "negative-only": Method({"advantage_sign": "negative"}, "control: good rollouts left out", "2605.08666"),
 }
+
+
+def complete_settings(name: str) -> dict[str, Any]:
+    """The settings of a method, with those of this package that make up other methods at their defaults."""
+    from .configs import CancelGRPOConfig
+
+    own = set.union(*(set(method.settings) for method in METHODS.values())) - set(SEQUENCE)
+    defaults = {field: CancelGRPOConfig.__dataclass_fields__[field].default for field in sorted(own)}
+    return {**defaults, **METHODS[name].settings}

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
@@ -117,6 +118,7 @@ class CancelGRPOTrainer(GRPOTrainer):
         credits: Sequence[Credit] = (),
         **trl_kwargs: Any,
     ):
+        model = str(model) if isinstance(model, PathLike) else model
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self._config_class(f"{name.split('/')[-1]}-GRPO")
@@ -127,6 +129,8 @@ class CancelGRPOTrainer(GRPOTrainer):
             args.delta = 1 + args.clip_range[1]
         self._layout = args.layout
         self._credits: list[Credit] = [SignControl(args.advantage_sign)] if args.advantage_sign != "both" else []
+        if not isinstance(credits, Sequence):
+            raise ValueError(f"credits={credits!r} must be a list, e.g. credits=[{type(credits).__name__}(...)].")
         self._credits += credits
         self._check_credits(args)
         if trl_kwargs.get("environment_factory") is None:  # an environment may bring the prompts
@@ -245,7 +249,7 @@ class CancelGRPOTrainer(GRPOTrainer):
             name = type(credit).__name__
             if isinstance(credit, type):
                 raise ValueError(f"credits: {credit.__name__} needs to be an object; pass {credit.__name__}(...).")
-            if not isinstance(credit, Credit) or credit.scope not in SCOPES:
+            if not isinstance(credit, Credit) or not callable(credit.coefficients) or credit.scope not in SCOPES:
                 raise ValueError(
                     f"credits: {name} needs a method coefficients(rollouts) and an attribute scope, one of "
                     f"{', '.join(map(repr, SCOPES))}; its scope is {getattr(credit, 'scope', None)!r}."

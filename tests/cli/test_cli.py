@@ -81,7 +81,7 @@ def test_broken_recipes(written, said, tmp_path, capsys):
 
 
 def test_yaml_flags_and_method_in_order(tmp_path, capsys):
-    """A flag beats the file, the file beats the method, the method beats the default."""
+    """A flag beats `--method`, that beats the file, the file beats a method it names, that beats the default."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**QUICK, "epsilon_high": 0.3, "method": "grpo-fix"}))
     assert main(["explain", "--config", str(recipe)]) == 0
@@ -90,11 +90,24 @@ def test_yaml_flags_and_method_in_order(tmp_path, capsys):
     assert "[0, 1.4]" in capsys.readouterr().out
     recipe.write_text(yaml.safe_dump({**QUICK, "symmetric_clip": False}))
     assert main(["explain", "--config", str(recipe), "--method", "grpo-fix"]) == 0
-    assert "Symmetric" not in capsys.readouterr().out
-    assert main(["explain", "--config", str(recipe), "--method=grpo-fix", "--symmetric-clip", "true"]) == 0
     assert "Symmetric" in capsys.readouterr().out
+    assert main(["explain", "--config", str(recipe), "--method=grpo-fix", "--symmetric-clip", "false"]) == 0
+    assert "Symmetric" not in capsys.readouterr().out
+    recipe.write_text(yaml.safe_dump({**QUICK, "method": "grpo-fix", "symmetric_clip": False}))
+    assert main(["explain", "--config", str(recipe)]) == 0
+    assert "Symmetric" not in capsys.readouterr().out
     assert main(["explain", "--config", str(recipe), "--no_query_preserved"]) == 0
     assert "Torn" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", ["playground", "playground_grpo_fix", "playground_dfpo"])
+def test_a_method_on_the_command_line_is_that_method(recipe, capsys):
+    """Whatever the recipe sets of other methods: GRPO is then TRL's, torn groups and all."""
+    assert main(["explain", "--config", f"configs/{recipe}.yaml", "--method", "grpo"]) == 0
+    printed = capsys.readouterr().out
+    assert "Torn: TRL shuffles single rollouts" in printed
+    assert "Symmetric" not in printed
+    assert "Group weights" not in printed
 
 
 def test_train_with_lora_and_a_reward_of_ones_own(tmp_path, monkeypatch, capsys):
@@ -255,3 +268,31 @@ def test_errors_in_training_are_not_hidden(tmp_path):
 
 def broken(**_):
     return [1 / 0]
+
+
+def test_resume_and_what_it_needs(tmp_path, capsys):
+    settings = {**QUICK, "eval_problems": 0, "output_dir": tmp_path / "out", "save_strategy": "steps", "save_steps": 2}
+    for wanted, said in (("true", "holds no checkpoint"), ("nowhere", "no checkpoint there")):
+        assert main(["train", *flags(**settings, resume_from_checkpoint=wanted)]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["train", *flags(**settings)]) == 0
+    longer = {**settings, "max_steps": 6}
+    assert main(["train", *flags(**longer, resume_from_checkpoint="true")]) == 0
+    steps = [entry["step"] for entry in json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]]
+    assert steps == [1, 2, 3, 4, 5, 6, 6]
+
+
+def test_one_reward_may_stand_without_brackets(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    settings = {**QUICK, "output_dir": str(tmp_path / "out"), "reward_funcs": "json.nothing"}
+    recipe.write_text(yaml.safe_dump(settings))
+    assert main(["train", "--config", str(recipe)]) == 2
+    assert "reward_funcs=json.nothing: not found" in capsys.readouterr().err
+    for extra, said in (
+        ({"reward_funcs": "os.sep"}, "reward_funcs=os.sep: is a str, not a function"),
+        ({"eval_problems": -3}, "eval_problems=-3: must be at least 0"),
+        ({"eval_samples": 0}, "eval_samples=0: must be at least 1"),
+    ):
+        recipe.write_text(yaml.safe_dump({**settings, **extra}))
+        assert main(["train", "--config", str(recipe)]) == 2
+        assert said in capsys.readouterr().err

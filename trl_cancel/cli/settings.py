@@ -11,7 +11,7 @@ from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
 from ..configs import CancelGRPOConfig
-from ..methods import METHODS
+from ..methods import METHODS, complete_settings
 from . import OneLineErrors, UsageError
 
 
@@ -55,7 +55,10 @@ class Settings:
 
 
 class Parser(OneLineErrors, TrlParser):
-    """TRL's parser: YAML by `--config`, flags over it, a method's settings under both."""
+    """
+    TRL's parser, with methods by name: flags beat the settings of `--method`, these beat the YAML file of `--config`,
+    and that beats the settings of a `method` named in the file.
+    """
 
     def __init__(self, prog: str, description: str):
         readers: Any = (RunArguments, CancelGRPOConfig, ModelConfig, DatasetMixtureConfig)
@@ -75,11 +78,16 @@ class Parser(OneLineErrors, TrlParser):
         arguments = [part for argument in arguments for part in _split_config(argument)]
         yaml_settings = _read_yaml(arguments)
         self._check_names(arguments, yaml_settings)
-        method = _value_of("--method", arguments) or yaml_settings.get("method")
+        flag = _value_of("--method", arguments)
+        method = flag or yaml_settings.get("method")
         if method is not None:
             if not isinstance(method, str) or method not in METHODS:
                 raise UsageError(f"method={method}: unknown; use one of {', '.join(METHODS)}.")
             self.set_defaults(**METHODS[method].settings)
+        if flag:  # like any flag it beats the file, and what the file says of other methods
+            given = _flag_names(arguments)
+            chosen = {name: value for name, value in complete_settings(flag).items() if name not in given}
+            arguments += [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
         try:
             return Settings(*self.parse_args_and_config(arguments))
         except (TypeError, ValueError) as error:
@@ -87,11 +95,17 @@ class Parser(OneLineErrors, TrlParser):
 
     def _check_names(self, arguments: list[str], yaml_settings: dict[str, Any]) -> None:
         known = {action.dest for action in self._actions} | {"env", "config"}
-        flags = {match[1].replace("-", "_") for flag in arguments if (match := re.match(r"--([A-Za-z][\w-]*)", flag))}
-        flags = {name.removeprefix("no_") if name.removeprefix("no_") in known else name for name in flags}
+        flags = {
+            name.removeprefix("no_") if name.removeprefix("no_") in known else name for name in _flag_names(arguments)
+        }
         for name in [*flags, *yaml_settings]:
             if name not in known:
                 raise UsageError(f"{name}: unknown setting{_suggestion(name, known)}.")
+
+
+def _flag_names(arguments: list[str]) -> set[str]:
+    matches = (re.match(r"--([A-Za-z][\w-]*)", argument) for argument in arguments)
+    return {match[1].replace("-", "_") for match in matches if match}
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:

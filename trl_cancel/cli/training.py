@@ -22,6 +22,7 @@ from transformers import (
     ProgressCallback,
     TrainerCallback,
 )
+from transformers.trainer_utils import get_last_checkpoint
 from trl import get_dataset, get_peft_config, get_quantization_config
 
 from .. import playground
@@ -121,6 +122,8 @@ def run_training(settings: Settings) -> None:
         `UsageError`: If a setting cannot work; nothing has been written then.
     """
     check_writable(str(settings.training.output_dir))
+    checkpoint = find_checkpoint(settings)
+    check_evaluation(settings)
     dataset = load_data(settings)
     rewards = find_rewards(settings)
     trainer = build_trainer(settings, dataset, rewards)
@@ -128,7 +131,7 @@ def run_training(settings: Settings) -> None:
 
     before = evaluate(trainer, test, rewards[0], settings, "Before")
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=settings.training.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
     after = evaluate(trainer, test, rewards[0], settings, "After")
 
@@ -156,6 +159,30 @@ def check_writable(folder: str) -> None:
         raise UsageError(f"output_dir={folder}: cannot write to {existing}: {error.strerror}.") from error
 
 
+def find_checkpoint(settings: Settings) -> str | None:
+    """The checkpoint to go on from: `resume_from_checkpoint` names it, or is true for the latest one."""
+    wanted, folder = settings.training.resume_from_checkpoint, str(settings.training.output_dir)
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() != "true":
+        if not Path(str(wanted), "trainer_state.json").exists():
+            raise UsageError(f"resume_from_checkpoint={wanted}: no checkpoint there.")
+        return str(wanted)
+    latest = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    if latest is None:
+        raise UsageError(
+            f"resume_from_checkpoint={wanted}: output_dir={folder} holds no checkpoint. Leave it out to start anew."
+        )
+    return latest
+
+
+def check_evaluation(settings: Settings) -> None:
+    """Refuses numbers of problems and samples that make no sense."""
+    for name, least in (("eval_problems", 0), ("eval_samples", 1)):
+        if getattr(settings.run, name) < least:
+            raise UsageError(f"{name}={getattr(settings.run, name)}: must be at least {least}.")
+
+
 def load_data(settings: Settings) -> DatasetDict | dict[str, Any]:
     """The data set by split; `playground` is the embedded one."""
     run, mixture = settings.run, settings.mixture
@@ -175,7 +202,7 @@ def load_data(settings: Settings) -> DatasetDict | dict[str, Any]:
             )
         except Exception as error:  # the library raises a dozen types for names, files and connections
             raise UsageError(
-                f"{name}: cannot load it ({error}). Give a Hub id, a local folder of files that datasets.load_dataset "
+                f"{name}: cannot load it ({error.__cause__ or error}). Give a Hub id, a local folder of files that datasets.load_dataset "
                 f"reads, or '{playground.NAME}'."
             ) from error
     split = run.dataset_train_split
@@ -195,7 +222,7 @@ def load_data(settings: Settings) -> DatasetDict | dict[str, Any]:
 def find_rewards(settings: Settings) -> list[Any]:
     """Reward functions by name: one of TRL's, a dotted path, or the playground's own for the playground."""
     run = settings.run
-    names = run.reward_funcs or []
+    names = [run.reward_funcs] if isinstance(run.reward_funcs, str) else run.reward_funcs or []
     rewards: list[Any] = [run.reward_model_name_or_path] if run.reward_model_name_or_path else []
     if not names and not rewards and run.dataset_name == playground.NAME:
         names = ["trl_cancel.playground.reward.answer_reward"]
@@ -219,12 +246,15 @@ def _find_reward(name: str) -> Callable[..., Any]:
     try:
         if module:
             sys.path.insert(0, os.getcwd())
-        return getattr(importlib.import_module(module) if module else trl.rewards, function)
+        reward = getattr(importlib.import_module(module) if module else trl.rewards, function)
     except (ImportError, AttributeError) as error:
         raise UsageError(
             f"reward_funcs={name}: not found ({error}). Name one of TRL's ({', '.join(_reward_names())}) or a function "
             "by its dotted path."
         ) from error
+    if not callable(reward):
+        raise UsageError(f"reward_funcs={name}: is a {type(reward).__name__}, not a function.")
+    return reward
 
 
 def _reward_names() -> list[str]:
