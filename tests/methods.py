@@ -107,6 +107,13 @@ METHODS = {
         exact=False,
         refused=(({"beta": 0.1, "use_bias_correction_kl": True}, "use_bias_correction_kl=True"),),
     ),
+    "symmetric-clip-score-without-weights": Row(
+        # A setting of group weights that are not there must not reach another method's frozen ratio.
+        settings={"symmetric_clip": True, "symmetric_clip_gradient": "score", "group_weights_stop_gradient": False},
+        neutral=ON_POLICY,
+        metrics=CLIP_METRICS,
+        exact=False,
+    ),
     "symmetric-clip-sequence": Row(
         settings={"symmetric_clip": True, "importance_sampling_level": "sequence", "loss_type": "grpo"},
         neutral=ON_POLICY,

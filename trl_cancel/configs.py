@@ -264,9 +264,9 @@ class CancelGRPOConfig(GRPOConfig):
                 f"{self.steps_per_generation} rollouts a process is not a multiple of num_generations="
                 f"{self.num_generations}, so groups straddle the {layout.num_processes} processes"
             )
+        ways_out = [*layout.sizes_that_fit(), *(["query_preserved=False"] if self.group_weights == "none" else [])]
         raise ValueError(
-            f"query_preserved=True cannot keep groups whole: {problem}. Set one of "
-            f"{', '.join([*layout.sizes_that_fit(), 'query_preserved=False'])}."
+            f"query_preserved=True cannot keep groups whole: {problem}. Set one of {', '.join(ways_out)}."
         )
 
     def _check_symmetric_clip(self) -> None:

@@ -180,6 +180,10 @@ class CancelGRPOTrainer(GRPOTrainer):
         return self.args.group_weights != "none"
 
     @property
+    def _differentiates_weights(self) -> bool:
+        return self._weighs_groups and not self.args.group_weights_stop_gradient
+
+    @property
     def _keeps_groups_whole(self) -> bool:
         """Whether this package cuts the micro-batches; where TRL's own cut keeps groups whole, it is left alone."""
         if self._weighs_groups and self._layout.groups_fit_micro_batches and self._layout.steps_per_generation > 1:
@@ -408,7 +412,7 @@ class CancelGRPOTrainer(GRPOTrainer):
         inputs.setdefault("sampling_per_token_logps", logps.detach() if old_logps is None else old_logps)
         inputs["advantages"] = weighted_advantages
         # Weights that are differentiated through carry the whole gradient; the ratio then has none.
-        inputs["old_per_token_logps"] = logps.detach() if self.args.group_weights_stop_gradient else logps
+        inputs["old_per_token_logps"] = logps if self._differentiates_weights else logps.detach()
 
     # Weights of whole groups
 
@@ -417,7 +421,7 @@ class CancelGRPOTrainer(GRPOTrainer):
         if "group_weights" in inputs:
             weights = inputs["group_weights"]
         else:
-            attached = logps if not self.args.group_weights_stop_gradient else logps.detach()
+            attached = logps if self._differentiates_weights else logps.detach()
             ratios = self._update_weights.ratios(inputs, attached).squeeze(1)
             active = self._update_weights.taking_part(inputs, logps.detach())
             weights = self._update_weights.of_groups(ratios, active, inputs)
