@@ -62,6 +62,8 @@ CLIP_METRICS = tuple(f"symmetric_clip/clip_fraction{sign}" for sign in ("", "_po
 GROUP_METRICS = tuple(
     f"group_weights/{name}" for name in ("ratio_min", "ratio_max", "weight_mean", "clip_fraction", "orthogonality")
 )
+NTHR_METRICS = tuple(f"nthr/{name}" for name in ("selected_fraction", "threshold", "score_mean"))
+DELTA_METRICS = tuple(f"delta/{name}" for name in ("lambda_mean", "lambda_std", "margin_std_pos", "margin_std_neg"))
 SEQUENCE = {"importance_sampling_level": "sequence", "loss_type": "grpo"}
 
 
@@ -156,6 +158,11 @@ METHODS = {
         ),
     ),
     "dfpo-symmetric": dfpo("min", settings={"symmetric_clip": True}),
+    "dfpo-nthr-delta": dfpo(
+        "min",
+        settings={"nthr": True, "delta_credit": True},
+        neutral={"nthr_eta": 1, "delta_lambda_min": 1.0, "delta_lambda_max": 1.0},
+    ),
     "dfpo-with-credit": dfpo(
         "min", credits=lambda: [FirstTokens()], neutral_credits=lambda: [FirstTokens(weight=1.0)]
     ),
@@ -180,15 +187,95 @@ METHODS = {
         neutral_credits=lambda: [FirstTokens(weight=1.0)],
         refused=(({"loss_type": "sapo"}, "loss_type='sapo'"),),
     ),
+    "nthr": Row(
+        settings={"nthr": True},
+        neutral={"nthr_eta": "1", "query_preserved": False},
+        metrics=NTHR_METRICS,
+        refused=(
+            ({"nthr_beta": "1"}, "nthr_beta='1' must be a number"),
+            ({"nthr_eta": "half"}, "nthr_eta='half' is not one of 'balanced', 'p', '1-p' or a number"),
+            ({"nthr_eta": -1.0}, "nthr_eta=-1.0 is not one of"),
+            ({"nthr_selection": "best"}, "nthr_selection='best' is not one of 'score', 'random'"),
+            ({"state_cache_gib": -1}, "state_cache_gib=-1 must be a number of GiB"),
+        ),
+    ),
+    "nthr-random": Row(
+        settings={"nthr": True, "nthr_selection": "random"},
+        neutral={"nthr_eta": 1, "query_preserved": False},
+        metrics=NTHR_METRICS,
+    ),
+    "nthr-in-the-loss": Row(
+        settings={"nthr": True, **ON_POLICY, "per_device_train_batch_size": 8, "max_steps": 12},
+        neutral={"nthr_eta": 1, "query_preserved": False},
+        metrics=NTHR_METRICS,
+    ),
+    "nthr-in-the-loss-accumulated": Row(
+        settings={"nthr": True, "num_iterations": 1, "gradient_accumulation_steps": 4, "max_steps": 12, "beta": 0.05},
+        neutral={"nthr_eta": 1},
+        metrics=NTHR_METRICS,
+        exact=False,
+    ),
+    "nthr-own-pass": Row(
+        settings={
+            "nthr": True,
+            "num_iterations": 1,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 4,
+            "max_steps": 12,
+        },
+        neutral={"nthr_eta": 1},
+        metrics=NTHR_METRICS,
+    ),
+    "delta": Row(
+        settings={"delta_credit": True},
+        neutral={"delta_lambda_min": 1.0, "delta_lambda_max": 1.0, "query_preserved": False},
+        metrics=DELTA_METRICS,
+        refused=(
+            ({"delta_lambda_min": 1.3}, "delta_lambda_min=1.3 and delta_lambda_max=1.2 must be numbers"),
+            ({"delta_refinements": -1}, "delta_refinements=-1 must be a whole number"),
+            ({"delta_gamma": 0.0}, "delta_gamma=0.0 must be a positive number"),
+            ({"delta_proxy": "full"}, "delta_proxy='full' is not one of 'lm_head_row', 'hidden_gradient'"),
+            ({"delta_assignment": "mean"}, "delta_assignment='mean' is not one of 'soft', 'hard', 'random'"),
+            ({"delta_top_fraction": 1.5}, "delta_top_fraction=1.5 must be between 0 and 1"),
+        ),
+    ),
+    "delta-on-policy": Row(
+        settings={"delta_credit": True, **ON_POLICY, "per_device_train_batch_size": 8, "max_steps": 12},
+        neutral={"delta_lambda_min": 1.0, "delta_lambda_max": 1.0},
+        metrics=DELTA_METRICS,
+    ),
+    "delta-hidden-gradient-hard": Row(
+        settings={"delta_credit": True, "delta_proxy": "hidden_gradient", "delta_assignment": "hard"},
+        neutral={"delta_lambda_min": 1.0, "delta_lambda_max": 1.0, "query_preserved": False},
+        metrics=DELTA_METRICS,
+    ),
+    "delta-top-fraction": Row(
+        settings={"delta_credit": True, "delta_top_fraction": 0.5},
+        neutral={"delta_top_fraction": 1.0, "query_preserved": False},
+        metrics=DELTA_METRICS,
+    ),
+    "delta-random": Row(
+        settings={"delta_credit": True, "delta_assignment": "random"},
+        neutral={"delta_credit": False, "query_preserved": False},
+        metrics=DELTA_METRICS,
+    ),
+    "nthr-delta-sequence": Row(
+        settings={**SEQUENCE, "nthr": True, "delta_credit": True},
+        neutral={"nthr_eta": 1, "delta_lambda_min": 1.0, "delta_lambda_max": 1.0, "query_preserved": False},
+        metrics=(*NTHR_METRICS, *DELTA_METRICS),
+        refused=(({"loss_type": "sapo"}, "loss_type='sapo'"),),
+    ),
     "everything": Row(
         settings={
             "symmetric_clip": True,
             "symmetric_clip_gradient": "score",
             "advantage_sign": "negative",
+            "nthr": True,
+            "delta_credit": True,
             "beta": 0.05,
             "use_bias_correction_kl": False,
         },
-        neutral={**ON_POLICY, "advantage_sign": "both"},
+        neutral={**ON_POLICY, "advantage_sign": "both", "nthr": False, "delta_credit": False},
         metrics=CLIP_METRICS[:1],
         credits=lambda: [FirstTokens()],
         exact=False,

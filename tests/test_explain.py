@@ -74,4 +74,4 @@ def test_lines(settings, topic, expected):
 
 def test_own_credits_are_named():
     config = CancelGRPOConfig(output_dir="unused", **DEFAULTS)
-    assert "times the coefficients of FirstTokens" in " ".join(explain(config, credits=["FirstTokens"]).split())
+    assert "Times the coefficients of FirstTokens" in " ".join(explain(config, credits=[FirstTokens()]).split())

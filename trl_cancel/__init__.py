@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .configs import CancelGRPOConfig, DFPOConfig, GRPOFixConfig
+    from .configs import CancelGRPOConfig, DelTAConfig, DFPOConfig, GRPOFixConfig, NTHRConfig
     from .configs import CancelGRPOConfig as GRPOConfig
     from .credit import Credit
     from .explanation import explain
     from .rollouts import Rollouts
-    from .trainers import CancelGRPOTrainer, DFPOTrainer, GRPOFixTrainer
+    from .trainers import CancelGRPOTrainer, DelTATrainer, DFPOTrainer, GRPOFixTrainer, NTHRTrainer
     from .trainers import CancelGRPOTrainer as GRPOTrainer
 
 __version__ = "0.1.0"
@@ -25,12 +25,16 @@ _HOME = {
     "CancelGRPOConfig": ("configs", "CancelGRPOConfig"),
     "CancelGRPOTrainer": ("trainers", "CancelGRPOTrainer"),
     "Credit": ("credit", "Credit"),
+    "DelTAConfig": ("configs", "DelTAConfig"),
+    "DelTATrainer": ("trainers", "DelTATrainer"),
     "DFPOConfig": ("configs", "DFPOConfig"),
     "DFPOTrainer": ("trainers", "DFPOTrainer"),
     "GRPOConfig": ("configs", "CancelGRPOConfig"),
     "GRPOFixConfig": ("configs", "GRPOFixConfig"),
     "GRPOFixTrainer": ("trainers", "GRPOFixTrainer"),
     "GRPOTrainer": ("trainers", "CancelGRPOTrainer"),
+    "NTHRConfig": ("configs", "NTHRConfig"),
+    "NTHRTrainer": ("trainers", "NTHRTrainer"),
     "Rollouts": ("rollouts", "Rollouts"),
     "explain": ("explanation", "explain"),
 }
@@ -41,10 +45,14 @@ __all__ = [
     "Credit",
     "DFPOConfig",
     "DFPOTrainer",
+    "DelTAConfig",
+    "DelTATrainer",
     "GRPOConfig",
     "GRPOFixConfig",
     "GRPOFixTrainer",
     "GRPOTrainer",
+    "NTHRConfig",
+    "NTHRTrainer",
     "Rollouts",
     "explain",
 ]

@@ -9,7 +9,9 @@ from trl import GRPOConfig
 from . import _upstream  # noqa: F401  (refuses an untested TRL before anything else happens)
 from .batching import BatchLayout
 from .credit.controls import SIGNS
+from .credit.delta import ASSIGNMENTS, PROXIES
 from .credit.group_weights import TRANSFORMATIONS, TRUST_REGIONS
+from .credit.nthr import ETAS, SELECTIONS
 
 
 # Loss types whose surrogate is TRL's clipped one, min(rA, clip(r)A).
@@ -79,6 +81,39 @@ class CancelGRPOConfig(GRPOConfig):
         advantage_sign (`str`, *optional*, defaults to `"both"`):
             Rollouts to learn from: `"both"`, `"positive"` or `"negative"` advantages. The latter two are controls in
             which nothing cancels. Source: Appendix E.1 of [2605.08666](https://huggingface.co/papers/2605.08666).
+        nthr (`bool`, *optional*, defaults to `False`):
+            Push those tokens of wrong rollouts down less that would take the likelihood of the right ones down with
+            them. Source: section 5 of [2505.18830](https://huggingface.co/papers/2505.18830).
+        nthr_beta (`float`, *optional*, defaults to `1.0`):
+            Factor on the threshold above which tokens are selected; `-inf` selects all tokens of wrong rollouts.
+        nthr_eta (`str`, *optional*, defaults to `"balanced"`):
+            What the advantage of a selected token is multiplied with: `"balanced"`, 2|0.5-p| with the share p of right
+            rollouts in the group; `"p"`; `"1-p"`; or a number.
+        nthr_selection (`str`, *optional*, defaults to `"score"`):
+            `"random"` selects as many tokens of each group at random: the paper's control.
+        delta_credit (`bool`, *optional*, defaults to `False`):
+            Let tokens that tell good rollouts from bad ones carry more of the advantage (DelTA). Source:
+            [2605.21467](https://huggingface.co/papers/2605.21467).
+        delta_lambda_min (`float`, *optional*, defaults to `0.8`):
+            Credit of a token that looks like the other side.
+        delta_lambda_max (`float`, *optional*, defaults to `1.2`):
+            Credit of a token that looks like its own side.
+        delta_refinements (`int`, *optional*, defaults to `1`):
+            How often the centroids of both sides are taken again with the tokens weighted.
+        delta_gamma (`float`, *optional*):
+            Scale of the margins. By default, the standard deviation of each side's.
+        delta_proxy (`str`, *optional*, defaults to `"lm_head_row"`):
+            What stands for a token's gradient: `"lm_head_row"`, (1 - π)h, or `"hidden_gradient"`, the gradient by the
+            hidden state.
+        delta_assignment (`str`, *optional*, defaults to `"soft"`):
+            `"soft"`; `"hard"`, one side or the other; `"random"`, the soft ones dealt out at random: a control.
+        delta_normalize (`bool`, *optional*, defaults to `True`):
+            Divide the credits by their mean over the generation batch.
+        delta_top_fraction (`float`, *optional*):
+            Instead of weighing tokens, keep this fraction of them, those with the highest credit.
+        state_cache_gib (`float`, *optional*, defaults to `2.0`):
+            Memory for the hidden states of a generation batch on the device, in GiB. More, up to four times as much,
+            goes to CPU memory; still more is computed again when it is needed.
 
         > Parameters that control the logging
 
@@ -157,6 +192,80 @@ class CancelGRPOConfig(GRPOConfig):
             "choices": list(SIGNS),
         },
     )
+    nthr: bool = field(
+        default=False,
+        metadata={
+            "help": "Push those tokens of wrong rollouts down less that would take the likelihood of the right ones "
+            "down with them."
+        },
+    )
+    nthr_beta: float = field(
+        default=1.0,
+        metadata={"help": "Factor on NTHR's threshold; `-inf` selects all tokens of wrong rollouts."},
+    )
+    nthr_eta: str = field(
+        default="balanced",
+        metadata={
+            "help": "What the advantage of a token that NTHR selects is multiplied with: `balanced`, 2|0.5-p| with the "
+            "share p of right rollouts; `p`; `1-p`; or a number."
+        },
+    )
+    nthr_selection: str = field(
+        default="score",
+        metadata={
+            "help": "Tokens that NTHR selects: by `score`, or as many at `random`, a control.",
+            "choices": list(SELECTIONS),
+        },
+    )
+    delta_credit: bool = field(
+        default=False,
+        metadata={"help": "Let tokens that tell good rollouts from bad ones carry more of the advantage (DelTA)."},
+    )
+    delta_lambda_min: float = field(
+        default=0.8, metadata={"help": "DelTA's credit of a token that looks like the other side."}
+    )
+    delta_lambda_max: float = field(
+        default=1.2, metadata={"help": "DelTA's credit of a token that looks like its own side."}
+    )
+    delta_refinements: int = field(
+        default=1, metadata={"help": "How often DelTA's centroids are taken again with the tokens weighted."}
+    )
+    delta_gamma: float | None = field(
+        default=None,
+        metadata={"help": "Scale of DelTA's margins. By default, the standard deviation of each side's."},
+    )
+    delta_proxy: str = field(
+        default="lm_head_row",
+        metadata={
+            "help": "What stands for a token's gradient in DelTA: (1 - probability) times the hidden state "
+            "(`lm_head_row`), or the gradient by the hidden state (`hidden_gradient`).",
+            "choices": list(PROXIES),
+        },
+    )
+    delta_assignment: str = field(
+        default="soft",
+        metadata={
+            "help": "How DelTA assigns tokens to sides: `soft`; `hard`, one or the other; `random`, the soft ones dealt "
+            "out at random, a control.",
+            "choices": list(ASSIGNMENTS),
+        },
+    )
+    delta_normalize: bool = field(
+        default=True, metadata={"help": "Divide DelTA's credits by their mean over the generation batch."}
+    )
+    delta_top_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of weighing tokens, keep this fraction of them, those with DelTA's highest credit."
+        },
+    )
+    state_cache_gib: float = field(
+        default=2.0,
+        metadata={
+            "help": "Memory for the hidden states of a generation batch on the device, in GiB. More, up to four times "
+            "as much, goes to CPU memory; still more is computed again when it is needed."
+        },
+    )
     cancellation_metrics: bool = field(
         default=True,
         metadata={
@@ -221,6 +330,8 @@ class CancelGRPOConfig(GRPOConfig):
         self._check_batches()
         self._check_symmetric_clip()
         self._check_group_weights()
+        self._check_nthr()
+        self._check_delta()
 
     def _check_values(self) -> None:
         for setting in fields(self):
@@ -339,12 +450,61 @@ class CancelGRPOConfig(GRPOConfig):
                 f"multiple of num_generations={self.num_generations}."
             )
 
+    def _check_nthr(self) -> None:
+        if not self.nthr:
+            return
+        if not _is_number(self.nthr_beta) or self.nthr_beta in (float("inf"), float("nan")):
+            raise ValueError(f"nthr_beta={self.nthr_beta!r} must be a number, e.g. 1.0.")
+        if self.nthr_eta not in ETAS and not _is_factor(self.nthr_eta):
+            raise ValueError(
+                f"nthr_eta={self.nthr_eta!r} is not one of {', '.join(map(repr, ETAS))} or a number that is not "
+                "negative, e.g. 0.5."
+            )
+        layout = self.layout
+        if not layout.groups_are_local:
+            raise ValueError(
+                f"nthr=True compares the rollouts of a group, but groups of num_generations={self.num_generations} "
+                f"straddle processes that generate {layout.generation_batch_per_process} rollouts each "
+                "(per_device_train_batch_size x steps_per_generation). Make that a multiple of num_generations."
+            )
+        self._check_states()
+
+    def _check_delta(self) -> None:
+        if not self.delta_credit:
+            return
+        low, high = self.delta_lambda_min, self.delta_lambda_max
+        if not (_is_number(low) and _is_number(high) and 0 <= low <= high and 0 < high < float("inf")):
+            raise ValueError(
+                f"delta_lambda_min={low!r} and delta_lambda_max={high!r} must be numbers with "
+                "0 <= delta_lambda_min <= delta_lambda_max, e.g. 0.8 and 1.2."
+            )
+        if not isinstance(self.delta_refinements, int) or self.delta_refinements < 0:
+            raise ValueError(f"delta_refinements={self.delta_refinements!r} must be a whole number of at least 0.")
+        if self.delta_gamma is not None and not (_is_number(self.delta_gamma) and self.delta_gamma > 0):
+            raise ValueError(f"delta_gamma={self.delta_gamma!r} must be a positive number, or None.")
+        fraction = self.delta_top_fraction
+        if fraction is not None and not (_is_number(fraction) and 0 < fraction <= 1):
+            raise ValueError(f"delta_top_fraction={fraction!r} must be between 0 and 1, e.g. 0.5, or None.")
+        self._check_states()
+
+    def _check_states(self) -> None:
+        if not (_is_number(self.state_cache_gib) and self.state_cache_gib >= 0):
+            raise ValueError(f"state_cache_gib={self.state_cache_gib!r} must be a number of GiB, e.g. 2.0.")
+
 
 _OWN_FIELDS = {setting.name for setting in fields(CancelGRPOConfig)} - {setting.name for setting in fields(GRPOConfig)}
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_factor(value: Any) -> bool:
+    """Whether it is a number, or spells one, that advantages can be multiplied with."""
+    try:
+        return not isinstance(value, bool) and 0 <= float(value) < float("inf")
+    except (TypeError, ValueError):
+        return False
 
 
 def _again(name: str, default: Any) -> Any:
@@ -435,3 +595,60 @@ class GRPOFixConfig(DFPOConfig):
     group_weights: str = _again("group_weights", "none")
     importance_sampling_level: str = _again("importance_sampling_level", "token")
     loss_type: str = _again("loss_type", "dapo")
+
+
+@dataclass
+class NTHRConfig(CancelGRPOConfig):
+    r"""
+    [`CancelGRPOConfig`] with the settings of NTHR, *On the Effect of Negative Gradient in Group Relative Deep
+    Reinforcement Optimization* ([2505.18830](https://huggingface.co/papers/2505.18830), section 5.4 and Appendix 7.3).
+
+    The paper leaves prompts out of which all rollouts are right or all wrong; here they stay in, with advantage 0.
+
+    Parameters:
+        nthr (`bool`, *optional*, defaults to `True`):
+            See [`CancelGRPOConfig`].
+        beta (`float`, *optional*, defaults to `1e-4`):
+            Coefficient of the KL term. See [`~trl.GRPOConfig`], as for all that follow.
+        num_generations (`int`, *optional*, defaults to `8`):
+            Rollouts a prompt.
+        learning_rate (`float`, *optional*, defaults to `1e-6`):
+            Learning rate; the paper takes 5e-7 for its model of 0.5B parameters.
+
+    Raises:
+        `ValueError`: As [`CancelGRPOConfig`].
+    """
+
+    nthr: bool = _again("nthr", True)
+    beta: float = _again("beta", 1e-4)
+    num_generations: int | None = _again("num_generations", 8)
+    learning_rate: float = _again("learning_rate", 1e-6)
+
+
+@dataclass
+class DelTAConfig(CancelGRPOConfig):
+    r"""
+    [`CancelGRPOConfig`] with the settings of DelTA, *Discriminative Token Credit Assignment for RLVR*
+    ([2605.21467](https://huggingface.co/papers/2605.21467)).
+
+    Parameters:
+        delta_credit (`bool`, *optional*, defaults to `True`):
+            See [`CancelGRPOConfig`].
+        epsilon_high (`float`, *optional*, defaults to `0.28`):
+            Upper end of the clipping range. See [`~trl.GRPOConfig`], as for all that follow.
+        num_generations (`int`, *optional*, defaults to `16`):
+            Rollouts a prompt.
+        per_device_train_batch_size (`int`, *optional*, defaults to `16`):
+            Rollouts a micro-batch.
+        learning_rate (`float`, *optional*, defaults to `1e-6`):
+            Learning rate.
+
+    Raises:
+        `ValueError`: As [`CancelGRPOConfig`].
+    """
+
+    delta_credit: bool = _again("delta_credit", True)
+    epsilon_high: float | None = _again("epsilon_high", 0.28)
+    num_generations: int | None = _again("num_generations", 16)
+    per_device_train_batch_size: int = _again("per_device_train_batch_size", 16)
+    learning_rate: float = _again("learning_rate", 1e-6)

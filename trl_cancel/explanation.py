@@ -4,24 +4,27 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from .configs import CLIPPED_LOSSES, CancelGRPOConfig
+from .credit import Credit
+from .token_credits import TokenCredits, makes_old_logps
 
 
 WIDTH, INDENT = 100, 16
 
 
-def explain(config: CancelGRPOConfig, credits: Sequence[str] = ()) -> str:
+def explain(config: CancelGRPOConfig, credits: Sequence[Credit] = ()) -> str:
     """
     Describes a configuration.
 
     Args:
         config ([`CancelGRPOConfig`]):
             The configuration.
-        credits (`Sequence[str]`, *optional*):
-            Names of the token credits that are passed to the trainer rather than configured.
+        credits (`Sequence` of [`~trl_cancel.credit.Credit`], *optional*):
+            Token credits that are passed to the trainer rather than configured.
 
     Returns:
         `str`: A few lines, each led by its topic.
     """
+    token_credits = TokenCredits(config, credits)
     topics = {
         "Generation": [_generation(config)],
         "Optimizer step": [_optimizer_step(config)],
@@ -29,8 +32,8 @@ def explain(config: CancelGRPOConfig, credits: Sequence[str] = ()) -> str:
         "Groups": [_groups(config)],
         "Clipping": [_clipping(config)],
         "Group weights": list(_group_weights(config)),
-        "Credit": [_credit(config, credits)],
-        "Forward passes": [_passes(config)],
+        "Credit": list(_credit(config, token_credits)),
+        "Forward passes": [_passes(config, token_credits)],
         "Leaks": list(_leaks(config)) or ["Nothing in these settings breaks cancellation."],
     }
     return "\n".join(
@@ -129,37 +132,65 @@ def _clipping(config: CancelGRPOConfig) -> str:
     )
 
 
-def _credit(config: CancelGRPOConfig, credits: Sequence[str]) -> str:
-    rollouts = {
-        "both": "every token carries the advantage of its rollout",
-        "positive": "rollouts of negative advantage are left out, so nothing cancels",
-        "negative": "rollouts of positive advantage are left out, so nothing cancels",
+def _credit(config: CancelGRPOConfig, credits: TokenCredits) -> Iterator[str]:
+    yield {
+        "both": "Every token carries the advantage of its rollout.",
+        "positive": "Rollouts of negative advantage are left out, so nothing cancels.",
+        "negative": "Rollouts of positive advantage are left out, so nothing cancels.",
     }[config.advantage_sign]
-    own = f", times the coefficients of {', '.join(credits)}" if credits else ""
-    return f"{rollouts[0].upper()}{rollouts[1:]}{own}."
+    if config.nthr:
+        tokens = {
+            "score": "tokens of wrong rollouts that would take the right ones down with them",
+            "random": "as many tokens of wrong rollouts as it would select, drawn at random,",
+        }[config.nthr_selection]
+        eta = {"balanced": "2|0.5 - p|", "p": "p", "1-p": "1 - p"}.get(config.nthr_eta, config.nthr_eta)
+        share = ", where p is the share of right rollouts in the group" if "p" in str(eta) else ""
+        yield f"NTHR: {tokens} carry {eta} of it{share}."
+    if config.delta_credit:
+        yield f"DelTA: {_delta(config)}."
+    if credits.own:
+        yield f"Times the coefficients of {', '.join(type(credit).__name__ for credit in credits.own)}."
 
 
-def _passes(config: CancelGRPOConfig) -> str:
+def _delta(config: CancelGRPOConfig) -> str:
+    if config.delta_top_fraction is not None:
+        return f"only the {config.delta_top_fraction:.0%} of tokens that tell good rollouts from bad ones best count"
+    how = {
+        "soft": "by how well it tells good rollouts from bad ones",
+        "hard": "the higher if it looks like its own side, the lower if it looks like the other",
+        "random": "as DelTA would, but dealt out at random",
+    }[config.delta_assignment]
+    mean = ", over their mean" if config.delta_normalize else ""
+    return f"each token carries {config.delta_lambda_min:g} to {config.delta_lambda_max:g} of it{mean}, {how}"
+
+
+def _passes(config: CancelGRPOConfig, credits: TokenCredits) -> str:
     passes = []
     if config.use_vllm and config.vllm_importance_sampling_correction:
         passes.append("one for the log-probs that correct vLLM's")
-    elif not config.layout.is_on_policy:
+    elif makes_old_logps(config):
         passes.append("one for the old log-probs, since updates are off-policy")
     if config.beta:
         passes.append("one for the reference model's log-probs, since beta > 0")
     before = f"TRL makes {' and '.join(passes)}, without gradients, for each generation batch. " if passes else ""
-    return f"{before}Each micro-batch's loss makes its own. {_own_passes(config)}"
+    own = list(_own_passes(config, credits)) or ["This package adds none."]
+    return f"{before}Each micro-batch's loss makes its own. {' '.join(own)}"
 
 
-def _own_passes(config: CancelGRPOConfig) -> str:
+def _own_passes(config: CancelGRPOConfig, credits: TokenCredits) -> Iterator[str]:
     layout = config.layout
-    if config.group_weights == "none" or layout.holds_groups_in_micro_batches or layout.is_on_policy:
-        return "This package adds none."
-    return (
-        "This package adds one without gradients for each optimizer step but the first of a generation batch, since "
-        "groups are spread over micro-batches; a per_device_train_batch_size that is a multiple of num_generations "
-        "saves it."
-    )
+    if credits.in_loss:
+        yield "Token credit takes its hidden states from that pass."
+    elif credits.states_when_scored and makes_old_logps(config):
+        yield "Token credit takes its hidden states from the one for the log-probs."
+    elif credits.states_when_scored:
+        yield "This package adds one without gradients for each generation batch, for the hidden states of token credit."
+    if config.group_weights != "none" and not layout.holds_groups_in_micro_batches and not layout.is_on_policy:
+        yield (
+            "This package adds one without gradients for each optimizer step but the first of a generation batch, "
+            "since groups are spread over micro-batches; a per_device_train_batch_size that is a multiple of "
+            "num_generations saves it."
+        )
 
 
 def _leaks(config: CancelGRPOConfig) -> Iterator[str]:
@@ -182,6 +213,10 @@ def _leaks(config: CancelGRPOConfig) -> Iterator[str]:
         yield "Sequence-level ratios weigh the rollouts of a group differently."
     if config.loss_type in ("grpo", "sapo"):
         yield f"loss_type={config.loss_type!r} divides by each rollout's length, so short rollouts push harder."
+    if config.nthr:
+        yield "nthr=True pushes tokens of wrong rollouts less, also those that right ones share."
+    if config.delta_credit:
+        yield "delta_credit=True weighs a token by its side, so what both sides share keeps a little of the push."
     if config.mask_truncated_completions:
         yield "mask_truncated_completions=True drops members of a group after its advantages are computed."
     if config.off_policy_mask_threshold is not None:

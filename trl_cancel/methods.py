@@ -41,6 +41,16 @@ METHODS = {
     "dfpo-rebalance": Method(
         {**SEQUENCE, "group_weights": "rebalance"}, "the heavier side of each group scaled down", "2604.13088"
     ),
+    "nthr": Method({"nthr": True}, "wrong rollouts' tokens that right ones need pushed less", "2505.18830"),
+    "nthr-random": Method(
+        {"nthr": True, "nthr_selection": "random"}, "control: as many tokens, drawn at random", "2505.18830"
+    ),
+    "delta": Method({"delta_credit": True}, "more credit to tokens that tell good from bad", "2605.21467"),
+    "delta-random": Method(
+        {"delta_credit": True, "delta_assignment": "random"},
+        "control: the same credits, dealt out at random",
+        "2605.21467",
+    ),
     "positive-only": Method({"advantage_sign": "positive"}, "control: bad rollouts left out", "2605.08666"),
     "negative-only": Method({"advantage_sign": "negative"}, "control: good rollouts left out", "2605.08666"),
 }

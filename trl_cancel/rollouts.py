@@ -1,7 +1,7 @@
 """One scored generation batch as the methods see it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,10 @@ import torch
 
 def _identity(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
+
+
+def _silent(name: str, values: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,20 @@ class Rollouts:
         num_generations (`int`):
             G, the rollouts a prompt.
         old_logps (`torch.Tensor` of shape `(B, T)`, *optional*):
-            Log-probabilities under the policy that sampled, where TRL computes them.
+            Log-probabilities under the policy that sampled, at its temperature: where TRL computes them, and always
+            for credits that set `needs_states = True`.
+        states (`torch.Tensor` of shape `(B, T, d)` or [`~trl_cancel.states.StateStore`], *optional*):
+            Last hidden states, the ones that predict each token, for credits that set `needs_states = True`. They may
+            be kept in pieces, so take the states of some rollouts at a time: `states[i:j]` has shape `(j - i, T, d)`.
+        head ([`~trl_cancel.states.LMHead`], *optional*):
+            The output layer that belongs to `states`.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of the policy, by which logits are divided.
         reduce (`Callable`, *optional*):
             Sums a tensor over all processes. Does nothing in a single process.
+        log (`Callable`, *optional*):
+            `log(name, values, weights)` adds to a metric of this optimizer step, a mean over all processes. All
+            processes must log the same names.
     """
 
     prompt_ids: torch.Tensor
@@ -55,8 +70,12 @@ class Rollouts:
     reward_names: list[str]
     examples: list[dict[str, Any]]
     num_generations: int
-    old_logps: torch.Tensor | None = None
+    old_logps: Any = None
+    states: Any = field(default=None, repr=False)
+    head: Any = field(default=None, repr=False)
+    temperature: float = 1.0
     reduce: Callable[[torch.Tensor], torch.Tensor] = field(default=_identity, repr=False)
+    log: Callable[..., None] = field(default=_silent, repr=False)
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -74,6 +93,19 @@ class Rollouts:
         if rows % self.num_generations:
             raise ValueError(f"{rows} rollouts do not fold into groups of num_generations={self.num_generations}.")
         return tensor.unflatten(0, (-1, self.num_generations))
+
+    def take(self, index: torch.Tensor, **changes: Any) -> "Rollouts":
+        """
+        Some of the rollouts.
+
+        Args:
+            index (`torch.Tensor` of shape `(N,)`):
+                Rollouts to pick, in their new order.
+            **changes:
+                Fields with new values, one of which must be `states` if these rollouts have any.
+        """
+        rows = {name: value for name, value in vars(self).items() if name not in ("reward_names", *changes)}
+        return replace(self, **take_rows(rows, index), **changes)
 
 
 # A batch as TRL hands it round: a dictionary of tensors and lists whose first dimension runs over the rollouts, with

@@ -1,11 +1,126 @@
-"""The output layer of a language model, for logits of a few tokens only."""
+"""
+Last hidden states, caught in forward passes that are made anyway, and the output layer that turns them into logits of a
+few tokens.
+"""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+GIB = 2**30
+CPU_SHARE = 4  # CPU memory is cheaper than that of a GPU
+UNIT_VECTORS = 256  # given to a layer at a time, where its weight must be measured
+
+
+class StateStore:
+    """
+    The last hidden states of the rollouts of one generation batch: `store[i:j]` has shape `(j - i, T, d)`, and is 0
+    where there is no token. Only states of tokens are kept, in the precision in which they were computed.
+
+    Args:
+        gib (`float`, *optional*):
+            Memory that the states may take on the device that computes them, in GiB. More, up to four times as much,
+            goes to CPU memory; still more is not kept but computed again when it is asked for. No limit by default.
+    """
+
+    def __init__(self, gib: float = float("inf")):
+        self.gib = gib
+        self.decided = gib == float("inf")
+        self.keeps, self.offloads = True, False
+        self.recompute: Callable[[slice], torch.Tensor] | None = None
+        self.logps: torch.Tensor | None = None  # of the pass that has filled it
+        self._states: list[torch.Tensor] = []
+        self._masks: list[torch.Tensor] = []
+
+    def reserve(self, size: int) -> None:
+        """
+        Decides where the states go.
+
+        Args:
+            size (`int`):
+                Bytes that they can take.
+        """
+        self.decided = True
+        self.offloads = size > self.gib * GIB
+        self.keeps = size <= CPU_SHARE * self.gib * GIB
+
+    def add(self, states: torch.Tensor, mask: torch.Tensor) -> None:
+        """
+        Keeps the states of the next rollouts.
+
+        Args:
+            states (`torch.Tensor` of shape `(B, T, d)`):
+                States.
+            mask (`torch.Tensor` of shape `(B, T)`):
+                1 where there is a token.
+        """
+        mask = mask.bool()
+        packed = states[mask]
+        packed = packed.cpu() if self.offloads else packed
+        self._states += packed.split(mask.sum(1).tolist())
+        self._masks += mask
+
+    def filled_by(self, model: Any, mask: torch.Tensor) -> AbstractContextManager[None]:
+        """
+        Takes the states of the forward passes made meanwhile.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+                The model that makes them.
+            mask (`torch.Tensor` of shape `(B, T)`):
+                1 for the completion tokens of all their rollouts.
+        """
+        first = len(self)
+
+        def keep(states: torch.Tensor) -> None:
+            done = len(self) - first
+            self.add(states, mask[done : done + len(states)])
+
+        return last_hidden_states(model, mask.size(1), keep) if self.keeps else nullcontext()
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        if not self.keeps:
+            assert self.recompute is not None
+            return self.recompute(rows)
+        mask = torch.stack(self._masks[rows])
+        packed = torch.cat(self._states[rows]).to(mask.device)
+        states = packed.new_zeros(*mask.shape, packed.size(-1))
+        states[mask] = packed
+        return states
+
+
+@contextmanager
+def last_hidden_states(model: Any, length: int, keep: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """
+    Catches the last hidden states of every forward pass made meanwhile.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            A causal language model, not wrapped for training.
+        length (`int`):
+            T, the tokens at the end whose predictions are wanted.
+        keep (`Callable`):
+            Takes the states of one pass, of shape `(B, T, d)`: those that predict the last T tokens.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def catch(module: nn.Module, inputs: Any, output: Any) -> None:
+        keep(output.last_hidden_state[:, -length - 1 : -1].detach())
+
+    handle = model.base_model.register_forward_hook(catch)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class LMHead:
@@ -23,7 +138,7 @@ class LMHead:
             Bound c of the logits z, which become c tanh(z/c).
     """
 
-    def __init__(self, layer: nn.Module | torch.Tensor, scale: float = 1.0, softcap: float | None = None):
+    def __init__(self, layer: "nn.Module | torch.Tensor | _Rows", scale: float = 1.0, softcap: float | None = None):
         self.layer, self.scale, self.softcap = layer, scale, softcap
 
     @classmethod
@@ -69,6 +184,34 @@ class LMHead:
             )
         return head
 
+    @torch.no_grad()
+    def restricted_to(self, token_ids: torch.Tensor) -> "LMHead":
+        """
+        The same head for a few tokens only, with weights of its own. Gathers weights that are sharded over processes,
+        so all processes must ask at once.
+
+        Args:
+            token_ids (`torch.Tensor`):
+                The tokens, of any shape.
+        """
+        token_ids = token_ids.unique()
+        with _gathered(self.layer):
+            return LMHead(_Rows(token_ids, *_rows(self.layer, token_ids)), self.scale, self.softcap)
+
+    def rows(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Rows of the weight and of the bias.
+
+        Args:
+            token_ids (`torch.Tensor` of shape `(K,)`):
+                The tokens.
+
+        Returns:
+            `tuple`: Weight of shape `(K, d)`, and bias of shape `(K,)` or `None`.
+        """
+        with _gathered(self.layer):
+            return _rows(self.layer, token_ids)
+
     def logits(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """
         Logits of chosen tokens.
@@ -82,12 +225,10 @@ class LMHead:
         Returns:
             `torch.Tensor` of shape `(..., K)`.
         """
-        rows = _rows(self.layer, token_ids)
-        if rows is None:  # quantized, or an adapter that is not a sum of matrices: the layer knows how
-            return self._finish(self.layer(hidden)[..., token_ids])  # type: ignore[operator]
-        weight, bias = rows
-        bias = None if bias is None else bias.to(hidden.dtype)
-        return self._finish(nn.functional.linear(hidden, weight.to(hidden.dtype), bias))
+        weight, bias = self.rows(token_ids)
+        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+        bias = None if bias is None else bias.to(dtype)
+        return self._finish(nn.functional.linear(hidden.to(dtype), weight.to(dtype), bias))
 
     def _finish(self, raw: torch.Tensor) -> torch.Tensor:
         scaled = raw * self.scale
@@ -105,29 +246,75 @@ def _outputs_of(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
-def _rows(layer: Any, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """Rows of the weight and of the bias of a layer, or `None` where they are not to be had."""
+@dataclass
+class _Rows:
+    """Some rows of a layer, those of sorted tokens."""
+
+    token_ids: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def _rows(layer: Any, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows of the weight and of the bias of a layer."""
     if isinstance(layer, torch.Tensor):
         return layer[token_ids], None
+    if isinstance(layer, _Rows):
+        index = torch.searchsorted(layer.token_ids, token_ids)
+        return layer.weight[index], None if layer.bias is None else layer.bias[index]
     if hasattr(layer, "modules_to_save"):  # PEFT's copy of a whole layer
         trained = not layer.disable_adapters
         return _rows(layer.modules_to_save[layer.active_adapter] if trained else layer.original_module, token_ids)
     if hasattr(layer, "lora_A"):
         return _lora_rows(layer, token_ids)
-    if type(layer) is not nn.Linear:
-        return None
-    return layer.weight[token_ids], None if layer.bias is None else layer.bias[token_ids]
+    if not _is_linear(layer):
+        return _measured_rows(layer, token_ids)
+    return _whole(layer.weight)[token_ids], None if layer.bias is None else _whole(layer.bias)[token_ids]
 
 
-def _lora_rows(layer: Any, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    rows = _rows(layer.base_layer, token_ids)
+def _is_linear(layer: nn.Module) -> bool:
+    """A plain linear layer; FSDP2 makes a class of the same name of it, quantized ones have a class of their own."""
+    return isinstance(layer, nn.Linear) and layer.weight.is_floating_point() and type(layer).__module__[:5] == "torch"
+
+
+def _lora_rows(layer: Any, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     adapters = [name for name in layer.active_adapters if name in layer.lora_A]
-    if rows is None or any(layer.use_dora.get(name) or layer.lora_bias.get(name) for name in adapters):
-        return None
-    weight, bias = rows
     if layer.disable_adapters or layer.merged:
-        return rows
+        return _rows(layer.base_layer, token_ids)
+    if any(layer.use_dora.get(name) or layer.lora_bias.get(name) for name in adapters):
+        return _measured_rows(layer, token_ids)
+    weight, bias = _rows(layer.base_layer, token_ids)
     for name in adapters:
-        update = layer.lora_B[name].weight[token_ids] @ layer.lora_A[name].weight
+        update = _whole(layer.lora_B[name].weight)[token_ids] @ _whole(layer.lora_A[name].weight)
         weight = weight + layer.scaling[name] * update.to(weight.dtype)
     return weight, bias
+
+
+def _measured_rows(layer: Any, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, where a layer keeps its weight to itself (quantized, or changed by more than a sum): unit vectors."""
+    floating = next((weight for weight in layer.parameters() if weight.is_floating_point()), torch.empty(0))
+    units = torch.eye(layer.in_features, dtype=floating.dtype, device=token_ids.device)
+    training = layer.training
+    layer.eval()  # no dropout
+    try:
+        with torch.no_grad():
+            bias = layer(torch.zeros_like(units[:1]))[0, token_ids]
+            columns = [layer(some)[:, token_ids] - bias for some in units.split(UNIT_VECTORS)]
+    finally:
+        layer.train(training)
+    return torch.cat(columns).T, bias
+
+
+def _whole(weight: torch.Tensor) -> torch.Tensor:
+    """A weight that FSDP2 may have sharded."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def _gathered(layer: Any) -> Any:
+    """Holds together the weights of a layer that DeepSpeed ZeRO-3 has sharded."""
+    weights = list(layer.parameters()) if isinstance(layer, nn.Module) else []
+    if not any(hasattr(weight, "ds_id") for weight in weights):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(weights)

@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -18,12 +20,13 @@ from ._upstream import (
     unsplit_pixel_values_by_grid,
 )
 from .batching import query_preserved_permutation
-from .configs import CLIPPED_LOSSES, CancelGRPOConfig, DFPOConfig, GRPOFixConfig
-from .credit import Credit, SignControl
-from .credit.protocol import SCOPES, combine
+from .configs import CancelGRPOConfig, DelTAConfig, DFPOConfig, GRPOFixConfig, NTHRConfig
+from .credit import Credit
 from .explanation import explain
 from .monitor import UpdateMonitor
 from .rollouts import Rollouts, Rows, take_rows
+from .states import LMHead, StateStore
+from .token_credits import TokenCredits, credited, makes_old_logps
 from .update_weights import UpdateWeights, loss_mask
 
 
@@ -52,6 +55,30 @@ DESIGN_CONDITIONS = {
         "Cancellation}},\n"
         "    year   = 2026,\n"
         "    eprint = {arXiv:2604.13088},\n"
+        "}"
+    ),
+}
+NEGATIVE_GRADIENT = {
+    "title": "On the Effect of Negative Gradient in Group Relative Deep Reinforcement Optimization",
+    "id": "2505.18830",
+    # docstyle-ignore
+    "citation": (
+        "@article{negativegradient2025,\n"
+        "    title  = {{On the Effect of Negative Gradient in Group Relative Deep Reinforcement Optimization}},\n"
+        "    year   = 2025,\n"
+        "    eprint = {arXiv:2505.18830},\n"
+        "}"
+    ),
+}
+DISCRIMINATIVE_CREDIT = {
+    "title": "DelTA: Discriminative Token Credit Assignment for RLVR",
+    "id": "2605.21467",
+    # docstyle-ignore
+    "citation": (
+        "@article{delta2026,\n"
+        "    title  = {{DelTA: Discriminative Token Credit Assignment for RLVR}},\n"
+        "    year   = 2026,\n"
+        "    eprint = {arXiv:2605.21467},\n"
         "}"
     ),
 }
@@ -128,11 +155,7 @@ class CancelGRPOTrainer(GRPOTrainer):
             args = copy.copy(args)
             args.delta = 1 + args.clip_range[1]
         self._layout = args.layout
-        self._credits: list[Credit] = [SignControl(args.advantage_sign)] if args.advantage_sign != "both" else []
-        if not isinstance(credits, Sequence):
-            raise ValueError(f"credits={credits!r} must be a list, e.g. credits=[{type(credits).__name__}(...)].")
-        self._credits += credits
-        self._check_credits(args)
+        self._credits = TokenCredits(args, credits)
         if trl_kwargs.get("environment_factory") is None:  # an environment may bring the prompts
             evaluated = trl_args[0] if trl_args else trl_kwargs.get("eval_dataset")
             _check_dataset("train_dataset", train_dataset)
@@ -146,6 +169,9 @@ class CancelGRPOTrainer(GRPOTrainer):
         self._scored: Rows | None = None  # the generation batch, until it is cut into micro-batches
         self._loss_inputs: Rows | None = None  # the inputs of the loss that is being computed
         self._loss_logps: torch.Tensor | None = None
+        self._rollouts: Rollouts | None = None  # the generation batch, for credits that wait for the loss
+        self._states: StateStore | None = None  # takes the hidden states of the passes that are made meanwhile
+        self._head: LMHead | None = None
 
         super().__init__(model, reward_funcs, args, train_dataset, *trl_args, **trl_kwargs)
 
@@ -153,6 +179,8 @@ class CancelGRPOTrainer(GRPOTrainer):
         self._monitor = UpdateMonitor(self.accelerator, self._layout.groups_are_local)
         self._update_weights = UpdateWeights(self.args, self._monitor)
         self._say_what_cannot_act()
+        if self._credits.of_states and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self._lm_head()  # an unsuitable model is refused now; one that is yet to be sharded, later
 
     def _say_what_cannot_act(self) -> None:
         idle = ["symmetric_clip=True"] if self.args.symmetric_clip else []
@@ -186,37 +214,23 @@ class CancelGRPOTrainer(GRPOTrainer):
     @property
     def _keeps_groups_whole(self) -> bool:
         """Whether this package cuts the micro-batches; where TRL's own cut keeps groups whole, it is left alone."""
-        if self._weighs_groups and self._layout.groups_fit_micro_batches and self._layout.steps_per_generation > 1:
+        needs_it = self._credits.in_loss or (self._weighs_groups and self._layout.groups_fit_micro_batches)
+        if needs_it and self._layout.steps_per_generation > 1:
             return True
         return self.args.query_preserved and self._layout.is_split
 
     @property
     def _acts_in_loss(self) -> bool:
-        return (
-            self.args.cancellation_metrics
-            or self.args.symmetric_clip
-            or self._spreads_token_credit
-            or self._weighs_groups
-        )
+        return self.args.cancellation_metrics or self.args.symmetric_clip or bool(self._credits) or self._weighs_groups
 
     @property
     def _holds_ratio(self) -> bool:
         """Whether symmetric clipping weighs the score, instead of being TRL's surrogate with other bounds."""
         return self.args.symmetric_clip and self.args.symmetric_clip_gradient == "score"
 
-    @property
-    def _spreads_token_credit(self) -> bool:
-        """Whether the loss would average a rollout's token credits, since its tokens share one ratio."""
-        return (
-            bool(self._credits)
-            and self.args.importance_sampling_level == "sequence"
-            and self.args.loss_type in CLIPPED_LOSSES
-        )
-
     def explain(self) -> str:
         """What the configuration does: sizes, how far off policy, what is kept together, what is added and why."""
-        own = [type(credit).__name__ for credit in self._credits if not isinstance(credit, SignControl)]
-        return explain(self.args, credits=own)
+        return explain(self.args, credits=self._credits.own)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """
@@ -246,37 +260,6 @@ class CancelGRPOTrainer(GRPOTrainer):
                 "train(resume_from_checkpoint=True)."
             )
 
-    # Early checks
-
-    def _check_credits(self, args: CancelGRPOConfig) -> None:
-        for credit in self._credits:
-            name = type(credit).__name__
-            if isinstance(credit, type):
-                raise ValueError(f"credits: {credit.__name__} needs to be an object; pass {credit.__name__}(...).")
-            if not isinstance(credit, Credit) or not callable(credit.coefficients) or credit.scope not in SCOPES:
-                raise ValueError(
-                    f"credits: {name} needs a method coefficients(rollouts) and an attribute scope, one of "
-                    f"{', '.join(map(repr, SCOPES))}; its scope is {getattr(credit, 'scope', None)!r}."
-                )
-            if credit.scope == "group" and not self._layout.groups_are_local:
-                raise ValueError(
-                    f"credits: {name} has scope 'group', but groups of num_generations={args.num_generations} straddle "
-                    f"processes that generate {self._layout.generation_batch_per_process} rollouts each "
-                    "(per_device_train_batch_size x steps_per_generation). Make that a multiple of num_generations."
-                )
-        if self._credits and args.importance_sampling_level == "sequence":
-            if args.loss_type == "sapo":
-                raise ValueError(
-                    "loss_type='sapo' with importance_sampling_level='sequence' would average the token credits of a "
-                    "rollout. Set importance_sampling_level='token', or another loss_type."
-                )
-            if args.use_bias_correction_kl and args.beta:
-                raise ValueError(
-                    "Token credits with importance_sampling_level='sequence' hold the ratio at 1 inside the loss, so "
-                    f"use_bias_correction_kl=True (with beta={args.beta}) would lose its ratio. Set "
-                    "use_bias_correction_kl=False, importance_sampling_level='token' or beta=0."
-                )
-
     # Generation: credit, then micro-batches of whole groups
 
     def _calculate_rewards(self, *args, **kwargs):
@@ -285,15 +268,22 @@ class CancelGRPOTrainer(GRPOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs):
+        training = self.model.training
+        if training and self._credits.states_when_scored and makes_old_logps(self.args):
+            self._states = StateStore(self.args.state_cache_gib)  # filled by TRL's first pass, for the old log-probs
         batch = super()._generate_and_score_completions(inputs)
-        if self.model.training:
+        if training:
             rollouts = self._view(batch, inputs)
             if self._acts_in_loss:
                 batch.update(group_ids=rollouts.group_ids, rollout_advantages=rollouts.advantages)
             if self.args.cancellation_metrics:
                 batch.update(self._monitor.mark_shared(batch, rollouts, self._tokenizer.pad_token_id))
-            if self._credits:
-                self._apply_credits(batch, rollouts)
+            if self._credits.in_loss:
+                batch["rollout_rows"] = torch.arange(len(inputs), device=rollouts.mask.device)
+                self._rollouts = rollouts
+            if self._credits.states_when_scored:
+                rollouts = self._with_states(rollouts, batch)
+            batch["advantages"] = credited(batch["advantages"], self._credits.when_scored, rollouts)
             self._scored = batch if self._keeps_groups_whole else None
             self._generated_at_step = self.state.global_step
         self._rewards = None
@@ -316,8 +306,12 @@ class CancelGRPOTrainer(GRPOTrainer):
     def _whole_group_batches(self, batch: Rows) -> list[Rows]:
         group_size = self._layout.num_generations
         order = query_preserved_permutation(self._layout.generation_batch_per_process // group_size, group_size)
-        batch = take_rows(split_pixel_values_by_grid(batch), order)
-        parts: list[Any] = split_tensor_dict(batch, self._layout.steps_per_generation)
+        return self._micro_batches(batch, order, self._layout.steps_per_generation)
+
+    def _micro_batches(self, batch: Rows, rows: torch.Tensor, count: int) -> list[Rows]:
+        """Some rollouts of a batch, cut into as many parts."""
+        batch = take_rows(split_pixel_values_by_grid(batch), rows)
+        parts: list[Any] = split_tensor_dict(batch, count)
         return [unsplit_pixel_values_by_grid(part) for part in parts]
 
     def _view(self, batch: Rows, examples: list[dict[str, Any]]) -> Rollouts:
@@ -338,17 +332,58 @@ class CancelGRPOTrainer(GRPOTrainer):
             examples=examples,
             num_generations=self._layout.num_generations,
             old_logps=batch.get("old_per_token_logps"),
+            temperature=self.temperature,
             reduce=self._sum_over_processes,
+            log=self._monitor.metrics.add,
         )
         self._groups_seen += self._layout.prompts_per_generation
         return rollouts
 
-    def _apply_credits(self, batch: Rows, rollouts: Rollouts) -> None:
-        coefficients = combine(self._credits, rollouts)
-        if coefficients.size(1) == 1:
-            batch["advantages"] = batch["advantages"] * coefficients.squeeze(1)
-        elif (coefficients[rollouts.mask.bool()] != 1).any():
-            batch["advantages"] = batch["advantages"].unsqueeze(1) * coefficients  # (B, T), which TRL's loss accepts
+    # Hidden states
+
+    def _lm_head(self) -> LMHead:
+        if self._head is None:
+            self._head = LMHead.of(self.accelerator.unwrap_model(self.model))
+        return self._head
+
+    def _with_states(self, rollouts: Rollouts, batch: Rows) -> Rollouts:
+        """The rollouts with their states and log-probs: of TRL's own pass if it has made one, otherwise of another."""
+        states, self._states = self._states, None
+        if states is None or states.logps is None or states.logps is not batch.get("old_per_token_logps"):
+            states = StateStore(self.args.state_cache_gib)
+            states.logps = self._pass_over(batch, torch.arange(len(rollouts.mask)), states)
+
+        def recompute(rows: slice) -> torch.Tensor:
+            again = StateStore()
+            self._pass_over(batch, torch.arange(rows.start, rows.stop), again)
+            return again[:]
+
+        states.recompute = recompute
+        return replace(rollouts, states=states, old_logps=states.logps, head=self._lm_head())
+
+    def _pass_over(self, batch: Rows, rows: torch.Tensor, states: StateStore) -> torch.Tensor:
+        """Log-probs of some rollouts by a pass without gradients, in pieces no larger than a micro-batch."""
+        count = -(-len(rows) // self._layout.per_device_train_batch_size)
+        while len(rows) % count:  # pieces are of one size
+            count += 1
+        self._states = states
+        try:
+            return torch.cat([self._current_logps(part) for part in self._micro_batches(batch, rows, count)])
+        finally:
+            self._states = None
+
+    def _credit_micro_batch(self, inputs: Rows, logps: torch.Tensor, states: StateStore) -> None:
+        """Applies the credits that wait for the loss's own forward pass."""
+        assert self._rollouts is not None
+        order = inputs["rollout_rows"].argsort()  # TRL may have shuffled the rollouts within the micro-batch
+        rollouts = self._rollouts.take(
+            inputs["rollout_rows"][order],
+            states=states[:][order],
+            old_logps=logps.detach()[order],
+            head=self._lm_head(),
+        )
+        back = order.argsort()
+        inputs["advantages"] = credited(inputs["advantages"][order], self._credits.in_loss, rollouts)[back]
 
     # The loss
 
@@ -361,6 +396,7 @@ class CancelGRPOTrainer(GRPOTrainer):
             inputs["advantages"].detach().requires_grad_(self.args.cancellation_metrics and bool(self.beta))
         )
         level, self._loss_inputs = self.importance_sampling_level, inputs
+        self._states = StateStore() if self._credits.in_loss else None
         try:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             if self.args.cancellation_metrics:
@@ -368,21 +404,42 @@ class CancelGRPOTrainer(GRPOTrainer):
                 self._monitor.watch_loss(loss, self._loss_logps, advantages, inputs)
         finally:
             self.importance_sampling_level, self._loss_inputs, self._loss_logps = level, None, None
+            self._states = None
         if self.accelerator.sync_gradients:
             for name, value in self._monitor.end_step().items():
                 self._metrics["train"][name].append(value)
         return loss
 
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         if self._only_forward:
             kwargs["compute_entropy"] = False
-        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        states = self._states if self._states is not None and self._states.logps is None else None
+        with self._catch(states, attention_mask[:, -logits_to_keep:]):
+            logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
         if self._only_forward:
             raise _ForwardDone(logps)
         if self._loss_inputs is not None:  # called by the loss, which reads its other inputs only now
             self._loss_logps = logps
+            if states is not None:
+                self._credit_micro_batch(self._loss_inputs, logps, states)
             self._weigh(self._loss_inputs, logps)
+        elif states is not None:
+            states.logps = logps
         return logps, entropies, aux_loss
+
+    def _catch(self, states: StateStore | None, mask: torch.Tensor) -> AbstractContextManager[None]:
+        """Lets a store, if there is one, take the hidden states of the passes made meanwhile."""
+        if states is None:
+            return nullcontext()
+        model = self.accelerator.unwrap_model(self.model)
+        if not states.decided:
+            width = model.config.get_text_config().hidden_size * model.dtype.itemsize
+            size = torch.tensor(self._layout.generation_batch_per_process * mask.size(1) * width, device=mask.device)
+            # All processes decide alike: where the model is sharded, they must make the same passes.
+            states.reserve(int(self.accelerator.gather(size).max()))
+        return states.filled_by(model, mask)
 
     def _weigh(self, inputs: Rows, logps: torch.Tensor) -> None:
         """Puts the update-time weights into the advantages, where they differ from what TRL's surrogate does."""
@@ -393,7 +450,7 @@ class CancelGRPOTrainer(GRPOTrainer):
         weights: torch.Tensor | None = None
         if self._weighs_groups:
             weights = self._weigh_groups(inputs, logps)
-        elif self._holds_ratio or (self._spreads_token_credit and advantages.size(1) > 1):
+        elif self._holds_ratio or (self._credits.spread_over_tokens and advantages.size(1) > 1):
             weights = of_surrogate
         if self.args.symmetric_clip:
             self._update_weights.count_clipped(inputs, ratios, advantages.detach())
@@ -401,7 +458,7 @@ class CancelGRPOTrainer(GRPOTrainer):
             self._monitor.watch_weights(of_surrogate if weights is None else weights, inputs, loss_mask(inputs))
         if weights is None:
             return
-        if self._spreads_token_credit and advantages.size(1) > 1:
+        if self._credits.spread_over_tokens and advantages.size(1) > 1:
             self.importance_sampling_level = "token"  # until the loss is done: the weights hold the sequence's ratio
         self._freeze_ratios(inputs, logps, advantages * weights)
 
@@ -496,6 +553,32 @@ class GRPOFixTrainer(CancelGRPOTrainer):
     _name = "GRPO-fix (trl-cancel)"
     _paper = DESIGN_CONDITIONS
     _config_class = GRPOFixConfig
+
+
+class NTHRTrainer(CancelGRPOTrainer):
+    """
+    [`CancelGRPOTrainer`] with [`NTHRConfig`]: tokens of wrong rollouts that look like those of right ones are pushed
+    down less (NTHR, *On the Effect of Negative Gradient in Group Relative Deep Reinforcement Optimization*,
+    [2505.18830](https://huggingface.co/papers/2505.18830)).
+    """
+
+    _tag_names = ["trl", "grpo", "trl-cancel", "nthr"]
+    _name = "NTHR (trl-cancel)"
+    _paper = NEGATIVE_GRADIENT
+    _config_class = NTHRConfig
+
+
+class DelTATrainer(CancelGRPOTrainer):
+    """
+    [`CancelGRPOTrainer`] with [`DelTAConfig`]: tokens that tell good rollouts from bad ones carry more of the advantage
+    (DelTA, *Discriminative Token Credit Assignment for RLVR*,
+    [2605.21467](https://huggingface.co/papers/2605.21467)).
+    """
+
+    _tag_names = ["trl", "grpo", "trl-cancel", "delta"]
+    _name = "DelTA (trl-cancel)"
+    _paper = DISCRIMINATIVE_CREDIT
+    _config_class = DelTAConfig
 
 
 class _ForwardDone(Exception):

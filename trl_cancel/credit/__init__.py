@@ -2,7 +2,7 @@
 
 from .clipping import surrogate_weight, symmetric_clip
 from .controls import SignControl
-from .delta import delta_coefficients
+from .delta import DelTA, delta_coefficients
 from .group_weights import (
     min_replace,
     orthogonal_projection,
@@ -10,13 +10,15 @@ from .group_weights import (
     post_clip_weights,
     truncate_and_rebalance,
 )
-from .nthr import nthr_eta, nthr_scores
+from .nthr import NTHR, nthr_eta, nthr_scores
 from .protocol import Credit
 from .ratios import sequence_ratios, token_ratios
 
 
 __all__ = [
+    "NTHR",
     "Credit",
+    "DelTA",
     "SignControl",
     "delta_coefficients",
     "min_replace",

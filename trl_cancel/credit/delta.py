@@ -12,12 +12,23 @@ The margin is affine in v, so a dot product with \\( \mu_+-\mu_- \\) gives it fo
 Shapes: N active tokens of the generation batch, d the size of a proxy.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
+from ..rollouts import Rollouts
+from ..states import LMHead
+from .controls import generator_of
+from .protocol import Scope
+
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
+Proxies = Callable[[], Iterable[torch.Tensor]]  # gives the proxies anew at each call, some tokens at a time
+PROXIES = ("lm_head_row", "hidden_gradient")
+ASSIGNMENTS = ("soft", "hard", "random")
+CHUNK = 8192  # tokens
+TOP_WORDS = 20
 
 
 def delta_coefficients(
@@ -58,52 +69,256 @@ def delta_coefficients(
         and the tokens of the other get the middle of the range.
     """
     reduce = reduce or (lambda tensor: tensor)
-    proxies, magnitude = proxies.to(_at_least_float32(proxies)), advantages.abs()
-    sides = torch.stack([advantages > 0, advantages < 0]).to(proxies.dtype)  # (2, N)
+    advantages = advantages.to(torch.promote_types(advantages.dtype, proxies.dtype))
+    assignment, _ = assign(lambda: proxies.split(CHUNK), advantages, refinements, gamma, reduce)
+    coefficients = lambda_min + (lambda_max - lambda_min) * assignment
+    return over_mean(coefficients, reduce) if normalize else coefficients
+
+
+def assign(
+    proxies: Proxies,
+    advantages: torch.Tensor,
+    refinements: int,
+    gamma: float | None,
+    reduce: Reduce,
+    soften: Callable[[torch.Tensor], torch.Tensor] = torch.sigmoid,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    How much each token looks like its own side: \\( \alpha = \sigma(m/\gamma) \\), with refined centroids.
+
+    Args:
+        proxies (`Callable`):
+            Gives the proxies of shape `(n, d)`, n of the N tokens at a time; called \\( 2 \\) (`refinements` + 1) times.
+        advantages, refinements, gamma, reduce:
+            As in [`delta_coefficients`].
+        soften (`Callable`, *optional*, defaults to the sigmoid):
+            What turns \\( m/\gamma \\) into \\( \alpha \\).
+
+    Returns:
+        `tuple`: \\( \alpha \\) of shape `(N,)`, and the standard deviations of the last margins over the tokens of the
+        positive and of the negative side, of shape `(2,)`.
+    """
+    magnitude = advantages.abs().to(torch.promote_types(advantages.dtype, torch.float32))
+    sides = torch.stack([advantages > 0, advantages < 0]).to(magnitude.dtype)  # (2, N)
 
     margins = _margins(proxies, sides, magnitude, reduce)
-    scale = _scale(margins, sides, gamma, reduce)
+    spread = _spread(margins, sides, reduce)
+    scale = spread
     for _ in range(refinements):
-        refined = _margins(proxies, sides, torch.sigmoid(_over(margins, scale)) * magnitude, reduce)
-        # Each scale is that of the margins before the centroids moved.
-        scale, margins = _scale(margins, sides, gamma, reduce), refined
-
-    assignment = torch.sigmoid(_over(margins, scale)).where(advantages != 0, 0.0)
-    coefficients = lambda_min + (lambda_max - lambda_min) * assignment
-    if normalize:
-        count, total = reduce(torch.stack([torch.ones_like(coefficients).sum(), coefficients.sum()]))
-        coefficients = coefficients * count / total.where(total > 0, 1.0)
-    return coefficients
+        refined = _margins(proxies, sides, soften(_over(margins, scale, sides, gamma)) * magnitude, reduce)
+        # The scale is that of the margins before the centroids moved.
+        scale, margins, spread = spread, refined, _spread(refined, sides, reduce)
+    return soften(_over(margins, scale, sides, gamma)).where(advantages != 0, 0.0), spread
 
 
-def _margins(proxies: torch.Tensor, sides: torch.Tensor, weights: torch.Tensor, reduce: Reduce) -> torch.Tensor:
+def over_mean(coefficients: torch.Tensor, reduce: Reduce) -> torch.Tensor:
+    r"""Divides by the mean over the tokens of all processes: \\( \bar\lambda = \lambda N / Z \\)."""
+    count, total = reduce(torch.stack([torch.ones_like(coefficients).sum(), coefficients.sum()]))
+    return coefficients * count / total.where(total > 0, 1.0)
+
+
+def _margins(proxies: Proxies, sides: torch.Tensor, weights: torch.Tensor, reduce: Reduce) -> torch.Tensor:
     """Squared distance to the other side's centroid minus that to the own side's, of shape `(N,)`."""
     weighted = sides * weights
-    # (2, d + 1): the sums of both sides and, in the last column, of their weights
-    sums = reduce(torch.cat([weighted @ proxies, weighted.sum(1, keepdim=True)], dim=1))
+    sums: Any = 0
+    for chunk, part in _by_chunk(proxies, weighted):
+        # (2, d + 1): the sums of both sides and, in the last column, of their weights
+        sums = sums + torch.cat([part @ chunk, part.sum(1, keepdim=True)], dim=1)
+    sums = reduce(sums)
     total = sums[:, -1:]
     positive, negative = sums[:, :-1] / total.where(total > 0, 1.0)
-    margins = 2 * proxies @ (positive - negative) + (negative @ negative - positive @ positive)
+    # From the middle between the centroids: both may lie far from 0, and close together.
+    apart, middle = positive - negative, (positive + negative) / 2
+    margins = torch.cat([2 * (chunk - middle) @ apart for chunk, _ in _by_chunk(proxies, weighted)])
     return (margins * (sides[0] - sides[1])).where((total > 0).all(), 0.0)
 
 
-def _scale(margins: torch.Tensor, sides: torch.Tensor, gamma: float | None, reduce: Reduce) -> torch.Tensor:
-    """The scale of each token's margin: `gamma`, or the standard deviation over its side; of shape `(N,)`."""
-    if gamma is not None:
-        return torch.full_like(margins, gamma)
+def _by_chunk(proxies: Proxies, columns: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """Pairs of some tokens' proxies and their columns."""
+    first = 0
+    for chunk in proxies():
+        last = first + len(chunk)
+        yield chunk.to(columns.dtype), columns[:, first:last]
+        first = last
+
+
+def _spread(margins: torch.Tensor, sides: torch.Tensor, reduce: Reduce) -> torch.Tensor:
+    """Standard deviation of the margins over the tokens of each side, of shape `(2,)`."""
     count, total = reduce(torch.stack([sides.sum(1), sides @ margins]))
     mean = total / count.clamp(min=1)
     deviations = (margins - mean @ sides) ** 2  # from the mean of the own side; a second pass loses no digits
-    variance = reduce(sides @ deviations) / count.clamp(min=1)
-    return variance.sqrt() @ sides
+    return (reduce(sides @ deviations) / count.clamp(min=1)).sqrt()
 
 
-def _over(margins: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The quotient; where a side has no spread, its limit."""
-    spread = scale > 0
+def _over(margins: torch.Tensor, spread: torch.Tensor, sides: torch.Tensor, gamma: float | None) -> torch.Tensor:
+    """Margins over their scale; where a side has no spread, the limit."""
+    scale = spread @ sides if gamma is None else torch.full_like(margins, gamma)
     limit = torch.where(margins == 0, 0.0, torch.inf * margins.sign())
-    return torch.where(spread, margins / scale.where(spread, 1.0), limit)
+    return torch.where(scale > 0, margins / scale.where(scale > 0, 1.0), limit)
 
 
-def _at_least_float32(tensor: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+def output_row(hidden: torch.Tensor, logps: torch.Tensor) -> torch.Tensor:
+    r"""
+    \\( (1-\pi(y))\,h \\), the gradient of \\( \log\pi(y) \\) by the token's own row of the output layer.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(N, d)`):
+            Last hidden states, the ones that predict each token.
+        logps (`torch.Tensor` of shape `(N,)`):
+            Log-probabilities of the tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(N, d)`.
+    """
+    return -torch.expm1(logps).unsqueeze(1) * hidden
+
+
+def hidden_gradient(
+    hidden: torch.Tensor,
+    logps: torch.Tensor,
+    token_ids: torch.Tensor,
+    vocabulary: torch.Tensor,
+    head: LMHead,
+    temperature: float = 1.0,
+    top_words: int = TOP_WORDS,
+) -> torch.Tensor:
+    r"""
+    \\( W_y - \sum_k \pi_k W_k \\), the gradient of \\( \log\pi(y) \\) by the hidden state, up to the temperature and
+    the scale of the logits; the sum runs over the likeliest words of a small vocabulary.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(N, d)`):
+            Last hidden states, the ones that predict each token.
+        logps (`torch.Tensor` of shape `(N,)`):
+            Log-probabilities of the tokens, at `temperature`.
+        token_ids (`torch.Tensor` of shape `(N,)`):
+            The tokens.
+        vocabulary (`torch.Tensor` of shape `(V*,)`):
+            Sorted tokens to which the sum is restricted, among them all of `token_ids`.
+        head ([`~trl_cancel.states.LMHead`]):
+            Output layer.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of the policy.
+        top_words (`int`, *optional*, defaults to `20`):
+            Words that are summed over, for each token the likeliest.
+
+    Returns:
+        `torch.Tensor` of shape `(N, d)`.
+    """
+    weight, _ = head.rows(vocabulary)
+    logits = head.logits(hidden, vocabulary).to(torch.promote_types(hidden.dtype, torch.float32)) / temperature
+    own = torch.searchsorted(vocabulary, token_ids).unsqueeze(1)
+    log_normaliser = logits.gather(1, own) - logps.to(logits.dtype).unsqueeze(1)
+    probabilities = torch.exp(logits - log_normaliser)
+    likeliest = probabilities.topk(min(top_words, len(vocabulary)), dim=1).indices
+    errors = torch.zeros_like(logits).scatter(1, likeliest, -probabilities.gather(1, likeliest))
+    return errors.scatter_add(1, own, torch.ones_like(log_normaliser)) @ weight.to(logits.dtype)
+
+
+class DelTA:
+    """
+    Discriminative token credit as a credit, over the generation batch of all processes.
+
+    Args:
+        refinements, lambda_min, lambda_max, gamma, normalize:
+            As in [`delta_coefficients`].
+        proxy (`str`, *optional*, defaults to `"lm_head_row"`):
+            `"lm_head_row"` ([`output_row`]) or `"hidden_gradient"` ([`hidden_gradient`], over the tokens that occur in
+            the generation batch of this process).
+        assignment (`str`, *optional*, defaults to `"soft"`):
+            `"soft"`; `"hard"`: 1 for a positive margin, else 0; `"random"`: the soft assignments, dealt out at random
+            among the tokens of the same side and process.
+        top_fraction (`float`, *optional*):
+            Instead of weighing tokens, keep this fraction of all tokens, those with the highest assignments.
+    """
+
+    scope: Scope = "batch"
+    needs_states = True
+
+    def __init__(
+        self,
+        refinements: int = 1,
+        lambda_min: float = 0.8,
+        lambda_max: float = 1.2,
+        gamma: float | None = None,
+        normalize: bool = True,
+        proxy: str = "lm_head_row",
+        assignment: str = "soft",
+        top_fraction: float | None = None,
+    ):
+        self.refinements, self.gamma, self.normalize = refinements, gamma, normalize
+        self.lambda_min, self.lambda_max = lambda_min, lambda_max
+        self.proxy, self.assignment, self.top_fraction = proxy, assignment, top_fraction
+
+    def coefficients(self, rollouts: Rollouts) -> torch.Tensor:
+        """Coefficients of shape `(B, T)`."""
+        active = rollouts.mask.bool()
+        advantages = rollouts.advantages.unsqueeze(1).expand_as(active)[active]
+        soften = _step if self.assignment == "hard" else torch.sigmoid
+        assignment, spread = assign(
+            self._proxies(rollouts, active), advantages, self.refinements, self.gamma, rollouts.reduce, soften
+        )
+        if self.assignment == "random":
+            assignment = _dealt_out(assignment, advantages.sign(), generator_of(rollouts.completion_ids))
+        if self.top_fraction is None:
+            values = self.lambda_min + (self.lambda_max - self.lambda_min) * assignment
+        else:
+            values = (assignment >= _quantile(assignment, self.top_fraction, rollouts.reduce)).to(assignment)
+        self._log(rollouts, values, spread)
+        if self.normalize:
+            values = over_mean(values, rollouts.reduce)
+        return torch.ones_like(rollouts.mask, dtype=values.dtype).masked_scatter(active, values)
+
+    def _proxies(self, rollouts: Rollouts, active: torch.Tensor) -> Proxies:
+        vocabulary = head = None
+        if self.proxy == "hidden_gradient":
+            vocabulary = rollouts.completion_ids[active].unique()
+            head = rollouts.head.restricted_to(vocabulary)
+
+        def proxies() -> Iterable[torch.Tensor]:
+            for first in range(0, len(active), rollouts.num_generations):
+                rows = slice(first, first + rollouts.num_generations)
+                mask = active[rows]
+                hidden, logps = rollouts.states[rows][mask], rollouts.old_logps[rows][mask]
+                hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+                if head is None or vocabulary is None:
+                    yield output_row(hidden, logps)
+                else:
+                    ids = rollouts.completion_ids[rows][mask]
+                    yield hidden_gradient(hidden, logps, ids, vocabulary, head, rollouts.temperature)
+
+        return proxies
+
+    @staticmethod
+    def _log(rollouts: Rollouts, values: torch.Tensor, spread: torch.Tensor) -> None:
+        count, total = rollouts.reduce(torch.stack([torch.ones_like(values).sum(), values.sum()]))
+        mean = total / count.clamp(min=1)
+        squares = rollouts.reduce(((values - mean) ** 2).sum())
+        rollouts.log("delta/lambda_mean", mean)
+        rollouts.log("delta/lambda_std", (squares / count.clamp(min=1)).sqrt())
+        rollouts.log("delta/margin_std_pos", spread[0])
+        rollouts.log("delta/margin_std_neg", spread[1])
+
+
+def _step(margins: torch.Tensor) -> torch.Tensor:
+    return (margins > 0).to(margins.dtype)
+
+
+def _dealt_out(values: torch.Tensor, sides: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The values of each side in random order."""
+    dealt = values.clone()
+    for side in (-1, 1):
+        places = (sides == side).nonzero().squeeze(1)
+        dealt[places] = values[places[torch.randperm(len(places), generator=generator).to(places.device)]]
+    return dealt
+
+
+def _quantile(values: torch.Tensor, fraction: float, reduce: Reduce) -> torch.Tensor:
+    """The highest value that at least this fraction of all processes' values in [0, 1] reach, by bisection."""
+    count = reduce(torch.ones_like(values).sum())
+    low, high = values.new_zeros(()), values.new_ones(())
+    for _ in range(32):
+        middle = (low + high) / 2
+        enough = reduce((values >= middle).sum()) >= fraction * count
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return low

@@ -16,12 +16,20 @@ restricted to the tokens that occur in the group's rollouts, as in Appendix 7.4.
 Shapes: G rollouts of one prompt, T completion tokens, N active tokens, V* restricted vocabulary, d hidden size.
 """
 
+import math
+from functools import lru_cache
+
 import torch
 
+from ..rollouts import Rollouts
 from ..states import LMHead
+from .controls import generator_of
+from .protocol import Scope
 
 
-CHUNK = 4096  # tokens whose errors are held at a time
+HELD_ERRORS = 2**25  # prediction errors, one for each token and each word of V*, that are held at a time
+ETAS = ("balanced", "p", "1-p")
+SELECTIONS = ("score", "random")
 
 
 def nthr_scores(
@@ -64,19 +72,24 @@ def nthr_scores(
     states, chosen = hidden[active], logps[active]  # (N, d), (N,)
     dtype = torch.promote_types(states.dtype, torch.float32)
     of_positive = positive.unsqueeze(1).expand_as(active)[active]  # (N,)
+    head = head.restricted_to(vocabulary)
+    parts = torch.arange(len(states), device=states.device).split(max(1, HELD_ERRORS // max(1, len(vocabulary))))
 
-    def errors(tokens: torch.Tensor) -> torch.Tensor:
+    @lru_cache(maxsize=1)  # a group is rarely so large that it takes more than one part
+    def errors(part: int) -> torch.Tensor:
+        tokens = parts[part]
         logits = head.logits(states[tokens], vocabulary).to(dtype) / temperature  # (tokens, V*)
         own = targets[tokens].unsqueeze(1)
         log_normaliser = logits.gather(1, own) - chosen[tokens].to(dtype).unsqueeze(1)
         return torch.zeros_like(logits).scatter(1, own, 1.0) - torch.exp(logits - log_normaliser)
 
     matrix = states.new_zeros(len(vocabulary), states.size(1), dtype=dtype)  # M+
-    for tokens in of_positive.nonzero().squeeze(1).split(CHUNK):
-        matrix += errors(tokens).T @ states[tokens].to(dtype)
+    for part, tokens in enumerate(parts):
+        right = of_positive[tokens]
+        matrix += errors(part)[right].T @ states[tokens][right].to(dtype)
     scores = states.new_zeros(len(states), dtype=dtype)
-    for tokens in torch.arange(len(states), device=states.device).split(CHUNK):
-        scores[tokens] = ((errors(tokens) @ matrix) * states[tokens].to(dtype)).sum(1)
+    for part, tokens in enumerate(parts):
+        scores[tokens] = ((errors(part) @ matrix) * states[tokens].to(dtype)).sum(1)
 
     spread = torch.zeros_like(logps, dtype=dtype).masked_scatter(active, scores)
     lengths = active.sum(1)
@@ -93,7 +106,7 @@ def nthr_eta(success_rate: torch.Tensor, mode: str | float) -> torch.Tensor:
         success_rate (`torch.Tensor`):
             p, the fraction of right rollouts in a group.
         mode (`str` or `float`):
-            `"balanced"`: \( 2|0.5-p| \), the paper's; `"p"`; `"1-p"`; or a number.
+            `"balanced"`: \\( 2|0.5-p| \\), the paper's; `"p"`; `"1-p"`; or a number.
 
     Returns:
         `torch.Tensor` of the same shape.
@@ -111,3 +124,66 @@ def nthr_eta(success_rate: torch.Tensor, mode: str | float) -> torch.Tensor:
         return torch.full_like(success_rate, float(mode))
     except ValueError:
         raise ValueError(f"mode={mode!r} is not one of 'balanced', 'p', '1-p' or a number.") from None
+
+
+class NTHR:
+    r"""
+    Negative token hidden reward as a credit: tokens of wrong rollouts that score above the threshold get \\( \eta \\),
+    all others 1. Right and wrong are positive and negative advantages; groups without both are left alone.
+
+    Args:
+        beta (`float`, *optional*, defaults to `1.0`):
+            Factor on the threshold (Eq. 9). `-inf` selects every token of the wrong rollouts.
+        eta (`str` or `float`, *optional*, defaults to `"balanced"`):
+            See [`nthr_eta`].
+        selection (`str`, *optional*, defaults to `"score"`):
+            `"random"` selects as many tokens of each group as the scores would, drawn at random: the paper's control.
+    """
+
+    scope: Scope = "group"
+    needs_states = True
+
+    def __init__(self, beta: float = 1.0, eta: str | float = "balanced", selection: str = "score"):
+        self.beta, self.eta, self.selection = beta, eta, selection
+
+    def coefficients(self, rollouts: Rollouts) -> torch.Tensor:
+        """Coefficients of shape `(B, T)`."""
+        active = rollouts.mask.bool()
+        head = rollouts.head.restricted_to(rollouts.completion_ids[active])
+        credit = torch.ones_like(rollouts.mask, dtype=rollouts.advantages.dtype)
+        for first in range(0, len(active), rollouts.num_generations):
+            rows = slice(first, first + rollouts.num_generations)
+            # Asked for also where it is not used: all processes must make the same passes.
+            hidden = rollouts.states[rows]
+            positive, negative = rollouts.advantages[rows] > 0, rollouts.advantages[rows] < 0
+            punished = active[rows] & (negative & positive.any()).unsqueeze(1)  # (G, T)
+            scores, threshold = nthr_scores(
+                hidden,
+                rollouts.old_logps[rows],
+                rollouts.completion_ids[rows],
+                active[rows],
+                positive,
+                head,
+                rollouts.temperature,
+            )
+            threshold = threshold if math.isinf(self.beta) else self.beta * threshold
+            selected = punished & ((scores > threshold) | (self.beta == -math.inf))
+            if self.selection == "random":
+                selected = _as_many(selected, punished, generator_of(rollouts.completion_ids[rows]))
+            eta = nthr_eta(positive.float().mean(), self.eta)
+            credit[rows] = torch.where(selected, eta, 1.0).to(credit)
+
+            counted = punished.float()
+            rollouts.log("nthr/selected_fraction", selected.float(), counted)
+            rollouts.log("nthr/score_mean", scores.float(), counted)
+            known = counted.any() & threshold.isfinite()
+            rollouts.log("nthr/threshold", threshold.where(known, 0.0).float(), known.float())
+        return credit
+
+
+def _as_many(selected: torch.Tensor, among: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """As many places as are selected, drawn at random from `among`."""
+    order = torch.rand(selected.shape, generator=generator).to(selected.device).masked_fill(~among, 2.0).flatten()
+    drawn = torch.zeros_like(selected).flatten()
+    drawn[order.argsort()[: int(selected.sum())]] = True
+    return drawn.view_as(selected)

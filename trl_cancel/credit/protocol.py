@@ -24,6 +24,10 @@ class Credit(Protocol):
             What the coefficients of a rollout may depend on: `"rollout"` (itself), `"group"` (all rollouts of its
             prompt, which must then lie on one process) or `"batch"` (the generation batch of all processes, through
             [`~trl_cancel.rollouts.Rollouts.reduce`]).
+        needs_states (`bool`, *optional*):
+            Set it to `True` to find `states`, `old_logps` and `head` in the rollouts. They cost a forward pass where no
+            pass that is made anyway has them. Credits of a rollout or group may then be called for each micro-batch
+            instead, within the loss.
 
     Example:
 
