@@ -116,6 +116,11 @@ def run_all(cells: list[Cell], file: Path, jobs: int, kept: tuple[str, ...] = ("
     """
     done = {_key(result): result for result in json.loads(file.read_text())["runs"]} if file.exists() else {}
     missing = [cell for cell in cells if _key(asdict(cell)) not in done]
+    if done:
+        known = f"{len(cells) - len(missing)} of {len(cells)} runs are in {file.name}"
+        if missing and json.loads(file.read_text())["environment"] != _environment():
+            raise SystemExit(f"{known}, made with other versions; give --output a new file to make all of them.")
+        print(f"{known}; give --output a new file to make them again.", flush=True)
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         for count, future in enumerate(as_completed([pool.submit(run, cell, kept) for cell in missing]), 1):
             result = future.result()
@@ -137,12 +142,15 @@ def interval(values: list[float], form: str = "{:.1%}") -> str:
     return f"{mean} [{low}, {high}]"
 
 
+def _environment() -> dict[str, str]:
+    versions = {name: version(name) for name in ("trl", "transformers", "torch")}
+    return {**versions, "python": platform.python_version(), "machine": platform.machine()}
+
+
 def _write(file: Path, results: list[dict[str, Any]]) -> None:
-    environment = {name: version(name) for name in ("trl", "transformers", "torch")}
-    environment |= {"python": platform.python_version(), "machine": platform.machine()}
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".part")
-    unfinished.write_text(json.dumps({"environment": environment, "runs": results}, separators=(",", ":")))
+    unfinished.write_text(json.dumps({"environment": _environment(), "runs": results}, separators=(",", ":")))
     unfinished.replace(file)
 
 

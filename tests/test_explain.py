@@ -4,6 +4,7 @@ import pytest
 
 from trl_cancel import CancelGRPOConfig, explain
 
+from .methods import FirstTokens
 from .runs import DEFAULTS
 
 

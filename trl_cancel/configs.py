@@ -275,7 +275,12 @@ class CancelGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
-        super().__post_init__()
+        self._check_sizes()  # before TRL divides by them
+        try:
+            super().__post_init__()
+        except ValueError:
+            self._check_whole_groups()  # the same refusal, by the names of what was set
+            raise
         self.check()
 
     @classmethod
@@ -289,13 +294,17 @@ class CancelGRPOConfig(GRPOConfig):
                 A configuration; returned as it is if it is this package's already.
 
         Raises:
-            `TypeError`: If `args` is something else.
+            `TypeError`: If `args` is something else, or this class is that of a paper's settings.
             `ValueError`: If the settings do not fit this class's defaults.
         """
         if isinstance(args, cls):
             args.check()
             return args
-        if not isinstance(args, GRPOConfig) or isinstance(args, CancelGRPOConfig):
+        if cls is not CancelGRPOConfig:
+            raise TypeError(
+                f"args is a {type(args).__name__}; pass a {cls.__name__}, which holds the paper's settings."
+            )
+        if not isinstance(args, GRPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; pass a {cls.__name__} or a trl.GRPOConfig.")
         # TRL's own `__post_init__` has run on `args` and cannot run twice, so its results are taken over.
         adopted = object.__new__(cls)
@@ -342,13 +351,31 @@ class CancelGRPOConfig(GRPOConfig):
             value = getattr(self, name)
             if not (_is_number(value) and value > 0) and not (name == "epsilon_high" and value is None):
                 raise ValueError(f"{name}={value!r} must be a positive number, e.g. 0.2.")
-        for name in BatchLayout.__dataclass_fields__:
-            value = getattr(self, name, 1)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+        self._check_sizes()
         for name, known in (("loss_type", LOSS_TYPES), ("importance_sampling_level", ("token", "sequence"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, known))}.")
+
+    def _check_sizes(self) -> None:
+        for name in BatchLayout.__dataclass_fields__.keys() & self.__dataclass_fields__.keys():
+            value, least = getattr(self, name), 2 if name == "num_generations" else 1
+            if value is None and name == "steps_per_generation":
+                continue  # TRL fills it in
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
+
+    def _check_whole_groups(self) -> None:
+        if self.steps_per_generation is None:
+            return
+        layout = self.layout
+        total = layout.generation_batch_per_process * layout.num_processes
+        if total % layout.num_generations:
+            processes = f" x {layout.num_processes} processes" if layout.num_processes > 1 else ""
+            raise ValueError(
+                f"per_device_train_batch_size={self.per_device_train_batch_size} x steps_per_generation="
+                f"{self.steps_per_generation}{processes} = {total} rollouts a generation, which is not a multiple of "
+                f"num_generations={self.num_generations}. Set one of {', '.join(layout.sizes_that_fit())}."
+            )
 
     def _check_choices(self) -> None:
         for setting in fields(self):
@@ -426,6 +453,7 @@ class CancelGRPOConfig(GRPOConfig):
                 f"{chosen} holds the ratio at 1 inside the loss, so use_bias_correction_kl=True (with "
                 f"beta={self.beta}) would lose its ratio. Set use_bias_correction_kl=False or beta=0."
             )
+        self._check_delta_bound(chosen)
         if not (_is_number(self.group_weights_scale) and self.group_weights_scale > 0):
             raise ValueError(f"group_weights_scale={self.group_weights_scale!r} must be positive, e.g. 0.5.")
         layout = self.layout
@@ -436,6 +464,14 @@ class CancelGRPOConfig(GRPOConfig):
             )
         if not self.group_weights_stop_gradient:
             self._check_differentiable_weights(layout)
+
+    def _check_delta_bound(self, chosen: str) -> None:
+        """TRL clips the ratio at `delta` again, also one that is held at 1 because the weight holds the real one."""
+        if self.delta is not None and self.delta < 1:
+            raise ValueError(
+                f"{chosen} holds the ratio at 1 inside the loss, so delta={self.delta} would cut off every positive "
+                "rollout. Set delta to 1 or more, or leave it unset."
+            )
 
     def _check_differentiable_weights(self, layout: BatchLayout) -> None:
         if self.loss_type == "cispo":
@@ -516,6 +552,25 @@ def _again(name: str, default: Any) -> Any:
 
 
 @dataclass
+class _DesignConditionsConfig(CancelGRPOConfig):
+    """The settings that DFPO and GRPO-fix have in common (section 5 and Appendix I of 2604.13088)."""
+
+    num_generations: int | None = _again("num_generations", 32)
+    per_device_train_batch_size: int = _again("per_device_train_batch_size", 8)
+    gradient_accumulation_steps: int = _again("gradient_accumulation_steps", 4)
+    steps_per_generation: int | None = _again("steps_per_generation", 32)
+    learning_rate: float = _again("learning_rate", 8e-7)
+    lr_scheduler_type: Any = _again("lr_scheduler_type", "cosine_with_min_lr")
+    lr_scheduler_kwargs: dict[str, Any] | str | None = _again("lr_scheduler_kwargs", {"min_lr_rate": 0.2})
+    warmup_steps: float = _again("warmup_steps", 0.03)
+
+    def __post_init__(self):
+        if self.lr_scheduler_type != "cosine_with_min_lr" and self.lr_scheduler_kwargs == {"min_lr_rate": 0.2}:
+            self.lr_scheduler_kwargs = None  # another schedule does not know it
+        super().__post_init__()
+
+
+@dataclass
 class DFPOConfig(CancelGRPOConfig):
     r"""
     [`CancelGRPOConfig`] with the settings of DFPO with Min-Replace, *Design Conditions for Intra-Group Learning of
@@ -556,23 +611,10 @@ class DFPOConfig(CancelGRPOConfig):
     group_weights: str = _again("group_weights", "min")
     importance_sampling_level: str = _again("importance_sampling_level", "sequence")
     loss_type: str = _again("loss_type", "grpo")
-    num_generations: int | None = _again("num_generations", 32)
-    per_device_train_batch_size: int = _again("per_device_train_batch_size", 8)
-    gradient_accumulation_steps: int = _again("gradient_accumulation_steps", 4)
-    steps_per_generation: int | None = _again("steps_per_generation", 32)
-    learning_rate: float = _again("learning_rate", 8e-7)
-    lr_scheduler_type: Any = _again("lr_scheduler_type", "cosine_with_min_lr")
-    lr_scheduler_kwargs: dict[str, Any] | str | None = _again("lr_scheduler_kwargs", {"min_lr_rate": 0.2})
-    warmup_steps: float = _again("warmup_steps", 0.03)
-
-    def __post_init__(self):
-        if self.lr_scheduler_type != "cosine_with_min_lr" and self.lr_scheduler_kwargs == {"min_lr_rate": 0.2}:
-            self.lr_scheduler_kwargs = None  # another schedule does not know it
-        super().__post_init__()
 
 
 @dataclass
-class GRPOFixConfig(DFPOConfig):
+class GRPOFixConfig(_DesignConditionsConfig):
     r"""
     [`CancelGRPOConfig`] with the settings of GRPO-fix, symmetric clipping at the level of tokens
     ([2604.13088](https://huggingface.co/papers/2604.13088), Appendices H and I); otherwise those of [`DFPOConfig`].

@@ -3,6 +3,8 @@
 import textwrap
 from collections.abc import Iterator, Sequence
 
+from trl import GRPOConfig
+
 from .configs import CLIPPED_LOSSES, CancelGRPOConfig
 from .credit import Credit
 from .token_credits import TokenCredits, makes_old_logps
@@ -11,12 +13,12 @@ from .token_credits import TokenCredits, makes_old_logps
 WIDTH, INDENT = 100, 16
 
 
-def explain(config: CancelGRPOConfig, credits: Sequence[Credit] = ()) -> str:
+def explain(config: GRPOConfig, credits: Sequence[Credit] = ()) -> str:
     """
     Describes a configuration.
 
     Args:
-        config ([`CancelGRPOConfig`]):
+        config ([`CancelGRPOConfig`] or [`~trl.GRPOConfig`]):
             The configuration.
         credits (`Sequence` of [`~trl_cancel.credit.Credit`], *optional*):
             Token credits that are passed to the trainer rather than configured.
@@ -24,6 +26,7 @@ def explain(config: CancelGRPOConfig, credits: Sequence[Credit] = ()) -> str:
     Returns:
         `str`: A few lines, each led by its topic.
     """
+    config = CancelGRPOConfig.adopt(config)
     token_credits = TokenCredits(config, credits)
     topics = {
         "Generation": [_generation(config)],

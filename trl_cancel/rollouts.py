@@ -1,5 +1,6 @@
 """One scored generation batch as the methods see it."""
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -106,6 +107,18 @@ class Rollouts:
         """
         rows = {name: value for name, value in vars(self).items() if name not in ("reward_names", *changes)}
         return replace(self, **take_rows(rows, index), **changes)
+
+
+def generator_of(token_ids: torch.Tensor) -> torch.Generator:
+    """
+    Random numbers of their own: another stream for other tokens and another seed of the run, and none taken from the
+    stream that samples and shuffles, so that a run stays comparable with one that does not need them.
+
+    Args:
+        token_ids (`torch.Tensor`):
+            The tokens at hand.
+    """
+    return torch.Generator().manual_seed(torch.initial_seed() % 2**32 ^ zlib.crc32(token_ids.cpu().numpy().tobytes()))
 
 
 # A batch as TRL hands it round: a dictionary of tensors and lists whose first dimension runs over the rollouts, with

@@ -76,6 +76,11 @@ class TokenCredits:
                 "loss_type='sapo' with importance_sampling_level='sequence' would average the token credits of a "
                 "rollout. Set importance_sampling_level='token', or another loss_type."
             )
+        if args.delta is not None and args.delta < 1:
+            raise ValueError(
+                "Token credits with importance_sampling_level='sequence' hold the ratio at 1 inside the loss, so "
+                f"delta={args.delta} would cut off every positive rollout. Set delta to 1 or more, or leave it unset."
+            )
         if args.use_bias_correction_kl and args.beta:
             raise ValueError(
                 "Token credits with importance_sampling_level='sequence' hold the ratio at 1 inside the loss, so "

@@ -24,7 +24,7 @@ from .configs import CancelGRPOConfig, DelTAConfig, DFPOConfig, GRPOFixConfig, N
 from .credit import Credit
 from .explanation import explain
 from .monitor import UpdateMonitor
-from .rollouts import Rollouts, Rows, take_rows
+from .rollouts import Rollouts, Rows, generator_of, take_rows
 from .states import LMHead, StateStore
 from .token_credits import TokenCredits, credited, makes_old_logps
 from .update_weights import UpdateWeights, loss_mask
@@ -184,11 +184,7 @@ class CancelGRPOTrainer(GRPOTrainer):
 
     def _say_what_cannot_act(self) -> None:
         idle = ["symmetric_clip=True"] if self.args.symmetric_clip else []
-        if self._weighs_groups and not (
-            self._uses_sampling_correction
-            and self.args.group_weights_include_sampling_ratio
-            and self.args.vllm_importance_sampling_mode.startswith("sequence")
-        ):
+        if self._weighs_groups and self._has_nothing_to_weigh:
             idle.append(f"group_weights={self.args.group_weights!r}")
         if idle and self._layout.is_on_policy:
             logger.warning(
@@ -208,14 +204,23 @@ class CancelGRPOTrainer(GRPOTrainer):
         return self.args.group_weights != "none"
 
     @property
+    def _has_nothing_to_weigh(self) -> bool:
+        """Whether all that group weights could transform is 1."""
+        return self._layout.is_on_policy and not (
+            self._uses_sampling_correction
+            and self.args.group_weights_include_sampling_ratio
+            and self.args.vllm_importance_sampling_mode.startswith("sequence")
+        )
+
+    @property
     def _differentiates_weights(self) -> bool:
         return self._weighs_groups and not self.args.group_weights_stop_gradient
 
     @property
     def _keeps_groups_whole(self) -> bool:
         """Whether this package cuts the micro-batches; where TRL's own cut keeps groups whole, it is left alone."""
-        needs_it = self._credits.in_loss or (self._weighs_groups and self._layout.groups_fit_micro_batches)
-        if needs_it and self._layout.steps_per_generation > 1:
+        weighs = self._weighs_groups and not self._has_nothing_to_weigh and self._layout.groups_fit_micro_batches
+        if (weighs or self._credits.in_loss) and self._layout.steps_per_generation > 1:
             return True
         return self.args.query_preserved and self._layout.is_split
 
@@ -305,7 +310,10 @@ class CancelGRPOTrainer(GRPOTrainer):
 
     def _whole_group_batches(self, batch: Rows) -> list[Rows]:
         group_size = self._layout.num_generations
-        order = query_preserved_permutation(self._layout.generation_batch_per_process // group_size, group_size)
+        # Where TRL's order would do too, later rollouts are to be sampled as if it had been kept.
+        generator = None if self._layout.is_split else generator_of(batch["completion_ids"])
+        num_groups = self._layout.generation_batch_per_process // group_size
+        order = query_preserved_permutation(num_groups, group_size, generator)
         return self._micro_batches(batch, order, self._layout.steps_per_generation)
 
     def _micro_batches(self, batch: Rows, rows: torch.Tensor, count: int) -> list[Rows]:
@@ -495,14 +503,9 @@ class CancelGRPOTrainer(GRPOTrainer):
         The weights of groups that are spread over micro-batches, before the first of these is trained on: with one
         forward pass, or none where the weights of the model are still those that sampled.
         """
-        fresh = self.state.global_step == self._generated_at_step
-        logps = [
-            micro_batch.get("old_per_token_logps") if fresh else self._current_logps(micro_batch)
-            for micro_batch in micro_batches
-        ]
         weighing, parts = self._update_weights, []
+        logps = [self._logps_before_update(micro_batch) for micro_batch in micro_batches]
         for micro_batch, current in zip(micro_batches, logps, strict=True):
-            current = torch.zeros_like(micro_batch["completion_mask"]).float() if current is None else current
             ratios = weighing.ratios(micro_batch, current).squeeze(1)
             parts.append((ratios, weighing.taking_part(micro_batch, current)))
         ratios, active = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -512,6 +515,16 @@ class CancelGRPOTrainer(GRPOTrainer):
         sizes = [micro_batch["group_ids"].size(0) for micro_batch in micro_batches]
         for micro_batch, part in zip(micro_batches, weights.split(sizes), strict=True):
             micro_batch["group_weights"] = part
+
+    def _logps_before_update(self, inputs: Rows) -> torch.Tensor:
+        """Current log-probs, as far as the weights need them: not where the policy is still the one that sampled."""
+        old_logps = inputs.get("old_per_token_logps")
+        if self.state.global_step == self._generated_at_step:
+            if old_logps is not None:
+                return old_logps
+            if self.args.off_policy_mask_threshold is None or "sampling_per_token_logps" not in inputs:
+                return torch.zeros_like(inputs["completion_mask"]).float()
+        return self._current_logps(inputs)
 
     def _current_logps(self, inputs: Rows) -> torch.Tensor:
         """A forward pass without gradients, with the arguments that the loss would give it."""

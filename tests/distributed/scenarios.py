@@ -34,6 +34,7 @@ DFPO = {
     "learning_rate": 0.1,
     "optim": "sgd",
 }
+CREDIT = {"per_device_train_batch_size": 16, "learning_rate": 0.05, "optim": "sgd"}
 SCENARIOS = {
     "on-policy": {"per_device_train_batch_size": 16, "max_steps": 2},
     # Groups of four lie across the two processes, two rollouts on each.
@@ -59,6 +60,12 @@ SCENARIOS = {
         "gradient_accumulation_steps": 2,
         "max_steps": 3,
     },
+    # Centroids of all processes; groups of one. On policy the states come from the loss, or from a pass of their own.
+    "delta": {**CREDIT, "delta_credit": True, "num_iterations": 2, "max_steps": 4},
+    "delta-on-policy": {**CREDIT, "delta_credit": True, "max_steps": 2},
+    "delta-top-fraction": {**CREDIT, "delta_credit": True, "delta_top_fraction": 0.4, "max_steps": 2},
+    "nthr": {**CREDIT, "nthr": True, "nthr_beta": 0.2, "num_iterations": 2, "max_steps": 4},
+    "nthr-on-policy": {**CREDIT, "nthr": True, "nthr_beta": 0.2, "max_steps": 2},
     "split": {"per_device_train_batch_size": 8, "steps_per_generation": 4, "max_steps": 4},
 }
 

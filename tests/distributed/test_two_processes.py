@@ -14,7 +14,16 @@ from .scenarios import SCENARIOS
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/multi_cpu.yaml")]
-GLOBAL = ("cancel/", "symmetric_clip/", "group_weights/", "reward", "loss", "clip_ratio/region_mean")
+GLOBAL = (
+    "cancel/",
+    "nthr/",
+    "delta/",
+    "symmetric_clip/",
+    "group_weights/",
+    "reward",
+    "loss",
+    "clip_ratio/region_mean",
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +66,8 @@ def test_the_runs_have_something_to_compare(results):
         logs = results[2][name][0]["logs"][:-1]
         assert max(log["group_weights/ratio_max"] for log in logs) > 1.001
         assert max(log.get("group_weights/orthogonality", 0) for log in logs) < 1e-5
+    assert results[2]["delta"][0]["logs"][0]["delta/lambda_std"] > 0.02
+    assert 0 < results[2]["nthr"][0]["logs"][0]["nthr/selected_fraction"] < 1
     clipped = [log["symmetric_clip/clip_fraction"] for log in results[2]["symmetric-clip"][0]["logs"][:-1]]
     assert max(clipped) > 0
 

@@ -150,6 +150,8 @@ def run_training(settings: Settings) -> None:
 
 def check_writable(folder: str) -> None:
     """Makes sure that the output folder can be written, without creating it yet."""
+    if not folder.strip():
+        raise UsageError("output_dir is empty: name a folder.")
     path = Path(folder).expanduser().resolve()
     existing = next(parent for parent in [path, *path.parents] if parent.exists())
     try:
@@ -267,6 +269,7 @@ def build_trainer(settings: Settings, dataset: Any, rewards: list[Any]) -> Cance
     if not model.model_name_or_path:
         raise UsageError(f"model_name_or_path is missing: give a Hub id, a local path or '{playground.NAME}'.")
     path = str(playground.CHECKPOINT) if model.model_name_or_path == playground.NAME else model.model_name_or_path
+    _check_model_path(path)
     loading: Any = training.model_init_kwargs or {}  # a dictionary by now, also where it was given as JSON
     training.model_init_kwargs = {
         "revision": model.model_revision,
@@ -297,6 +300,16 @@ def build_trainer(settings: Settings, dataset: Any, rewards: list[Any]) -> Cance
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(ProgressBar())
     return trainer
+
+
+def _check_model_path(path: str) -> None:
+    """Refuses a local path without a model in it, of which transformers would speak as of a Hub id."""
+    folder = Path(path)
+    looks_local = folder.is_absolute() or path.startswith((".", "~")) or path.count(os.sep) > 1
+    if looks_local and not folder.is_dir():
+        raise UsageError(f"model_name_or_path={path}: there is no such folder.")
+    if folder.is_dir() and not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+        raise UsageError(f"model_name_or_path={path}: the folder holds no model (no config.json).")
 
 
 def _eval_split(settings: Settings, dataset: Any) -> Dataset | IterableDataset:

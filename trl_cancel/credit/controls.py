@@ -1,7 +1,5 @@
 """Controls: credits whose only purpose is to show what the others owe to something simpler."""
 
-import zlib
-
 import torch
 
 from ..rollouts import Rollouts
@@ -9,18 +7,6 @@ from .protocol import Scope
 
 
 SIGNS = ("both", "positive", "negative")
-
-
-def generator_of(token_ids: torch.Tensor) -> torch.Generator:
-    """
-    Random numbers for a control: another stream for other tokens and another seed of the run, and none taken from the
-    streams that sampling and shuffling use.
-
-    Args:
-        token_ids (`torch.Tensor`):
-            The tokens at hand.
-    """
-    return torch.Generator().manual_seed(torch.initial_seed() % 2**32 ^ zlib.crc32(token_ids.cpu().numpy().tobytes()))
 
 
 class SignControl:

@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 
-from ..rollouts import Rollouts
+from ..rollouts import Rollouts, generator_of
 from ..states import LMHead
-from .controls import generator_of
 from .protocol import Scope
 
 

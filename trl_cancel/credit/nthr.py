@@ -21,9 +21,8 @@ from functools import lru_cache
 
 import torch
 
-from ..rollouts import Rollouts
+from ..rollouts import Rollouts, generator_of
 from ..states import LMHead
-from .controls import generator_of
 from .protocol import Scope
 
 
