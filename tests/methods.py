@@ -135,6 +135,7 @@ METHODS = {
             ({"query_preserved": False}, "needs whole groups in each optimizer step. Set query_preserved=True, or"),
             ({"group_weights": "mean"}, "group_weights='mean' is not one of 'none', 'identity', 'min'"),
             ({"group_weights_trust_region": "soft"}, "group_weights_trust_region='soft' is not one of 'none', 'mask'"),
+            ({"delta": 0.9}, "delta=0.9 would cut off every positive rollout"),
             ({"group_weights_scale": 0.0}, "group_weights_scale=0.0 must be positive"),
         ),
     ),
@@ -263,7 +264,10 @@ METHODS = {
         settings={**SEQUENCE, "nthr": True, "delta_credit": True},
         neutral={"nthr_eta": 1, "delta_lambda_min": 1.0, "delta_lambda_max": 1.0, "query_preserved": False},
         metrics=(*NTHR_METRICS, *DELTA_METRICS),
-        refused=(({"loss_type": "sapo"}, "loss_type='sapo'"),),
+        refused=(
+            ({"loss_type": "sapo"}, "loss_type='sapo'"),
+            ({"delta": 0.9}, "delta=0.9 would cut off every positive rollout"),
+        ),
     ),
     "everything": Row(
         settings={

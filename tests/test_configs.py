@@ -66,6 +66,14 @@ def test_groups_that_straddle_processes_are_refused(monkeypatch):
         ({"epsilon_high": "0.3"}, "epsilon_high='0.3' must be a positive number"),
         ({"loss_type": "foo"}, "loss_type='foo' is not one of 'grpo'"),
         ({"importance_sampling_level": "word"}, "importance_sampling_level='word' is not one of 'token', 'sequence'"),
+        ({"num_generations": 0}, "num_generations=0 must be a whole number of at least 2"),
+        ({"num_generations": 1}, "num_generations=1 must be a whole number of at least 2"),
+        (
+            {"num_generations": 5},
+            "= 8 rollouts a generation, which is not a multiple of num_generations=5. Set one of",
+        ),
+        ({"temperature": 0.0}, "temperature=0.0 must be positive"),
+        ({"max_completion_length": 0}, "max_completion_length=0 must be a whole number of at least 1"),
         ({"num_iterations": 0}, "num_iterations=0 must be a whole number of at least 1"),
         ({"group_weights_scale": "1"}, "group_weights_scale='1' must be positive"),
     ],
@@ -91,7 +99,6 @@ def test_every_own_field_has_help_and_is_documented():
         assert field.metadata["help"]
         assert f"{name} (`" in CancelGRPOConfig.__doc__
         default = f'"{field.default}"' if isinstance(field.default, str) else field.default
-        assert (
-            f"{name} (`{field.type if isinstance(field.type, str) else field.type.__name__}`, *optional*, defaults to `{default}`)"
-            in CancelGRPOConfig.__doc__
-        )
+        kind = str(getattr(field.type, "__name__", field.type)).removesuffix(" | None")
+        given = "" if default is None else f", defaults to `{default}`"
+        assert f"{name} (`{kind}`, *optional*{given})" in CancelGRPOConfig.__doc__

@@ -7,7 +7,7 @@ import torch
 import trl
 
 from tests import references
-from trl_cancel import CancelGRPOTrainer, DFPOConfig, DFPOTrainer, GRPOFixConfig, GRPOFixTrainer
+from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer, DFPOConfig, DFPOTrainer, GRPOFixConfig, GRPOFixTrainer
 from trl_cancel.configs import CLIPPED_LOSSES
 from trl_cancel.credit.group_weights import TRANSFORMATIONS
 from trl_cancel.playground.data import load_prompts
@@ -19,6 +19,7 @@ from .runs import DEFAULTS, OFF_POLICY, build, noisy_reward, train
 G, B, T = 4, 8, 6
 LOW, HIGH = 0.1, 0.2
 SEQUENCE = {"importance_sampling_level": "sequence", "loss_type": "grpo", "per_device_train_batch_size": B}
+ACCUMULATED = {"gradient_accumulation_steps": 4}
 RANGE = {"epsilon": LOW, "epsilon_high": HIGH}
 
 
@@ -522,6 +523,38 @@ def test_weights_ahead_are_those_of_the_loss(tiny_model, monkeypatch):
     torch.testing.assert_close(weights[inside], ratios[inside], rtol=1e-4, atol=1e-5)
 
 
+def claimed_log_probs(prompts, trainer):
+    """Canned rollouts of a sampler that claims to have been certain of every token."""
+    ids = [trainer.processing_class(prompt[0]["content"])["input_ids"] for prompt in prompts]
+    completions = [[20, 21, 16 + (sum(row) + 3 * i) % 10, 16 + i % 4, 3] for i, row in enumerate(ids)]
+    return {"prompt_ids": ids, "completion_ids": completions, "logprobs": [[0.0] * 5 for _ in prompts]}
+
+
+def test_off_policy_mask_sees_the_policy_however_groups_are_cut(tiny_model):
+    """On policy no log-probs are needed for the ratios, but for the drift from those that the sampler claims."""
+    logs = [
+        train(
+            tiny_model,
+            **{**DEFAULTS, **SEQUENCE, **sizes, "max_steps": 1},
+            group_weights="min",
+            off_policy_mask_threshold=0.1,
+            arguments={"rollout_func": claimed_log_probs},
+        ).logs[0]
+        for sizes in ({"per_device_train_batch_size": 8}, {"per_device_train_batch_size": 2, **ACCUMULATED})
+    ]
+    assert [log["group_weights/weight_mean"] for log in logs if "group_weights/weight_mean" in log] in ([], [0.0, 0.0])
+    assert [log["grad_norm"] for log in logs] == [0.0, 0.0], "all negative rollouts are dropped, so min leaves nothing"
+
+
+def test_on_policy_run_is_trls(tiny_model):
+    """Also where the batch could be cut anew: there is nothing to weigh."""
+    settings = {**SEQUENCE, **ACCUMULATED, "per_device_train_batch_size": 4, "max_steps": 3}
+    ours = train(tiny_model, **settings, group_weights="min")
+    theirs = train(tiny_model, trl.GRPOTrainer, **settings)
+    for log, expected in zip(ours.logs, theirs.logs, strict=True):
+        assert {name: log[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
 # What is said and refused
 
 
@@ -559,11 +592,9 @@ def test_named_trainers_have_the_papers_settings(tiny_model, tmp_path):
 
 
 def test_named_trainers_refuse_a_configuration_that_is_not_theirs(tiny_model):
-    from trl_cancel import CancelGRPOConfig
 
-    with pytest.raises(TypeError, match=r"args is a CancelGRPOConfig; pass a DFPOConfig or a trl\.GRPOConfig"):
-        DFPOTrainer(tiny_model, noisy_reward, CancelGRPOConfig(**DEFAULTS), load_prompts("train", 8))
-    with pytest.raises(ValueError, match="Set importance_sampling_level='sequence'"):
-        DFPOTrainer(tiny_model, noisy_reward, trl.GRPOConfig(**DEFAULTS), load_prompts("train", 8))
-    plain = trl.GRPOConfig(**DEFAULTS, importance_sampling_level="sequence")
-    assert DFPOTrainer(tiny_model, noisy_reward, plain, load_prompts("train", 8)).args.group_weights == "min"
+    for config in (CancelGRPOConfig, trl.GRPOConfig, GRPOFixConfig):
+        with pytest.raises(
+            TypeError, match=f"args is a {config.__name__}; pass a DFPOConfig, which holds the paper's"
+        ):
+            DFPOTrainer(tiny_model, noisy_reward, config(**DEFAULTS), load_prompts("train", 8))

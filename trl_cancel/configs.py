@@ -351,6 +351,11 @@ class CancelGRPOConfig(GRPOConfig):
             value = getattr(self, name)
             if not (_is_number(value) and value > 0) and not (name == "epsilon_high" and value is None):
                 raise ValueError(f"{name}={value!r} must be a positive number, e.g. 0.2.")
+        if not (_is_number(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature={self.temperature!r} must be positive, e.g. 1.0.")
+        length = self.max_completion_length
+        if length is not None and not (isinstance(length, int) and length > 0):
+            raise ValueError(f"max_completion_length={length!r} must be a whole number of at least 1.")
         self._check_sizes()
         for name, known in (("loss_type", LOSS_TYPES), ("importance_sampling_level", ("token", "sequence"))):
             if getattr(self, name) not in known:
@@ -571,7 +576,7 @@ class _DesignConditionsConfig(CancelGRPOConfig):
 
 
 @dataclass
-class DFPOConfig(CancelGRPOConfig):
+class DFPOConfig(_DesignConditionsConfig):
     r"""
     [`CancelGRPOConfig`] with the settings of DFPO with Min-Replace, *Design Conditions for Intra-Group Learning of
     Sequence-Level Rewards: Token Gradient Cancellation* ([2604.13088](https://huggingface.co/papers/2604.13088),

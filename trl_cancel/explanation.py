@@ -108,11 +108,13 @@ def _group_weights(config: CancelGRPOConfig) -> Iterator[str]:
         "positive_orth": "the nearest that are orthogonal to the advantages and not negative",
         "rebalance": "the heavier side scaled down until both balance",
     }[config.group_weights]
+    region = config.group_weights_trust_region
+    region = "none" if region == "mask" and config.loss_type == "cispo" else region  # nothing is cut off there
     region = {
         "none": "nothing stops the push on a rollout outside the clipping range",
         "mask": "a rollout whose gradient clipping would cut off rests, and the others balance without it",
         "group": "a group rests while one of its rollouts is outside the clipping range",
-    }[config.group_weights_trust_region]
+    }[region]
     scale = "" if config.group_weights_scale == 1 else f", times {config.group_weights_scale:g}"
     through = "" if config.group_weights_stop_gradient else ", differentiated through"
     yield f"{config.group_weights}: {weights}{scale}{through}; {region}."
@@ -121,6 +123,10 @@ def _group_weights(config: CancelGRPOConfig) -> Iterator[str]:
 def _clipping(config: CancelGRPOConfig) -> str:
     low, high = config.clip_range
     level = f"{config.importance_sampling_level}-level ratio"
+    if config.group_weights != "none":
+        bounds = f"at most {high:g}" if config.loss_type == "cispo" else f"by {1 - low:g} and {1 + high:g}"
+        bounds = f"into [0, {1 + high:g}]" if config.symmetric_clip else bounds
+        return f"Inside the group weights, which hold the {level}s clipped {bounds}; TRL's clip_ratio/* reads 0."
     if config.symmetric_clip:
         above = {"surrogate": "stops", "score": "goes on with constant weight"}[config.symmetric_clip_gradient]
         return (
@@ -129,9 +135,10 @@ def _clipping(config: CancelGRPOConfig) -> str:
         )
     if config.loss_type not in CLIPPED_LOSSES:
         return f"That of loss_type={config.loss_type!r}, {level}."
+    loose = config.importance_sampling_level == "sequence" and high >= 0.1
     return (
         f"TRL's, by the sign of the advantage: {level}, negative rollouts are cut off below {1 - low:g}, positive ones "
-        f"above {1 + high:g}."
+        f"above {1 + high:g}.{' That is loose for whole sequences; 0.003 to 0.02 is usual.' if loose else ''}"
     )
 
 
@@ -214,6 +221,10 @@ def _leaks(config: CancelGRPOConfig) -> Iterator[str]:
         and (config.group_weights in ("none", "identity"))
     ):
         yield "Sequence-level ratios weigh the rollouts of a group differently."
+    if config.group_weights in ("orth", "positive_orth", "rebalance"):
+        yield f"group_weights={config.group_weights!r} balances whole groups, not what only a part of a group shares."
+    if config.group_weights != "none" and config.top_entropy_quantile < 1:
+        yield "top_entropy_quantile masks tokens after the group weights are made, so rollouts weigh what is left of them."
     if config.loss_type in ("grpo", "sapo"):
         yield f"loss_type={config.loss_type!r} divides by each rollout's length, so short rollouts push harder."
     if config.nthr:

@@ -261,8 +261,7 @@ class CancelGRPOTrainer(GRPOTrainer):
             error.add_note(f"The progress could not be saved: {saving}")
         else:
             error.add_note(
-                f"The progress up to step {step} is saved in {folder}; continue with "
-                "train(resume_from_checkpoint=True)."
+                f"The progress up to step {step} is saved in {folder}; continue with resume_from_checkpoint=True."
             )
 
     # Generation: credit, then micro-batches of whole groups

@@ -162,8 +162,18 @@ MISTAKES = {
     ),
     "model path": (
         ["train", *flags(**{**QUICK, "model_name_or_path": "no/such/model"})],
-        "model_name_or_path=no/such/model: cannot load it",
+        "model_name_or_path=no/such/model: there is no such folder",
     ),
+    "Hub model": (
+        ["train", *flags(**{**QUICK, "model_name_or_path": "no-such/model"})],
+        "model_name_or_path=no-such/model: cannot load it",
+    ),
+    "folder without a model": (
+        ["train", *flags(**{**QUICK, "model_name_or_path": "."})],
+        "model_name_or_path=.: the folder holds no model",
+    ),
+    "output folder without a name": (["train", *flags(**{**QUICK, "output_dir": " "})], "output_dir is empty"),
+    "temperature": (["train", *flags(**{**QUICK, "temperature": 0})], "temperature=0.0 must be positive"),
     "no model": (
         ["train", *flags(**{k: v for k, v in QUICK.items() if k != "model_name_or_path"})],
         "model_name_or_path is missing",
@@ -188,7 +198,10 @@ MISTAKES = {
         ["train", *flags(**{**QUICK, "reward_funcs": "no_such.module"})],
         "reward_funcs=no_such.module: not found",
     ),
-    "sizes of TRL": (["train", *flags(**{**QUICK, "num_generations": 7})], "must be divisible by num_generations"),
+    "sizes of TRL": (
+        ["train", *flags(**{**QUICK, "num_generations": 7})],
+        "is not a multiple of num_generations=7. Set one of",
+    ),
     "sizes of ours": (
         ["train", *flags(**{**QUICK, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1})],
         "query_preserved=True cannot keep groups whole",

@@ -114,7 +114,11 @@ def run(name: str, model: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
         torch.save(weights, folder / f"{name}.pt")
-        (folder / f"{name}.json").write_text(json.dumps({"logs": trainer.state.log_history, "steps": steps}))
+        (folder / f"{name}.json").write_text(
+            json.dumps(
+                {"logs": trainer.state.log_history, "steps": steps, "processes": trainer.accelerator.num_processes}
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -56,6 +56,11 @@ def test_one_process_and_two_agree(results, name):
         torch.testing.assert_close(weights_of_two[key], value, rtol=1e-4, atol=1e-5)
 
 
+def test_there_are_two_processes(results):
+    for processes in (1, 2):
+        assert {result["processes"] for result, _ in results[processes].values()} == {processes}
+
+
 def test_the_runs_have_something_to_compare(results):
     residuals = [log["cancel/shared_prefix_residual"] for log in results[2]["stock-clip"][0]["logs"][:-1]]
     assert max(residuals) > 1e-3

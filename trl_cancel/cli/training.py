@@ -5,7 +5,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,22 @@ def run_training(settings: Settings) -> None:
         `UsageError`: If a setting cannot work; nothing has been written then.
     """
     check_writable(str(settings.training.output_dir))
+    with no_empty_folder(str(settings.training.output_dir)):
+        _run(settings)
+
+
+@contextmanager
+def no_empty_folder(folder: str) -> Iterator[None]:
+    """Takes an output folder away again if it was made for nothing."""
+    existed = Path(folder).exists()
+    try:
+        yield
+    finally:
+        if not existed and Path(folder).is_dir() and not any(Path(folder).iterdir()):
+            Path(folder).rmdir()
+
+
+def _run(settings: Settings) -> None:
     checkpoint = find_checkpoint(settings)
     check_evaluation(settings)
     dataset = load_data(settings)
@@ -295,6 +312,10 @@ def build_trainer(settings: Settings, dataset: Any, rewards: list[Any]) -> Cance
         ) from error
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
+    except RuntimeError as error:
+        if "requires" not in str(error):  # as of a tracker that is not installed
+            raise
+        raise UsageError(f"report_to={training.report_to}: {error}") from error
     if not training.disable_tqdm and trainer.is_world_process_zero():
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
