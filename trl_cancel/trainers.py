@@ -179,8 +179,10 @@ class CancelGRPOTrainer(GRPOTrainer):
         self._monitor = UpdateMonitor(self.accelerator, self._layout.groups_are_local)
         self._update_weights = UpdateWeights(self.args, self._monitor)
         self._say_what_cannot_act()
-        if self._credits.of_states and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            self._lm_head()  # an unsuitable model is refused now; one that is yet to be sharded, later
+        if self._credits.of_states:
+            self._check_sharding()
+            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                self._lm_head()  # an unsuitable model is refused now; one that is yet to be sharded, later
 
     def _say_what_cannot_act(self) -> None:
         idle = ["symmetric_clip=True"] if self.args.symmetric_clip else []
@@ -191,6 +193,14 @@ class CancelGRPOTrainer(GRPOTrainer):
                 f"{' and '.join(idle)} changes nothing here: each generation batch is used for one optimizer step, so "
                 "all ratios are 1. It acts with num_iterations > 1 or with steps_per_generation greater than "
                 "gradient_accumulation_steps."
+            )
+
+    def _check_sharding(self) -> None:
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            names = " and ".join(type(credit).__name__ for credit in self._credits.of_states)
+            raise ValueError(
+                f"{names} cannot read the output layer of a model that FSDP's first version has sharded. Set "
+                "fsdp_version: 2 in the configuration of accelerate, or use DeepSpeed ZeRO-3."
             )
 
     # What TRL tells about itself
@@ -283,6 +293,7 @@ class CancelGRPOTrainer(GRPOTrainer):
             if self.args.cancellation_metrics:
                 batch.update(self._monitor.mark_shared(batch, rollouts, self._tokenizer.pad_token_id))
             if self._credits.in_loss:
+                self._lm_head()  # while all processes are here, in case the model is sharded
                 batch["rollout_rows"] = torch.arange(len(inputs), device=rollouts.mask.device)
                 self._rollouts = rollouts
             if self._credits.states_when_scored:

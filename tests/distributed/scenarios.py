@@ -1,5 +1,6 @@
 """
-Runs that are made once in one process and once in two, on the same rollouts: `python -m tests.distributed.scenarios`.
+Runs that are made in one process, in two, and in two that share one model (FSDP2), on the same rollouts:
+`python -m tests.distributed.scenarios MODEL FOLDER`.
 
 The rollouts are canned, a function of the prompt and of their number in the group, so that they do not depend on how
 many processes there are.
@@ -17,6 +18,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from peft import LoraConfig
 from trl import GRPOTrainer
 
 from tests.runs import build
@@ -34,6 +38,7 @@ DFPO = {
     "learning_rate": 0.1,
     "optim": "sgd",
 }
+ADAPTER = {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "up_proj"])}
 CREDIT = {"per_device_train_batch_size": 16, "learning_rate": 0.05, "optim": "sgd"}
 SCENARIOS = {
     "on-policy": {"per_device_train_batch_size": 16, "max_steps": 2},
@@ -66,8 +71,24 @@ SCENARIOS = {
     "delta-top-fraction": {**CREDIT, "delta_credit": True, "delta_top_fraction": 0.4, "max_steps": 2},
     "nthr": {**CREDIT, "nthr": True, "nthr_beta": 0.2, "num_iterations": 2, "max_steps": 4},
     "nthr-on-policy": {**CREDIT, "nthr": True, "nthr_beta": 0.2, "max_steps": 2},
+    # Adapters, with the reference of the KL term by switching them off.
+    "lora": {**CREDIT, "nthr": True, "delta_credit": True, "beta": 0.05, "num_iterations": 2, "max_steps": 4},
     "split": {"per_device_train_batch_size": 8, "steps_per_generation": 4, "max_steps": 4},
 }
+# Those in which the states, or a pass of its own, meet a sharded model.
+SHARDED = ("nthr", "nthr-on-policy", "delta", "delta-on-policy", "dfpo-spread", "lora")
+
+
+def allow_sharding_without_gpu() -> None:
+    """Accelerate ignores FSDP where the processes have no GPU; PyTorch does not need one."""
+    initialise = PartialState.__init__
+
+    def as_with_gpus(self, *args, **kwargs):
+        initialise(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = as_with_gpus
 
 
 def canned_rollouts(prompts, trainer):
@@ -104,24 +125,29 @@ def run(name: str, model: str, folder: Path) -> None:
             model,
             CancelGRPOTrainer,
             output_dir=str(folder / name),
-            arguments={"rollout_func": canned_rollouts},
+            arguments={"rollout_func": canned_rollouts, **(ADAPTER if name == "lora" else {})},
             **settings,
         )
         trainer.train()
     finally:
         GRPOTrainer.compute_loss = loss
+    weights = trainer.accelerator.get_state_dict(trainer.model)
     if trainer.accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
         torch.save(weights, folder / f"{name}.pt")
-        (folder / f"{name}.json").write_text(
-            json.dumps(
-                {"logs": trainer.state.log_history, "steps": steps, "processes": trainer.accelerator.num_processes}
-            )
-        )
+        found = {
+            "logs": trainer.state.log_history,
+            "steps": steps,
+            "processes": trainer.accelerator.num_processes,
+            "sharded": trainer.is_fsdp_enabled,
+        }
+        (folder / f"{name}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    for scenario in SCENARIOS:
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if sharded:
+        allow_sharding_without_gpu()
+    for scenario in SHARDED if sharded else SCENARIOS:
         run(scenario, sys.argv[1], Path(sys.argv[2]))

@@ -1,4 +1,7 @@
-"""One process and two compute the same on the same rollouts; groups stay whole; the metrics are global."""
+"""
+One process and two, with a model each or one that is sharded, compute the same on the same rollouts; groups stay whole;
+the metrics are global.
+"""
 
 import json
 import os
@@ -9,11 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from .scenarios import SCENARIOS
+from .scenarios import SCENARIOS, SHARDED
 
 
 ROOT = Path(__file__).parents[2]
-LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/multi_cpu.yaml")]
+CONFIGS = {
+    "one": None,
+    "two": ROOT / "configs/accelerate/multi_cpu.yaml",
+    "sharded": Path(__file__).parent / "fsdp2.yaml",
+}
 GLOBAL = (
     "cancel/",
     "nthr/",
@@ -28,54 +35,73 @@ GLOBAL = (
 
 @pytest.fixture(scope="module")
 def results(tiny_model, tmp_path_factory):
-    """Logs and weights of every scenario, by number of processes."""
+    """Logs and weights of every scenario, by how the processes were started."""
     folder = tmp_path_factory.mktemp("results")
     found = {}
-    for processes, launch in ((1, []), (2, [*LAUNCH, "--main_process_port", "0"])):
-        out = folder / str(processes)
-        command = [sys.executable, *launch, "-m", "tests.distributed.scenarios", tiny_model, str(out)]
+    for how, config in CONFIGS.items():
+        launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
+        out = folder / how
+        command = [
+            sys.executable,
+            *(launch if config else []),
+            "-m",
+            "tests.distributed.scenarios",
+            tiny_model,
+            str(out),
+        ]
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, "CI": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
-        found[processes] = {
+        found[how] = {
             name: (json.loads((out / f"{name}.json").read_text()), torch.load(out / f"{name}.pt"))
-            for name in SCENARIOS
+            for name in (SHARDED if how == "sharded" else SCENARIOS)
         }
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "split"])
-def test_one_process_and_two_agree(results, name):
-    (one, weights), (two, weights_of_two) = results[1][name], results[2][name]
+def assert_agree(results, name, how):
+    (one, weights), (other, other_weights) = results["one"][name], results[how][name]
     compared = 0
-    for log, log_of_two in zip(one["logs"][:-1], two["logs"][:-1], strict=True):
+    for log, other_log in zip(one["logs"][:-1], other["logs"][:-1], strict=True):
         shared = {key: value for key, value in log.items() if key.startswith(GLOBAL)}
-        assert {key: log_of_two[key] for key in shared} == pytest.approx(shared, rel=1e-4, abs=1e-5)
+        assert {key: other_log[key] for key in shared} == pytest.approx(shared, rel=1e-4, abs=1e-5)
         compared += len(shared)
     assert compared > 10
+    assert weights.keys() == other_weights.keys()
     for key, value in weights.items():
-        torch.testing.assert_close(weights_of_two[key], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other_weights[key], value, rtol=1e-4, atol=1e-5)
 
 
-def test_there_are_two_processes(results):
-    for processes in (1, 2):
-        assert {result["processes"] for result, _ in results[processes].values()} == {processes}
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "split"])
+def test_one_process_and_two_agree(results, name):
+    assert_agree(results, name, "two")
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_one_process_and_a_sharded_model_agree(results, name):
+    assert_agree(results, name, "sharded")
+
+
+def test_processes_are_as_said(results):
+    for how, (processes, sharded) in {"one": (1, False), "two": (2, False), "sharded": (2, True)}.items():
+        assert {result["processes"] for result, _ in results[how].values()} == {processes}
+        assert {result["sharded"] for result, _ in results[how].values()} == {sharded}
 
 
 def test_the_runs_have_something_to_compare(results):
-    residuals = [log["cancel/shared_prefix_residual"] for log in results[2]["stock-clip"][0]["logs"][:-1]]
+    residuals = [log["cancel/shared_prefix_residual"] for log in results["two"]["stock-clip"][0]["logs"][:-1]]
     assert max(residuals) > 1e-3
     for name in ("on-policy", "straddling", "symmetric-clip"):
-        residuals = [log["cancel/shared_prefix_residual"] for log in results[2][name][0]["logs"][:-1]]
+        residuals = [log["cancel/shared_prefix_residual"] for log in results["two"][name][0]["logs"][:-1]]
         assert max(residuals) < 1e-4
     for name in ("dfpo", "dfpo-spread", "dfpo-straddling", "dfpo-straddling-spread"):
-        logs = results[2][name][0]["logs"][:-1]
+        logs = results["two"][name][0]["logs"][:-1]
         assert max(log["group_weights/ratio_max"] for log in logs) > 1.001
         assert max(log.get("group_weights/orthogonality", 0) for log in logs) < 1e-5
-    assert results[2]["delta"][0]["logs"][0]["delta/lambda_std"] > 0.02
-    assert 0 < results[2]["nthr"][0]["logs"][0]["nthr/selected_fraction"] < 1
-    clipped = [log["symmetric_clip/clip_fraction"] for log in results[2]["symmetric-clip"][0]["logs"][:-1]]
+    assert results["two"]["delta"][0]["logs"][0]["delta/lambda_std"] > 0.02
+    assert 0 < results["two"]["nthr"][0]["logs"][0]["nthr/selected_fraction"] < 1
+    clipped = [log["symmetric_clip/clip_fraction"] for log in results["two"]["symmetric-clip"][0]["logs"][:-1]]
     assert max(clipped) > 0
 
 
 def test_groups_are_whole_on_two_processes(results):
-    assert all(set(counts) == {4} for counts in results[2]["split"][0]["steps"])
+    assert all(set(counts) == {4} for counts in results["two"]["split"][0]["steps"])
