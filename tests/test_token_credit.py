@@ -6,10 +6,13 @@ import pytest
 import torch
 import trl
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests import references
 from trl_cancel import DelTAConfig, DelTATrainer, NTHRConfig, NTHRTrainer
 from trl_cancel import trainers as module
+from trl_cancel.playground.tokenizer import build_tokenizer
+from trl_cancel.playground.warm_start import build_model
 
 from .methods import ON_POLICY, SEQUENCE
 from .runs import OFF_POLICY, build, noisy_reward, train
@@ -356,3 +359,45 @@ def test_gradient_checkpointing(monkeypatch, tiny_model, checkpointing):
     watch = Watch(monkeypatch, nthr_expected)
     settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": checkpointing}
     watch.train(tiny_model, **{**LAYOUTS["on policy"], **NTHR, **settings, "max_steps": 6})
+
+
+@pytest.mark.parametrize("layout", ["old log-probs", "on policy"])
+@pytest.mark.parametrize(
+    ("method", "expected"), [(NTHR, nthr_expected), (DELTA, delta_expected)], ids=["nthr", "delta"]
+)
+def test_quantized_model(monkeypatch, tmp_path, method, expected, layout):
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    tokenizer, sizes = build_tokenizer(), {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"head_dim": 64, "intermediate_size": 64}  # on a CPU, multiples of 64 and 32
+    build_model(tokenizer, **sizes, initializer_range=0.4).save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=quantization, dtype=torch.float32, device_map="cpu"
+    )
+    assert model.is_loaded_in_4bit
+    watch = Watch(monkeypatch, expected)
+    settings = {**LAYOUTS[layout], **method, "max_steps": 9, "beta": 0.05}
+    watch.train(model, **settings, arguments={**LORA, "processing_class": tokenizer})
+
+
+def test_trained_head(monkeypatch, tiny_model):
+    """A copy of the whole head that PEFT trains."""
+    watch = Watch(monkeypatch, nthr_expected)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True)
+    watch.train(tiny_model, **{**OFF_POLICY, **NTHR, "max_steps": 9}, arguments={"peft_config": lora})
+
+
+def test_first_version_of_fsdp_is_refused(monkeypatch, tiny_model):
+    initialise = trl.GRPOTrainer.__init__
+
+    def as_if_sharded(self, *args, **kwargs):
+        initialise(self, *args, **kwargs)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(trl.GRPOTrainer, "__init__", as_if_sharded)
+    with pytest.raises(ValueError, match=r"NTHR and DelTA cannot read .* Set fsdp_version: 2"):
+        build(tiny_model, **{**OFF_POLICY, **NTHR, **DELTA})
+    build(tiny_model, **OFF_POLICY, advantage_sign="positive")  # reads no layer

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import trl
+from peft import LoraConfig
 
 from tests.runs import build
 from trl_cancel._upstream import split_tensor_dict
@@ -99,6 +100,54 @@ def test_when_old_log_probs_are_computed(
     trainer.train()
     assert set(seen) == {computed}
     assert trainer.args.layout.is_on_policy is not computed
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_old_log_probs_are_the_first_forward_pass(monkeypatch, tiny_model, beta):
+    """The batch holds the very tensor that the first call returns, the reference's come after it."""
+    calls, batches = [], []
+    forward, generate = (
+        getattr(trl.GRPOTrainer, name)
+        for name in ("_get_per_token_logps_and_entropies", "_generate_and_score_completions")
+    )
+
+    def watched_forward(self, model, input_ids, *args, **kwargs):
+        calls.append((len(input_ids), forward(self, model, input_ids, *args, **kwargs)))
+        return calls[-1][1]
+
+    def watched_generate(self, inputs):
+        calls.clear()
+        batches.append((generate(self, inputs), list(calls)))
+        return batches[-1][0]
+
+    monkeypatch.setattr(trl.GRPOTrainer, "_get_per_token_logps_and_entropies", watched_forward)
+    monkeypatch.setattr(trl.GRPOTrainer, "_generate_and_score_completions", watched_generate)
+    build(tiny_model, trl.GRPOTrainer, steps_per_generation=4, max_steps=5, beta=beta).train()
+    assert len(batches) == 2
+    for batch, made in batches:
+        assert len(made) == (2 if beta else 1)
+        assert made[0][0] == 16, "the whole generation batch in one call"
+        assert batch["old_per_token_logps"] is made[0][1][0]
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_forward_pass_runs_the_backbone_in_pieces(monkeypatch, tiny_model, peft):
+    """In row order, with the states that predict the completion at the end: what the hook of the states builds on."""
+    arguments = {"peft_config": LoraConfig(r=2, target_modules="all-linear")} if peft else {}
+    trainer = build(tiny_model, trl.GRPOTrainer, arguments=arguments)
+    model = trainer.model.get_base_model() if peft else trainer.model
+    ids, seen = torch.randint(3, 30, (6, 9)), []
+    handle = model.base_model.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+    with torch.no_grad():
+        logps, _, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, torch.ones_like(ids), 4, batch_size=4
+        )
+        handle.remove()
+        full = model(input_ids=ids, output_hidden_states=True)
+    assert [len(states) for states in seen] == [4, 2]
+    torch.testing.assert_close(torch.cat(seen)[:, -5:-1], full.hidden_states[-1][:, -5:-1])
+    expected = full.logits[:, -5:-1].log_softmax(-1).gather(-1, ids[:, -4:].unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(logps, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_num_items_spans_the_generation_batch(monkeypatch, tiny_model):
