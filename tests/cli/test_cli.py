@@ -100,7 +100,9 @@ def test_yaml_flags_and_method_in_order(tmp_path, capsys):
     assert "Torn" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("recipe", ["playground", "playground_grpo_fix", "playground_dfpo"])
+@pytest.mark.parametrize(
+    "recipe", ["playground", "playground_grpo_fix", "playground_dfpo", "playground_nthr", "playground_delta"]
+)
 def test_a_method_on_the_command_line_is_that_method(recipe, capsys):
     """Whatever the recipe sets of other methods: GRPO is then TRL's, torn groups and all."""
     assert main(["explain", "--config", f"configs/{recipe}.yaml", "--method", "grpo"]) == 0
@@ -108,6 +110,8 @@ def test_a_method_on_the_command_line_is_that_method(recipe, capsys):
     assert "Torn: TRL shuffles single rollouts" in printed
     assert "Symmetric" not in printed
     assert "Group weights" not in printed
+    assert "NTHR" not in printed
+    assert "DelTA" not in printed
 
 
 def test_train_with_lora_and_a_reward_of_ones_own(tmp_path, monkeypatch, capsys):
