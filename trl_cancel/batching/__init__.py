@@ -1,8 +1,8 @@
 """Batching: which rollouts go into one optimizer step, as pure functions."""
 
-from .balance import select_balanced_groups
+from .balance import balanced_order, select_balanced_groups
 from .layout import BatchLayout
 from .mini_batches import query_preserved_permutation
 
 
-__all__ = ["BatchLayout", "query_preserved_permutation", "select_balanced_groups"]
+__all__ = ["BatchLayout", "balanced_order", "query_preserved_permutation", "select_balanced_groups"]

@@ -72,6 +72,61 @@ def select_balanced_groups(
     return nearest, False
 
 
+def balanced_order(
+    order: torch.Tensor,
+    positives: torch.Tensor,
+    negatives: torch.Tensor,
+    num_steps: int,
+    group_size: int,
+    min_fraction: float,
+) -> tuple[torch.Tensor, int]:
+    r"""
+    Spreads groups over optimizer steps so that each holds enough rollouts of either sign.
+
+    The given order is kept if it does. Otherwise the groups are dealt out, those with most rollouts of nonzero
+    advantage first, each to the step in which it meets fewest of its own kind: the one that raises
+    \\( \sum N_+^2 + N_-^2 \\) over the steps least.
+
+    Args:
+        order (`torch.Tensor` of shape `(M,)`):
+            Groups in the order in which they fill the steps.
+        positives (`torch.Tensor` of shape `(M,)`):
+            Rollouts of positive advantage in each group.
+        negatives (`torch.Tensor` of shape `(M,)`):
+            Rollouts of negative advantage in each group.
+        num_steps (`int`):
+            Optimizer steps, each of M / `num_steps` groups.
+        group_size (`int`):
+            Rollouts of each group.
+        min_fraction (`float`):
+            Least share of the rollouts of a step that each sign must have.
+
+    Returns:
+        `tuple`: The order, a `torch.Tensor` of shape `(M,)`, and in how many steps it leaves both signs enough.
+    """
+    counts = torch.stack([positives, negatives], dim=1).long().cpu()  # (M, 2)
+    room = len(order) // num_steps
+    target = math.ceil(min_fraction * room * group_size - 1e-9)
+
+    def enough(order: torch.Tensor) -> int:
+        return int((counts[order].view(num_steps, room, 2).sum(1).amin(1) >= target).sum())
+
+    given = enough(order)
+    if given == num_steps:
+        return order, given
+    steps: list[list[int]] = [[] for _ in range(num_steps)]
+    sums = torch.zeros(num_steps, 2, dtype=torch.long)
+    heaviest = order[counts[order].square().sum(1).argsort(descending=True, stable=True)]
+    for group in heaviest.tolist():
+        raised = (sums @ counts[group]).tolist()
+        step = min((step for step in range(num_steps) if len(steps[step]) < room), key=lambda step: raised[step])
+        steps[step].append(group)
+        sums[step] += counts[group]
+    dealt = torch.tensor([group for step in steps for group in step])
+    found = enough(dealt)
+    return (dealt, found) if found > given else (order, given)
+
+
 class _Exchanges:
     """
     The exchanges between the first `num_groups` groups and the others, those most worth it first.
