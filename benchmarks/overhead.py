@@ -122,8 +122,8 @@ SIZES = {
     "playground (0.4M), sampled": Size({}, length=64, batches=6, sampled=True),
     "playground (0.4M), canned": Size({}, length=64, batches=6),
     "playground (0.4M), canned, on policy": Size({}, length=64, batches=6, on_policy=True),
-    "7M, canned": Size(SMALL, length=256, batches=1),
-    "7M, canned, on policy": Size(SMALL, length=256, batches=1, on_policy=True),
+    "7M, canned": Size(SMALL, length=256, batches=1, rollouts=8),
+    "7M, canned, on policy": Size(SMALL, length=256, batches=1, rollouts=8, on_policy=True),
 }
 GPU_SIZES = {
     "Qwen3-0.6B-shaped, canned": Size(QWEN3, length=1536, batches=2, rollouts=8),
@@ -274,24 +274,21 @@ def run(name: str, variant: str) -> dict[str, float]:
     }
 
 
-def measure(sizes: dict[str, Size], rounds: int) -> list[dict]:
-    """For each size and variant, what [`run`] measures, and the ratio of the update phase to TRL's of the same round."""
+def measure(name: str, size: Size, rounds: int) -> list[dict]:
+    """For each variant what [`run`] measures, and the ratio of the update phase to TRL's of the same round."""
     results = []
-    shuffle = random.Random(0).sample
+    measured: dict[str, list[dict[str, float]]] = {variant: [] for variant in size.variants}
     # A process a run, so that peaks of memory do not add up and patches do not stay.
     with multiprocessing.get_context("spawn").Pool(1, initializer=_start, maxtasksperchild=1) as pool:
-        for name, size in sizes.items():
-            measured: dict[str, list[dict[str, float]]] = {variant: [] for variant in size.variants}
-            for _ in range(rounds):
-                for variant in shuffle(list(measured), len(measured)):
-                    measured[variant].append(pool.apply(run, (name, variant)))
-            for variant, runs in measured.items():
-                found = {key: [one[key] for one in runs] for key in runs[0]}
-                base = [one["update"] for one in measured["TRL"]]
-                ratios = [update / theirs for update, theirs in zip(found["update"], base, strict=True)]
-                more = [one["memory"] - theirs["memory"] for one, theirs in zip(runs, measured["TRL"], strict=True)]
-                results.append({"size": name, "variant": variant, **found, "ratios": ratios, "more_memory": more})
-                print(_row(results[-1]), flush=True)
+        for round_ in range(rounds):
+            for variant in random.Random(round_).sample(list(measured), len(measured)):
+                measured[variant].append(pool.apply(run, (name, variant)))
+    for variant, runs in measured.items():
+        found = {key: [one[key] for one in runs] for key in runs[0]}
+        base = measured["TRL"]
+        ratios = [one["update"] / theirs["update"] for one, theirs in zip(runs, base, strict=True)]
+        more = [one["memory"] - theirs["memory"] for one, theirs in zip(runs, base, strict=True)]
+        results.append({"size": name, "variant": variant, **found, "ratios": ratios, "more_memory": more})
     return results
 
 
@@ -321,23 +318,25 @@ def _range(values: list[float]) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="file of the results (default: one in benchmarks/results)")
     options = parser.parse_args()
 
     gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if gpu else "cpu"
-    sizes = GPU_SIZES if gpu else SIZES
-    print("| size | variant | step | update phase | of which ours | update against TRL's (range) | peak (more) |")
-    print("|---|---|---|---|---|---|---|")
-    results = measure(sizes, options.rounds)
     environment = {name: version(name) for name in ("trl", "transformers", "torch")}
     environment |= {"python": platform.python_version(), "device": device, "threads": torch.get_num_threads()}
     file = options.output or RESULTS / f"overhead-{'cuda' if gpu else 'cpu'}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    described = {name: asdict(size) | size.settings for name, size in sizes.items()}
-    contents = {"environment": environment, "rounds": options.rounds, "sizes": described, "results": results}
-    file.write_text(json.dumps(contents, indent=1))
+    contents: dict[str, Any] = {"environment": environment, "rounds": options.rounds, "sizes": {}, "results": []}
+    print("| size | variant | step | update phase | of which ours | update against TRL's (range) | peak (more) |")
+    print("|---|---|---|---|---|---|---|")
+    for name, size in (GPU_SIZES if gpu else SIZES).items():
+        results = measure(name, size, options.rounds)
+        print("\n".join(map(_row, results)), flush=True)
+        contents["sizes"][name] = asdict(size) | size.settings
+        contents["results"] += results
+        file.write_text(json.dumps(contents, indent=1))
 
 
 if __name__ == "__main__":

@@ -159,9 +159,12 @@ def test_memory_for_states(monkeypatch, tiny_model, method, expected, layout, gi
     assert set(stores) == {(gib > 0, gib < 1)}
 
 
-def test_hidden_gradient(monkeypatch, tiny_model):
+@pytest.mark.parametrize("gib", [2.0, 2e-6, 0.0], ids=["on the device", "offloaded", "computed again"])
+def test_hidden_gradient(monkeypatch, tiny_model, gib):
     watch = Watch(monkeypatch, lambda *seen: hidden_gradient_expected(*seen, watch.trainer.model.lm_head.weight))
-    watch.train(tiny_model, **{**OFF_POLICY, **DELTA, "delta_proxy": "hidden_gradient", "max_steps": 9})
+    watch.train(
+        tiny_model, **{**OFF_POLICY, **DELTA, "delta_proxy": "hidden_gradient", "state_cache_gib": gib, "max_steps": 9}
+    )
 
 
 def passes_of(monkeypatch, tiny_model, trainer, **settings):

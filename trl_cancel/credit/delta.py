@@ -269,24 +269,29 @@ class DelTA:
         return torch.ones_like(rollouts.mask, dtype=values.dtype).masked_scatter(active, values)
 
     def _proxies(self, rollouts: Rollouts, active: torch.Tensor) -> Proxies:
-        vocabulary = head = None
-        if self.proxy == "hidden_gradient":
-            vocabulary = rollouts.completion_ids[active].unique()
-            head = rollouts.head.restricted_to(vocabulary)
+        pieces = [slice(i, i + rollouts.num_generations) for i in range(0, len(active), rollouts.num_generations)]
 
-        def proxies() -> Iterable[torch.Tensor]:
-            for first in range(0, len(active), rollouts.num_generations):
-                rows = slice(first, first + rollouts.num_generations)
-                mask = active[rows]
-                hidden, logps = rollouts.states[rows][mask], rollouts.old_logps[rows][mask]
-                hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-                if head is None or vocabulary is None:
-                    yield output_row(hidden, logps)
-                else:
-                    ids = rollouts.completion_ids[rows][mask]
-                    yield hidden_gradient(hidden, logps, ids, vocabulary, head, rollouts.temperature)
+        def hidden_and_logps(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            hidden, logps = rollouts.states[rows][active[rows]], rollouts.old_logps[rows][active[rows]]
+            return hidden.to(torch.promote_types(hidden.dtype, torch.float32)), logps
 
-        return proxies
+        if self.proxy == "lm_head_row":
+            return lambda: (output_row(*hidden_and_logps(rows)) for rows in pieces)
+
+        ids = rollouts.completion_ids
+        vocabulary = ids[active].unique()
+        head = rollouts.head.restricted_to(vocabulary)
+
+        def gradients(rows: slice) -> torch.Tensor:
+            tokens = ids[rows][active[rows]]
+            return hidden_gradient(*hidden_and_logps(rows), tokens, vocabulary, head, rollouts.temperature)
+
+        if not getattr(rollouts.states, "keeps", True):
+            return lambda: map(gradients, pieces)
+        # Kept where the states are: they take much longer to compute than to hold.
+        offloads = getattr(rollouts.states, "offloads", False)
+        kept = [gradients(rows).to("cpu" if offloads else active.device) for rows in pieces]
+        return lambda: (piece.to(active.device) for piece in kept)
 
     @staticmethod
     def _log(rollouts: Rollouts, values: torch.Tensor, spread: torch.Tensor) -> None:

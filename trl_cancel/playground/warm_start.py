@@ -56,11 +56,10 @@ def build_model(tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Qwen3ForC
     """
     return Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=len(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
-            **{**ARCHITECTURE, **changes},
+            **{"vocab_size": len(tokenizer), **ARCHITECTURE, **changes},
         )
     )
 
