@@ -35,6 +35,15 @@ class CancelGRPOConfig(GRPOConfig):
             a generation batch is spread over several optimizer steps (`steps_per_generation` greater than
             `gradient_accumulation_steps`); otherwise batches are TRL's. Source: section 4 of
             [2605.08666](https://huggingface.co/papers/2605.08666).
+        reward_balance (`float`, *optional*, defaults to `0.0`):
+            Least share, up to 0.5, of the rollouts of an optimizer step that must have positive and that must have
+            negative advantages. Where the rollouts of a generation do not allow it, further rounds are generated from
+            fresh prompts and groups are exchanged. Source: section 4 of
+            [2605.08666](https://huggingface.co/papers/2605.08666).
+        filter_zero_variance (`bool`, *optional*, defaults to `False`):
+            Replace groups whose rewards are all equal by groups of further rounds (dynamic sampling).
+        max_generation_rounds (`int`, *optional*, defaults to `4`):
+            Rounds of generation after which the best there is is taken.
 
         > Parameters that control clipping
 
@@ -132,6 +141,23 @@ class CancelGRPOConfig(GRPOConfig):
             "Acts where a generation batch is spread over several optimizer steps (`steps_per_generation` greater "
             "than `gradient_accumulation_steps`); otherwise batches are TRL's."
         },
+    )
+    reward_balance: float = field(
+        default=0.0,
+        metadata={
+            "help": "Least share, up to 0.5, of the rollouts of an optimizer step that must have positive and that "
+            "must have negative advantages. Where the rollouts of a generation do not allow it, further rounds are "
+            "generated from fresh prompts and groups are exchanged."
+        },
+    )
+    filter_zero_variance: bool = field(
+        default=False,
+        metadata={
+            "help": "Replace groups whose rewards are all equal by groups of further rounds (dynamic sampling)."
+        },
+    )
+    max_generation_rounds: int = field(
+        default=4, metadata={"help": "Rounds of generation after which the best there is is taken."}
     )
     symmetric_clip: bool = field(
         default=False,
@@ -321,6 +347,11 @@ class CancelGRPOConfig(GRPOConfig):
         return BatchLayout.of(self)
 
     @property
+    def chooses_groups(self) -> bool:
+        """Whether generation goes on until the groups are as asked for."""
+        return self.reward_balance > 0 or self.filter_zero_variance
+
+    @property
     def clip_range(self) -> tuple[float, float]:
         """`epsilon_low` and `epsilon_high` of the loss; symmetric clipping has no lower bound."""
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
@@ -337,6 +368,7 @@ class CancelGRPOConfig(GRPOConfig):
         self._check_values()
         self._check_choices()
         self._check_batches()
+        self._check_rounds()
         self._check_symmetric_clip()
         self._check_group_weights()
         self._check_nthr()
@@ -411,6 +443,28 @@ class CancelGRPOConfig(GRPOConfig):
         raise ValueError(
             f"query_preserved=True cannot keep groups whole: {problem}. Set one of {', '.join(ways_out)}."
         )
+
+    def _check_rounds(self) -> None:
+        share, rounds = self.reward_balance, self.max_generation_rounds
+        if not (_is_number(share) and 0 <= share <= 0.5):
+            raise ValueError(f"reward_balance={share!r} must be between 0 and 0.5, e.g. 0.25.")
+        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+            raise ValueError(f"max_generation_rounds={rounds!r} must be a whole number of at least 1.")
+        if not self.chooses_groups:
+            return
+        chosen = f"reward_balance={share}" if share else "filter_zero_variance=True"
+        layout = self.layout
+        if not layout.groups_are_local:
+            raise ValueError(
+                f"{chosen} chooses whole groups, but groups of num_generations={self.num_generations} straddle "
+                f"processes that generate {layout.generation_batch_per_process} rollouts each "
+                "(per_device_train_batch_size x steps_per_generation). Make that a multiple of num_generations."
+            )
+        if share and layout.is_split and not self.query_preserved:
+            raise ValueError(
+                f"{chosen} needs whole groups in each optimizer step. Set query_preserved=True, or "
+                f"steps_per_generation={self.gradient_accumulation_steps} (= gradient_accumulation_steps)."
+            )
 
     def _check_symmetric_clip(self) -> None:
         if not self.symmetric_clip:
@@ -650,10 +704,10 @@ class NTHRConfig(CancelGRPOConfig):
     [`CancelGRPOConfig`] with the settings of NTHR, *On the Effect of Negative Gradient in Group Relative Deep
     Reinforcement Optimization* ([2505.18830](https://huggingface.co/papers/2505.18830), section 5.4 and Appendix 7.3).
 
-    The paper leaves prompts out of which all rollouts are right or all wrong; here they stay in, with advantage 0.
-
     Parameters:
         nthr (`bool`, *optional*, defaults to `True`):
+            See [`CancelGRPOConfig`].
+        filter_zero_variance (`bool`, *optional*, defaults to `True`):
             See [`CancelGRPOConfig`].
         beta (`float`, *optional*, defaults to `1e-4`):
             Coefficient of the KL term. See [`~trl.GRPOConfig`], as for all that follow.
@@ -667,6 +721,7 @@ class NTHRConfig(CancelGRPOConfig):
     """
 
     nthr: bool = _again("nthr", True)
+    filter_zero_variance: bool = _again("filter_zero_variance", True)
     beta: float = _again("beta", 1e-4)
     num_generations: int | None = _again("num_generations", 8)
     learning_rate: float = _again("learning_rate", 1e-6)

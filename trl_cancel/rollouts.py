@@ -1,7 +1,7 @@
 """One scored generation batch as the methods see it."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -148,3 +148,63 @@ def take_rows(batch: Rows, index: torch.Tensor) -> Rows:
         return value
 
     return {name: pick(value) for name, value in batch.items()}
+
+
+# What stands on padding where it is not 0; `None` is the padding token.
+PADDING: dict[str, int | None] = {
+    "prompt_ids": None,
+    "completion_ids": None,
+    "tool_mask": 1,
+    "importance_sampling_ratio": 1,
+}
+
+
+def join_rows(batches: Sequence[Rows], pad_token_id: int) -> Rows:
+    """
+    Rollouts of several batches as one, padded to one length: prompts on the left, completions on the right.
+
+    Args:
+        batches (`Sequence` of `dict`):
+            Batches with the same entries.
+        pad_token_id (`int`):
+            Token that pads.
+
+    Returns:
+        `dict`: The batch; scalars are those of the first.
+
+    Raises:
+        `ValueError`: If an entry is aligned with neither prompts nor completions, and of different shapes.
+    """
+
+    def joined(name: str) -> Any:
+        values = [batch[name] for batch in batches]
+        if isinstance(values[0], list):
+            return [item for value in values for item in value]
+        if not isinstance(values[0], torch.Tensor) or values[0].dim() == 0:
+            return values[0]
+        filler = PADDING.get(name, 0)
+        filler = pad_token_id if filler is None else filler
+        pairs = zip(values, missing(name), strict=True)
+        return torch.cat([_widened(value, left, right, filler) for value, (left, right) in pairs])
+
+    def missing(name: str) -> list[tuple[int, int]]:
+        """For each batch, columns to add on the left and on the right."""
+        shapes = [batch[name].shape[1:] for batch in batches]
+        if len(set(shapes)) == 1:
+            return [(0, 0)] * len(batches)
+        widths = [shape[0] for shape in shapes]
+        for left, right in ((1, 0), (0, 1), (1, 1)):
+            if widths == [left * prompt + right * completion for prompt, completion in lengths]:
+                return [
+                    (left * (longest[0] - prompt), right * (longest[1] - completion)) for prompt, completion in lengths
+                ]
+        raise ValueError(f"Rounds of generation have {name} of shapes {shapes}, which cannot be put together.")
+
+    lengths = [(batch["prompt_ids"].size(1), batch["completion_ids"].size(1)) for batch in batches]
+    longest = [max(column) for column in zip(*lengths, strict=True)]
+    return {name: joined(name) for name in batches[0]}
+
+
+def _widened(value: torch.Tensor, left: int, right: int, filler: int) -> torch.Tensor:
+    widths = [0, 0] * (value.dim() - 2) + [left, right]
+    return torch.nn.functional.pad(value, widths, value=filler) if left or right else value

@@ -3,7 +3,7 @@ Last hidden states, caught in forward passes that are made anyway, and the outpu
 few tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +83,39 @@ class StateStore:
             self.add(states, mask[done : done + len(states)])
 
         return last_hidden_states(model, mask.size(1), keep) if self.keeps else nullcontext()
+
+    def take(self, rows: torch.Tensor) -> "StateStore":
+        """A store of some of the rollouts."""
+        taken = self._like(self)
+        if self.keeps:
+            taken._states, taken._masks = (
+                [column[row] for row in rows.tolist()] for column in (self._states, self._masks)
+            )
+        return taken
+
+    @classmethod
+    def join(cls, stores: "Sequence[StateStore]", length: int) -> "StateStore":
+        """
+        The rollouts of several stores.
+
+        Args:
+            stores (`Sequence` of [`StateStore`]):
+                Stores. Unless all have kept their states, the new one has none.
+            length (`int`):
+                T, the number of tokens to which all are padded.
+        """
+        joined = cls._like(stores[0])
+        joined.keeps = all(store.keeps for store in stores)
+        for store in stores if joined.keeps else ():
+            joined._states += store._states
+            joined._masks += [nn.functional.pad(mask, (0, length - len(mask))) for mask in store._masks]
+        return joined
+
+    @classmethod
+    def _like(cls, store: "StateStore") -> "StateStore":
+        empty = cls(store.gib)
+        empty.decided, empty.keeps, empty.offloads = True, store.keeps, store.offloads
+        return empty
 
     def __len__(self) -> int:
         return len(self._states)

@@ -1,7 +1,8 @@
 """The trainer: TRL's, with the methods of this package routed into the places where they act."""
 
 import copy
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from os import PathLike
@@ -10,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from trl import GRPOConfig, GRPOTrainer
 
 from ._upstream import (
@@ -19,12 +21,14 @@ from ._upstream import (
     split_tensor_dict,
     unsplit_pixel_values_by_grid,
 )
-from .batching import query_preserved_permutation
+from .batching import balanced_order, query_preserved_permutation
 from .configs import CancelGRPOConfig, DelTAConfig, DFPOConfig, GRPOFixConfig, NTHRConfig
 from .credit import Credit
 from .explanation import explain
 from .monitor import UpdateMonitor
+from .prompts import FreshPrompts
 from .rollouts import Rollouts, Rows, generator_of, take_rows
+from .rounds import Choice, GroupPool, Scored
 from .states import LMHead, StateStore
 from .token_credits import TokenCredits, credited, makes_old_logps
 from .update_weights import UpdateWeights, loss_mask
@@ -178,6 +182,10 @@ class CancelGRPOTrainer(GRPOTrainer):
         self.epsilon_low, self.epsilon_high = args.clip_range
         self._monitor = UpdateMonitor(self.accelerator, self._layout.groups_are_local)
         self._update_weights = UpdateWeights(self.args, self._monitor)
+        if self.args.chooses_groups:
+            self._fresh_prompts = FreshPrompts(self.train_dataset, self.args.seed)
+            self.add_callback(self._fresh_prompts)
+            self._make_room_for_rounds()
         self._say_what_cannot_act()
         if self._credits.of_states:
             self._check_sharding()
@@ -236,7 +244,8 @@ class CancelGRPOTrainer(GRPOTrainer):
 
     @property
     def _acts_in_loss(self) -> bool:
-        return self.args.cancellation_metrics or self.args.symmetric_clip or bool(self._credits) or self._weighs_groups
+        acts = self.args.symmetric_clip or bool(self._credits) or self._weighs_groups or self.args.chooses_groups
+        return self.args.cancellation_metrics or acts
 
     @property
     def _holds_ratio(self) -> bool:
@@ -282,27 +291,101 @@ class CancelGRPOTrainer(GRPOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs):
-        training = self.model.training
-        if training and self._credits.states_when_scored and makes_old_logps(self.args):
+        if not self.model.training:
+            return super()._generate_and_score_completions(inputs)
+        scored = self._chosen(inputs) if self.args.chooses_groups else self._score(inputs)
+        batch, rollouts = scored.batch, self._view(scored)
+        if self._acts_in_loss:
+            batch.update(group_ids=rollouts.group_ids, rollout_advantages=rollouts.advantages)
+        if self.args.cancellation_metrics:
+            batch.update(self._monitor.mark_shared(batch, rollouts, self._tokenizer.pad_token_id))
+        if self._credits.in_loss:
+            self._lm_head()  # while all processes are here, in case the model is sharded
+            batch["rollout_rows"] = torch.arange(len(scored), device=rollouts.mask.device)
+            self._rollouts = rollouts
+        if self._credits.states_when_scored:
+            rollouts = self._with_states(rollouts, scored)
+        batch["advantages"] = credited(batch["advantages"], self._credits.when_scored, rollouts)
+        self._scored = batch if self._keeps_groups_whole else None
+        self._generated_at_step = self.state.global_step
+        return batch
+
+    def _score(self, inputs: list[dict[str, Any]]) -> Scored:
+        """One round of generation."""
+        if self._credits.states_when_scored and makes_old_logps(self.args):
             self._states = StateStore(self.args.state_cache_gib)  # filled by TRL's first pass, for the old log-probs
         batch = super()._generate_and_score_completions(inputs)
-        if training:
-            rollouts = self._view(batch, inputs)
-            if self._acts_in_loss:
-                batch.update(group_ids=rollouts.group_ids, rollout_advantages=rollouts.advantages)
-            if self.args.cancellation_metrics:
-                batch.update(self._monitor.mark_shared(batch, rollouts, self._tokenizer.pad_token_id))
-            if self._credits.in_loss:
-                self._lm_head()  # while all processes are here, in case the model is sharded
-                batch["rollout_rows"] = torch.arange(len(inputs), device=rollouts.mask.device)
-                self._rollouts = rollouts
-            if self._credits.states_when_scored:
-                rollouts = self._with_states(rollouts, batch)
-            batch["advantages"] = credited(batch["advantages"], self._credits.when_scored, rollouts)
-            self._scored = batch if self._keeps_groups_whole else None
-            self._generated_at_step = self.state.global_step
-        self._rewards = None
-        return batch
+        states, self._states = self._states, None
+        if states is not None and (states.logps is None or states.logps is not batch.get("old_per_token_logps")):
+            states = None
+        rows = len(inputs)
+        first = self.accelerator.process_index * rows
+        index = torch.arange(first, first + rows, device=batch["advantages"].device)
+        group_ids = self._groups_seen + index // self._layout.num_generations
+        self._groups_seen += self._layout.prompts_per_generation
+        rewards, self._rewards = self._rewards, None
+        assert rewards is not None
+        return Scored(batch, rewards[first : first + rows], group_ids, inputs, states)
+
+    # Rounds of generation
+
+    def _chosen(self, inputs: list[dict[str, Any]]) -> Scored:
+        """The groups that are kept of as many rounds as it takes."""
+        pool = GroupPool(self.args, self.reward_weights)
+        for log in _logs_of(self._logs):
+            log.clear()
+        while True:
+            scored = self._score(inputs)
+            pool.add(replace(scored, batch=split_pixel_values_by_grid(scored.batch)))
+            choice = pool.choose()
+            satisfied = self.accelerator.gather(torch.tensor([choice.satisfied], device=self.accelerator.device))
+            if satisfied.min() == 1 or len(pool.rounds) == self.args.max_generation_rounds:
+                break
+            inputs = self._fresh_inputs(inputs[0].keys())
+        self._note_choice(pool, choice)
+        scored = pool.take(choice.groups, self._tokenizer.pad_token_id)
+        tokens = self.accelerator.gather(loss_mask(scored.batch).sum()).sum()
+        return replace(scored, batch=unsplit_pixel_values_by_grid({**scored.batch, "num_items_in_batch": tokens}))
+
+    def _fresh_inputs(self, columns: Any) -> list[dict[str, Any]]:
+        """This process's part of another round of prompts, each repeated for its group."""
+        layout = self._layout
+        rows = self._fresh_prompts.draw(layout.prompts_per_generation)
+        part = layout.prompts_per_generation // layout.num_processes
+        own = rows[self.accelerator.process_index * part :][:part]
+        return [
+            {name: value for name, value in row.items() if name in columns}
+            for row in own
+            for _ in range(layout.num_generations)
+        ]
+
+    def _note_choice(self, pool: GroupPool, choice: Choice) -> None:
+        positives, negatives, idle = pool.counts()
+        self._chosen_counts = positives[choice.groups], negatives[choice.groups]
+        size, add = self._layout.num_generations, self._monitor.metrics.add
+        add("balance/rounds", idle.new_tensor([len(pool.rounds)], dtype=torch.float))
+        add("balance/satisfied", idle.new_tensor([choice.satisfied], dtype=torch.float))
+        for name, counts in zip(("positive", "negative"), self._chosen_counts, strict=True):
+            add(f"balance/{name}_fraction", counts / size)
+        add("balance/discarded_fraction", idle.new_tensor([1 - len(choice.groups) / len(idle)], dtype=torch.float))
+        add("balance/zero_variance_fraction", idle.float())
+        for kept in pool.kept(choice.groups):
+            self._logs["extra"]["kept"].extend(gather_object(kept))
+        if choice.satisfied < 1:
+            logger.warning_once(
+                f"{len(pool.rounds)} rounds of generation (max_generation_rounds) did not yield the groups that "
+                f"reward_balance={self.args.reward_balance} and filter_zero_variance={self.args.filter_zero_variance} "
+                "ask for; the best there are are used. balance/satisfied tells how often that happens: raise "
+                "max_generation_rounds, lower reward_balance, or use prompts of which more have mixed rewards."
+            )
+
+    def _make_room_for_rounds(self) -> None:
+        """Lets the table of completions hold all rounds of a generation."""
+        layout = self._layout
+        length = layout.prompts_per_generation * layout.num_generations * self.args.max_generation_rounds
+        for name, log in self._logs.items():
+            is_column = isinstance(log, deque)
+            self._logs[name] = deque(maxlen=length) if is_column else defaultdict(lambda: deque(maxlen=length))
 
     def _prepare_inputs(self, generation_batch):
         inputs = super()._prepare_inputs(generation_batch)
@@ -323,8 +406,12 @@ class CancelGRPOTrainer(GRPOTrainer):
         # Where TRL's order would do too, later rollouts are to be sampled as if it had been kept.
         generator = None if self._layout.is_split else generator_of(batch["completion_ids"])
         num_groups = self._layout.generation_batch_per_process // group_size
-        order = query_preserved_permutation(num_groups, group_size, generator)
-        return self._micro_batches(batch, order, self._layout.steps_per_generation)
+        order = query_preserved_permutation(num_groups, 1, generator)
+        if self.args.reward_balance:
+            steps, share = self._layout.steps_apart, self.args.reward_balance
+            order, _ = balanced_order(order, *self._chosen_counts, steps, group_size, share)
+        rows = (order.unsqueeze(1) * group_size + torch.arange(group_size)).flatten()
+        return self._micro_batches(batch, rows, self._layout.steps_per_generation)
 
     def _micro_batches(self, batch: Rows, rows: torch.Tensor, count: int) -> list[Rows]:
         """Some rollouts of a batch, cut into as many parts."""
@@ -332,30 +419,24 @@ class CancelGRPOTrainer(GRPOTrainer):
         parts: list[Any] = split_tensor_dict(batch, count)
         return [unsplit_pixel_values_by_grid(part) for part in parts]
 
-    def _view(self, batch: Rows, examples: list[dict[str, Any]]) -> Rollouts:
-        rows = len(examples)
-        first = self.accelerator.process_index * rows
-        index = torch.arange(first, first + rows, device=batch["advantages"].device)
-        mask = batch["completion_mask"]
-        assert self._rewards is not None
-        rollouts = Rollouts(
+    def _view(self, scored: Scored) -> Rollouts:
+        batch = scored.batch
+        return Rollouts(
             prompt_ids=batch["prompt_ids"],
             prompt_mask=batch["prompt_mask"],
             completion_ids=batch["completion_ids"],
-            mask=mask * batch["tool_mask"] if "tool_mask" in batch else mask,
+            mask=loss_mask(batch),
             advantages=batch["advantages"],
-            group_ids=self._groups_seen + index // self._layout.num_generations,
-            rewards=self._rewards[first : first + rows],
+            group_ids=scored.group_ids,
+            rewards=scored.rewards,
             reward_names=list(self.reward_func_names),
-            examples=examples,
+            examples=scored.examples,
             num_generations=self._layout.num_generations,
             old_logps=batch.get("old_per_token_logps"),
             temperature=self.temperature,
             reduce=self._sum_over_processes,
             log=self._monitor.metrics.add,
         )
-        self._groups_seen += self._layout.prompts_per_generation
-        return rollouts
 
     # Hidden states
 
@@ -364,12 +445,12 @@ class CancelGRPOTrainer(GRPOTrainer):
             self._head = LMHead.of(self.accelerator.unwrap_model(self.model))
         return self._head
 
-    def _with_states(self, rollouts: Rollouts, batch: Rows) -> Rollouts:
+    def _with_states(self, rollouts: Rollouts, scored: Scored) -> Rollouts:
         """The rollouts with their states and log-probs: of TRL's own pass if it has made one, otherwise of another."""
-        states, self._states = self._states, None
-        if states is None or states.logps is None or states.logps is not batch.get("old_per_token_logps"):
+        states, logps, batch = scored.states, rollouts.old_logps, scored.batch
+        if states is None:
             states = StateStore(self.args.state_cache_gib)
-            states.logps = self._pass_over(batch, torch.arange(len(rollouts.mask)), states)
+            logps = self._pass_over(batch, torch.arange(len(scored)), states)
 
         def recompute(rows: slice) -> torch.Tensor:
             again = StateStore()
@@ -377,7 +458,7 @@ class CancelGRPOTrainer(GRPOTrainer):
             return again[:]
 
         states.recompute = recompute
-        return replace(rollouts, states=states, old_logps=states.logps, head=self._lm_head())
+        return replace(rollouts, states=states, old_logps=logps, head=self._lm_head())
 
     def _pass_over(self, batch: Rows, rows: torch.Tensor, states: StateStore) -> torch.Tensor:
         """Log-probs of some rollouts by a pass without gradients, in pieces no larger than a micro-batch."""
@@ -609,6 +690,12 @@ class _ForwardDone(Exception):
 
     def __init__(self, logps: torch.Tensor):
         self.logps = logps
+
+
+def _logs_of(logs: dict[str, Any]) -> Iterator[Any]:
+    """The columns of TRL's table of completions."""
+    for log in logs.values():
+        yield from log.values() if isinstance(log, dict) else [log]
 
 
 def _check_dataset(argument: str, dataset: Any) -> None:

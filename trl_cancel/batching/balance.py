@@ -127,6 +127,30 @@ def balanced_order(
     return (dealt, found) if found > given else (order, given)
 
 
+def without_variance(rewards: torch.Tensor, weights: torch.Tensor, apart: bool = False) -> torch.Tensor:
+    """
+    The groups whose rollouts all earn the same, so that none of them has an advantage.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(M, G, F)`):
+            Values of F reward functions; `nan` where a function gave none.
+        weights (`torch.Tensor` of shape `(F,)`):
+            Weights of the functions.
+        apart (`bool`, *optional*, defaults to `False`):
+            Whether advantages are normalised for each function on its own, so that two functions that differ by
+            opposite amounts do not make up for each other.
+
+    Returns:
+        `torch.Tensor` of shape `(M,)` and type `bool`.
+    """
+    if not apart:
+        unknown = rewards.isnan().all(-1, keepdim=True)
+        rewards = (rewards * weights).nansum(-1, keepdim=True).masked_fill(unknown, torch.nan)
+    lowest = rewards.nan_to_num(torch.inf, torch.inf, -torch.inf).amin(1)
+    highest = rewards.nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(1)
+    return (lowest >= highest).all(-1)
+
+
 class _Exchanges:
     """
     The exchanges between the first `num_groups` groups and the others, those most worth it first.

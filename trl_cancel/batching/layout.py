@@ -73,6 +73,11 @@ class BatchLayout:
         return self.micro_batches_together < self.steps_per_generation
 
     @property
+    def steps_apart(self) -> int:
+        """Blocks of a generation batch that can be in different optimizer steps."""
+        return self.steps_per_generation // self.micro_batches_together
+
+    @property
     def groups_are_local(self) -> bool:
         """Whether each group lies on one process."""
         return self.num_processes == 1 or self.generation_batch_per_process % self.num_generations == 0

@@ -1,0 +1,238 @@
+"""Rounds of generation: what each has scored, and the groups that are kept of all of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .batching import balanced_order, select_balanced_groups, without_variance
+from .configs import CancelGRPOConfig
+from .rollouts import Rows, join_rows, take_rows
+from .states import StateStore
+
+
+@dataclass
+class Scored:
+    """
+    Scored rollouts of one process, those of one prompt in a row.
+
+    Args:
+        batch (`dict`):
+            What TRL makes of them.
+        rewards (`torch.Tensor` of shape `(B, F)`):
+            The reward functions' values; `nan` where a function returned `None`.
+        group_ids (`torch.Tensor` of shape `(B,)`):
+            Which rollouts share a prompt.
+        examples (`list[dict]`):
+            The data set's row behind each rollout.
+        states ([`~trl_cancel.states.StateStore`], *optional*):
+            Their hidden states, if a pass over all of them was caught.
+    """
+
+    batch: Rows
+    rewards: torch.Tensor
+    group_ids: torch.Tensor
+    examples: list[dict[str, Any]]
+    states: StateStore | None = None
+
+    def __len__(self) -> int:
+        return len(self.group_ids)
+
+    def take(self, index: torch.Tensor) -> "Scored":
+        """Some of the rollouts."""
+        states = None if self.states is None else self.states.take(index)
+        rows = take_rows({name: value for name, value in vars(self).items() if name != "states"}, index)
+        return Scored(**{**rows, "batch": take_rows(self.batch, index)}, states=states)
+
+    @classmethod
+    def join(cls, parts: Sequence["Scored"], pad_token_id: int) -> "Scored":
+        """Rollouts of several rounds, padded to one length."""
+        batch = join_rows([part.batch for part in parts], pad_token_id)
+        stores = [part.states for part in parts if part.states is not None]
+        return cls(
+            batch,
+            torch.cat([part.rewards for part in parts]),
+            torch.cat([part.group_ids for part in parts]),
+            [example for part in parts for example in part.examples],
+            StateStore.join(stores, batch["completion_ids"].size(1)) if len(stores) == len(parts) else None,
+        )
+
+
+@dataclass
+class Choice:
+    """
+    Groups that are kept.
+
+    Args:
+        groups (`torch.Tensor` of shape `(M,)`):
+            Their numbers, counted over all rounds.
+        satisfied (`float`):
+            Share of the optimizer steps that they can fill as asked for.
+    """
+
+    groups: torch.Tensor
+    satisfied: float
+
+
+class GroupPool:
+    """
+    The groups that one process has generated in several rounds, of which one generation batch is kept.
+
+    Args:
+        args ([`CancelGRPOConfig`]):
+            Configuration.
+        reward_weights (`torch.Tensor` of shape `(F,)`):
+            Weights of the reward functions.
+    """
+
+    def __init__(self, args: CancelGRPOConfig, reward_weights: torch.Tensor):
+        self.args, self.layout, self.reward_weights = args, args.layout, reward_weights
+        self.rounds: list[Scored] = []
+
+    def add(self, scored: Scored) -> None:
+        """Another round."""
+        self.rounds.append(scored)
+
+    def counts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rollouts of positive and of negative advantage in each group, and whether its rewards are all equal."""
+        size = self.layout.num_generations
+        advantages = torch.cat([part.batch["advantages"] for part in self.rounds]).view(-1, size)
+        rewards = torch.cat([part.rewards for part in self.rounds]).unflatten(0, (-1, size))
+        apart = self.args.multi_objective_aggregation == "normalize_then_sum"
+        idle = without_variance(rewards, self.reward_weights.to(rewards.device), apart)
+        positives, negatives = ((sign * advantages > 0).sum(1).masked_fill(idle, 0) for sign in (1, -1))
+        return positives, negatives, idle
+
+    def choose(self) -> Choice:
+        """The groups to keep, as things are."""
+        positives, negatives, idle = self.counts()
+        wanted = self.layout.generation_batch_per_process // self.layout.num_generations
+        candidates = torch.arange(len(idle), device=idle.device)
+        if self.args.filter_zero_variance:
+            candidates = candidates[~idle]
+        if len(candidates) < wanted:  # filled up with groups that push nothing
+            filler = idle.nonzero().squeeze(1)[: wanted - len(candidates)]
+            return Choice(torch.cat([candidates, filler]).sort().values, 0.0)
+        positives, negatives = positives[candidates], negatives[candidates]
+        chosen, enough = self._spread(positives, negatives, wanted, self.args.reward_balance)
+        if enough < self.layout.steps_apart:  # enough of both signs in all, but not for each step
+            best, enough_of_best = self._spread(positives, negatives, wanted, 0.5)
+            chosen, enough = (best, enough_of_best) if enough_of_best > enough else (chosen, enough)
+        return Choice(candidates[chosen.to(candidates.device)], enough / self.layout.steps_apart)
+
+    def _spread(
+        self, positives: torch.Tensor, negatives: torch.Tensor, wanted: int, share: float
+    ) -> tuple[torch.Tensor, int]:
+        """Groups that hold at least a share of both signs, or as much as there is; and how many steps they can fill."""
+        size, steps = self.layout.num_generations, self.layout.steps_apart
+        chosen, _ = select_balanced_groups(positives, negatives, wanted, size, share)
+        counts = (positives.cpu()[chosen], negatives.cpu()[chosen])
+        _, enough = balanced_order(torch.arange(wanted), *counts, steps, size, self.args.reward_balance)
+        return chosen, enough
+
+    def take(self, index: torch.Tensor) -> "Scored":
+        """Some of the rollouts."""
+        states = None if self.states is None else self.states.take(index)
+        rows = take_rows({name: value for name, value in vars(self).items() if name != "states"}, index)
+        return Scored(**{**rows, "batch": take_rows(self.batch, index)}, states=states)
+
+    @classmethod
+    def join(cls, parts: Sequence["Scored"], pad_token_id: int) -> "Scored":
+        """Rollouts of several rounds, padded to one length."""
+        batch = join_rows([part.batch for part in parts], pad_token_id)
+        stores = [part.states for part in parts if part.states is not None]
+        return cls(
+            batch,
+            torch.cat([part.rewards for part in parts]),
+            torch.cat([part.group_ids for part in parts]),
+            [example for part in parts for example in part.examples],
+            StateStore.join(stores, batch["completion_ids"].size(1)) if len(stores) == len(parts) else None,
+        )
+
+
+@dataclass
+class Choice:
+    """
+    Groups that are kept.
+
+    Args:
+        groups (`torch.Tensor` of shape `(M,)`):
+            Their numbers, counted over all rounds.
+        satisfied (`float`):
+            Share of the optimizer steps that they can fill as asked for.
+    """
+
+    groups: torch.Tensor
+    satisfied: float
+
+
+class GroupPool:
+    """
+    The groups that one process has generated in several rounds, of which one generation batch is kept.
+
+    Args:
+        args ([`CancelGRPOConfig`]):
+            Configuration.
+        reward_weights (`torch.Tensor` of shape `(F,)`):
+            Weights of the reward functions.
+    """
+
+    def __init__(self, args: CancelGRPOConfig, reward_weights: torch.Tensor):
+        self.args, self.layout, self.reward_weights = args, args.layout, reward_weights
+        self.rounds: list[Scored] = []
+
+    def add(self, scored: Scored) -> None:
+        """Another round."""
+        self.rounds.append(scored)
+
+    def counts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rollouts of positive and of negative advantage in each group, and whether its rewards are all equal."""
+        size = self.layout.num_generations
+        advantages = torch.cat([part.batch["advantages"] for part in self.rounds]).view(-1, size)
+        rewards = torch.cat([part.rewards for part in self.rounds]).unflatten(0, (-1, size))
+        apart = self.args.multi_objective_aggregation == "normalize_then_sum"
+        idle = without_variance(rewards, self.reward_weights.to(rewards.device), apart)
+        positives, negatives = ((sign * advantages > 0).sum(1).masked_fill(idle, 0) for sign in (1, -1))
+        return positives, negatives, idle
+
+    def choose(self) -> Choice:
+        """The groups to keep, as things are."""
+        positives, negatives, idle = self.counts()
+        wanted = self.layout.generation_batch_per_process // self.layout.num_generations
+        candidates = torch.arange(len(idle), device=idle.device)
+        if self.args.filter_zero_variance:
+            candidates = candidates[~idle]
+        if len(candidates) < wanted:  # filled up with groups that push nothing
+            filler = idle.nonzero().squeeze(1)[: wanted - len(candidates)]
+            return Choice(torch.cat([candidates, filler]).sort().values, 0.0)
+        positives, negatives = positives[candidates], negatives[candidates]
+        size, share = self.layout.num_generations, self.args.reward_balance
+        chosen, _ = select_balanced_groups(positives, negatives, wanted, size, share)
+        chosen = chosen.to(candidates.device)
+        steps = self.layout.steps_apart
+        _, enough = balanced_order(torch.arange(wanted), positives[chosen], negatives[chosen], steps, size, share)
+        return Choice(candidates[chosen], enough / steps)
+
+    def take(self, groups: torch.Tensor, pad_token_id: int) -> Scored:
+        """The rollouts of some groups, in the order of the groups."""
+        size = self.layout.num_generations
+        parts, first = [], 0
+        for part in self.rounds:
+            last = first + len(part) // size
+            own = groups[(groups >= first) & (groups < last)] - first
+            if len(own) == len(part) // size:
+                parts.append(part)
+            elif len(own):
+                rows = own.unsqueeze(1) * size + torch.arange(size, device=own.device)
+                parts.append(part.take(rows.flatten()))
+            first = last
+        return parts[0] if len(parts) == 1 else Scored.join(parts, pad_token_id)
+
+    def kept(self, groups: torch.Tensor) -> list[list[bool]]:
+        """For each round, whether each rollout is kept."""
+        size = self.layout.num_generations
+        flags = torch.zeros(sum(len(part) for part in self.rounds) // size, dtype=torch.bool, device=groups.device)
+        flags[groups] = True
+        parts = flags.repeat_interleave(size).split([len(part) for part in self.rounds])
+        return [part.tolist() for part in parts]
