@@ -79,10 +79,15 @@ ATTRIBUTES = {
     "_step": "micro-steps done; tells which micro-batch comes next",
     "_buffered_inputs": "micro-batches of the current generation batch",
     "_metrics": "lists of values by mode and metric name, averaged at the next log",
+    "_logs": "columns of the table of completions",
+    "reward_weights": "weights of the reward functions",
     "epsilon_low": "clipping range used by the loss, set for symmetric clipping",
     "epsilon_high": "clipping range used by the loss",
     "importance_sampling_level": "token or sequence, read by the loss after its forward pass",
     "reward_func_names": "names of the columns of the rewards",
+    "temperature": "temperature of the policy",
+    "is_fsdp_enabled": "whether the model is sharded by FSDP",
+    "is_deepspeed_enabled": "whether the model is sharded by DeepSpeed",
     "_tokenizer": "tokenizer, also where the processing class is a processor of several kinds of input",
 }
 # Number of values that a method returns, where the override unpacks them.

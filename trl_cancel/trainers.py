@@ -163,6 +163,7 @@ class CancelGRPOTrainer(GRPOTrainer):
         if trl_kwargs.get("environment_factory") is None:  # an environment may bring the prompts
             evaluated = trl_args[0] if trl_args else trl_kwargs.get("eval_dataset")
             _check_dataset("train_dataset", train_dataset)
+            _check_size(train_dataset, args.layout.prompts_per_generation)
             for dataset in evaluated.values() if isinstance(evaluated, dict) else [evaluated]:
                 _check_dataset("eval_dataset", dataset)
 
@@ -369,8 +370,9 @@ class CancelGRPOTrainer(GRPOTrainer):
             add(f"balance/{name}_fraction", counts / size)
         add("balance/discarded_fraction", idle.new_tensor([1 - len(choice.groups) / len(idle)], dtype=torch.float))
         add("balance/zero_variance_fraction", idle.float())
+        extra: Any = self._logs["extra"]
         for kept in pool.kept(choice.groups):
-            self._logs["extra"]["kept"].extend(gather_object(kept))
+            extra["kept"].extend(gather_object(kept))
         if choice.satisfied < 1:
             logger.warning_once(
                 f"{len(pool.rounds)} rounds of generation (max_generation_rounds) did not yield the groups that "
@@ -696,6 +698,18 @@ def _logs_of(logs: dict[str, Any]) -> Iterator[Any]:
     """The columns of TRL's table of completions."""
     for log in logs.values():
         yield from log.values() if isinstance(log, dict) else [log]
+
+
+def _check_size(train_dataset: Any, prompts: int) -> None:
+    try:
+        rows = len(train_dataset)
+    except TypeError:
+        return  # a stream
+    if rows < prompts:
+        raise ValueError(
+            f"train_dataset has {rows} rows, but a generation takes {prompts} prompts (per_device_train_batch_size x "
+            "steps_per_generation x processes / num_generations), so nothing would be trained. Lower one of these."
+        )
 
 
 def _check_dataset(argument: str, dataset: Any) -> None:

@@ -1,0 +1,333 @@
+"""Rounds of generation: which groups reach the optimizer steps, and that nothing of them is lost or mixed up."""
+
+import json
+import weakref
+
+import pandas
+import pytest
+import torch
+import trl
+
+from tests.test_token_credit import DELTA, NTHR, Watch, delta_expected, nthr_expected
+from trl_cancel import trainers as module
+from trl_cancel.playground.data import load_prompts
+from trl_cancel.rollouts import join_rows
+from trl_cancel.states import StateStore
+
+from .runs import OFF_POLICY, assert_same_weights, build, train
+
+
+def rare_reward(completion_ids, **kwargs):
+    """Right about once in seven, so that many groups are all wrong."""
+    return [float(sum(ids) % 7 == 0) for ids in completion_ids]
+
+
+def hopeless_reward(completion_ids, **kwargs):
+    return [0.0] * len(completion_ids)
+
+
+RARE = {"reward_funcs": rare_reward}
+SPLIT = {**OFF_POLICY, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "max_steps": 16}
+WANTED = {
+    "filter": {"filter_zero_variance": True},
+    "balance": {"reward_balance": 0.25},
+    "both": {"filter_zero_variance": True, "reward_balance": 0.25},
+}
+
+
+class Steps:
+    """Watches what reaches each loss, and the log-probs that the policy would give it, computed anew."""
+
+    def __init__(self, monkeypatch):
+        self.batches, self.generated = [], []
+        loss, score = trl.GRPOTrainer.compute_loss, module.CancelGRPOTrainer._score
+
+        def watched_loss(trainer, model, inputs, *args, **kwargs):
+            self.batches.append(dict(inputs))
+            return loss(trainer, model, inputs, *args, **kwargs)
+
+        def watched_score(trainer, inputs):
+            scored = score(trainer, inputs)
+            self.generated[-1].append(scored)
+            ids = torch.cat([scored.batch["prompt_ids"], scored.batch["completion_ids"]], dim=1)
+            assert len(ids) == len(scored)
+            return scored
+
+        chosen = module.CancelGRPOTrainer._chosen
+
+        def watched_chosen(trainer, inputs):
+            self.generated.append([])
+            return chosen(trainer, inputs)
+
+        monkeypatch.setattr(trl.GRPOTrainer, "compute_loss", watched_loss)
+        monkeypatch.setattr(module.CancelGRPOTrainer, "_score", watched_score)
+        monkeypatch.setattr(module.CancelGRPOTrainer, "_chosen", watched_chosen)
+
+
+def text_of(prompt_ids, prompt_mask, completion_ids, completion_mask):
+    return tuple(prompt_ids[prompt_mask.bool()].tolist()), tuple(completion_ids[completion_mask.bool()].tolist())
+
+
+@pytest.mark.parametrize("wanted", WANTED)
+def test_every_step_is_as_asked_for_or_logged_as_not(monkeypatch, tiny_model, wanted):
+    steps = Steps(monkeypatch)
+    run = train(tiny_model, **SPLIT, **WANTED[wanted], arguments=RARE)
+    logs = [log for log in run.logs if "balance/rounds" in log]
+    assert len(logs) == len(steps.generated) == 2
+    assert max(log["balance/rounds"] for log in logs) > 1, "or there was nothing to do"
+    first = 0
+    for log, rounds in zip(logs, steps.generated, strict=True):
+        assert log["balance/rounds"] == len(rounds) <= 4
+        used = steps.batches[first : first + 4]
+        first += 8  # two iterations
+        fulfilled = []
+        for batch in used:
+            advantages = batch["rollout_advantages"].view(-1, 4)
+            assert (batch["group_ids"].view(-1, 4) == batch["group_ids"].view(-1, 4)[:, :1]).all(), "groups are whole"
+            mixed = (advantages != 0).any(1)
+            both = min((advantages > 0).sum(), (advantages < 0).sum()) >= 0.25 * advantages.numel()
+            fulfilled.append(("balance" not in WANTED[wanted] or both) if wanted == "balance" else bool(mixed.all()))
+            if "reward_balance" in WANTED[wanted]:
+                fulfilled[-1] = fulfilled[-1] and bool(both)
+        assert log["balance/satisfied"] == pytest.approx(sum(fulfilled) / 4) or log["balance/satisfied"] < 1
+        assert (log["balance/satisfied"] == 1) is all(fulfilled)
+        rewards = torch.cat([scored.rewards for scored in rounds]).flatten()
+        assert log["reward"] == pytest.approx(rewards.mean().item()), "of all that was generated"
+        idle = (rewards.view(-1, 4).amax(1) == rewards.view(-1, 4).amin(1)).float().mean().item()
+        assert log["balance/zero_variance_fraction"] == pytest.approx(idle)
+        assert log["balance/discarded_fraction"] == pytest.approx(1 - 1 / len(rounds))
+        kept = torch.cat([batch["rollout_advantages"] for batch in used])
+        assert log["balance/positive_fraction"] == pytest.approx((kept > 0).float().mean().item())
+        assert log["balance/negative_fraction"] == pytest.approx((kept < 0).float().mean().item())
+
+
+def test_rollouts_keep_what_belongs_to_them(monkeypatch, tiny_model):
+    """Through rounds of different lengths: tokens, advantages, log-probs of policy and reference."""
+    steps = Steps(monkeypatch)
+    train(tiny_model, **{**SPLIT, "max_steps": 8}, **WANTED["both"], beta=0.1, arguments=RARE)
+    (rounds,) = steps.generated
+    assert len({scored.batch["completion_ids"].size(1) for scored in rounds}) > 1
+    assert len({scored.batch["prompt_ids"].size(1) for scored in rounds}) > 1
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+    origin = {}
+    for scored in rounds:
+        for row in range(len(scored)):
+            batch = scored.batch
+            group = scored.group_ids[row].item()
+            origin.setdefault((group, text_of(*(batch[name][row] for name in names))), (batch, row))
+    tokens = 0
+    for batch in steps.batches[:4]:
+        for row, group in enumerate(batch["group_ids"].tolist()):
+            source, at = origin[group, text_of(*(batch[name][row] for name in names))]
+            assert batch["rollout_advantages"][row] == source["advantages"][at]
+            for name in ("old_per_token_logps", "ref_per_token_logps"):
+                mask, other = batch["completion_mask"][row].bool(), source["completion_mask"][at].bool()
+                assert torch.equal(batch[name][row][mask], source[name][at][other])
+        tokens += batch["completion_mask"].sum()
+    assert {batch["num_items_in_batch"].item() for batch in steps.batches} == {tokens.item()}
+    assert len({group for batch in steps.batches[:4] for group in batch["group_ids"].tolist()}) == 8
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"), [(NTHR, nthr_expected), (DELTA, delta_expected)], ids=["nthr", "delta"]
+)
+@pytest.mark.parametrize("gib", [2.0, 0.0])
+def test_states_follow_the_rollouts(monkeypatch, tiny_model, method, expected, gib):
+    watch = Watch(monkeypatch, expected)
+    settings = {**SPLIT, **WANTED["both"], **method, "state_cache_gib": gib}
+    watch.train(tiny_model, **settings, arguments=RARE)
+
+
+def test_nothing_changes_where_the_first_round_will_do(tiny_model):
+    settings = {**SPLIT, "filter_zero_variance": True, "reward_balance": 0.01}
+    ours = train(tiny_model, **settings)
+    theirs = train(tiny_model, **SPLIT)
+    assert {log["balance/rounds"] for log in ours.logs if "balance/rounds" in log} == {1}
+    assert_same_weights(ours.weights, theirs.weights)
+    for log, expected in zip(ours.logs, theirs.logs, strict=True):
+        assert {name: log[name] for name in expected} == expected
+
+
+def test_hopeless_prompts_end_with_the_best_there_is(tiny_model, caplog):
+    run = train(
+        tiny_model,
+        **{**SPLIT, "max_steps": 9},
+        **WANTED["both"],
+        max_generation_rounds=3,
+        arguments={"reward_funcs": hopeless_reward},
+    )
+    logs = [log for log in run.logs if "balance/rounds" in log]
+    assert [(log["balance/rounds"], log["balance/satisfied"]) for log in logs] == [(3, 0), (3, 0)]
+    said = [record.message for record in caplog.records if "max_generation_rounds" in record.message]
+    assert len(said) <= 1
+
+
+def test_data_set_smaller_than_a_round_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="train_dataset has 7 rows, but a generation takes 8 prompts"):
+        build(tiny_model, **SPLIT, arguments={"train_dataset": load_prompts("train", 7)})
+
+
+def test_data_set_of_one_round(tiny_model):
+    run = train(tiny_model, **SPLIT, **WANTED["both"], arguments={**RARE, "train_dataset": load_prompts("train", 8)})
+    assert run.trainer._fresh_prompts.drawn > 0
+
+
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_streamed_data(tiny_model, shuffled):
+    stream = load_prompts("train", 40).to_iterable_dataset()
+    run = train(
+        tiny_model,
+        **SPLIT,
+        **WANTED["both"],
+        shuffle_dataset=shuffled,
+        arguments={**RARE, "train_dataset": stream},
+    )
+    assert run.trainer._fresh_prompts.drawn > 0
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_resumed_run_equals_the_uninterrupted_one(tiny_model, tmp_path, streamed):
+    dataset = load_prompts("train", 64)
+    arguments = {**RARE, "train_dataset": dataset.to_iterable_dataset() if streamed else dataset}
+    settings = {**SPLIT, **WANTED["both"], **DELTA, "max_steps": 24}
+    settings |= {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 8}
+    whole = train(tiny_model, **settings, arguments=arguments)
+    saved = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
+    assert saved["stateful_callbacks"]["trl_cancel.FreshPrompts"]["attributes"]["drawn"] > 0
+    resumed = train(tiny_model, **settings, arguments=arguments, resume=str(tmp_path / "checkpoint-8"))
+    assert_same_weights(resumed.weights, whole.weights)
+    assert resumed.logs[8:-1] == whole.logs[8:-1]
+
+
+def test_a_checkpoint_without_a_position_starts_from_the_first_prompt(tiny_model, tmp_path):
+    settings = {**SPLIT, "output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 8}
+    train(tiny_model, **{**settings, "max_steps": 8}, arguments=RARE)
+    run = train(tiny_model, **settings, **WANTED["both"], arguments=RARE, resume=str(tmp_path / "checkpoint-8"))
+    assert run.trainer._fresh_prompts.drawn > 0
+
+
+def test_table_of_completions_tells_which_were_kept(tiny_model, tmp_path):
+    settings = {**SPLIT, **WANTED["both"], "log_completions": True, "output_dir": str(tmp_path), "max_steps": 9}
+    run = train(tiny_model, **settings, arguments=RARE)
+    logs = [log for log in run.logs if "balance/rounds" in log]
+    for step, log in zip((1, 9), logs, strict=True):
+        table = pandas.read_parquet(tmp_path / "completions" / f"completions_{step:05d}.parquet")
+        assert len(table) == 32 * log["balance/rounds"]
+        assert table["kept"].sum() == 32
+        kept = table[table["kept"]].groupby("prompt", sort=False).size()
+        assert (kept % 4 == 0).all()
+
+
+def test_discarded_rollouts_are_released(monkeypatch, tiny_model):
+    alive = []
+    score = module.CancelGRPOTrainer._score
+
+    def watched(trainer, inputs):
+        scored = score(trainer, inputs)
+        alive.append(weakref.ref(scored.batch["completion_ids"]))
+        return scored
+
+    monkeypatch.setattr(module.CancelGRPOTrainer, "_score", watched)
+    train(tiny_model, **SPLIT, **WANTED["both"], arguments=RARE)
+    assert len(alive) > 2
+    assert not any(reference() is not None for reference in alive)
+
+
+def test_columns_of_later_rounds_are_those_of_the_first(tiny_model):
+    seen = []
+
+    def reward(completion_ids, **kwargs):
+        seen.append(sorted(kwargs))
+        return rare_reward(completion_ids)
+
+    train(tiny_model, **SPLIT, **WANTED["both"], arguments={"reward_funcs": reward})
+    assert len(seen) > 2
+    assert all(names == seen[0] for names in seen)
+
+
+def test_rewards_of_none_and_of_several_functions(tiny_model):
+    def sometimes(completion_ids, **kwargs):
+        return [None if sum(ids) % 3 else 1.0 for ids in completion_ids]
+
+    for aggregation in ("sum_then_normalize", "normalize_then_sum"):
+        for scale in ("group", "batch", "none"):
+            run = train(
+                tiny_model,
+                **{**SPLIT, "max_steps": 8},
+                **WANTED["filter"],
+                multi_objective_aggregation=aggregation,
+                scale_rewards=scale,
+                arguments={"reward_funcs": [rare_reward, sometimes]},
+            )
+            assert run.logs[0]["balance/rounds"] >= 1
+
+
+class TestJoin:
+    def batch(self, rows, prompt, completion, **more):
+        return {
+            "prompt_ids": torch.full((rows, prompt), 5),
+            "completion_ids": torch.full((rows, completion), 6),
+            "num_items_in_batch": torch.tensor(rows),
+            **more,
+        }
+
+    def test_prompts_are_padded_on_the_left_and_completions_on_the_right(self):
+        joined = join_rows([self.batch(1, 2, 3), self.batch(1, 3, 1)], pad_token_id=0)
+        assert joined["prompt_ids"].tolist() == [[0, 5, 5], [5, 5, 5]]
+        assert joined["completion_ids"].tolist() == [[6, 6, 6], [6, 0, 0]]
+
+    def test_other_entries(self):
+        """Those of prompts and completions together, those of a whole rollout, images, and several features a token."""
+        first = self.batch(
+            1, 2, 3, token_type_ids=torch.ones(1, 5), importance_sampling_ratio=torch.ones(1, 1), pixel_values=["a"]
+        )
+        second = self.batch(
+            2,
+            1,
+            1,
+            token_type_ids=torch.ones(2, 2),
+            importance_sampling_ratio=torch.ones(2, 1),
+            pixel_values=["b", "c"],
+        )
+        first["features"], second["features"] = torch.ones(1, 3, 2), torch.ones(2, 1, 2)
+        joined = join_rows([first, second], pad_token_id=0)
+        assert joined["token_type_ids"].tolist() == [[1, 1, 1, 1, 1], [0, 1, 1, 0, 0], [0, 1, 1, 0, 0]]
+        assert joined["importance_sampling_ratio"].shape == (3, 1)
+        assert joined["pixel_values"] == ["a", "b", "c"]
+        assert joined["features"].sum((1, 2)).tolist() == [6, 2, 2]
+
+    def test_what_cannot_be_aligned_is_refused(self):
+        first, second = self.batch(1, 2, 3, odd=torch.ones(1, 7)), self.batch(1, 2, 4, odd=torch.ones(1, 9))
+        with pytest.raises(ValueError, match="odd of shapes"):
+            join_rows([first, second], pad_token_id=0)
+
+
+def test_stores_are_joined():
+    def store(lengths, width):
+        found = StateStore()
+        mask = (torch.arange(width) < torch.tensor(lengths).unsqueeze(1)).long()
+        states = torch.randn(len(lengths), width, 4)
+        found.add(states, mask)
+        return found, states * mask.unsqueeze(-1)
+
+    torch.manual_seed(0)
+    (first, a), (second, b) = store([2, 3], 3), store([5, 1, 4], 5)
+    joined = StateStore.join([first.take(torch.tensor([1])), second.take(torch.tensor([2, 0]))], 5)
+    assert torch.equal(joined[0:1][:, :3], a[1:2])
+    assert not joined[0:1][:, 3:].any()
+    assert torch.equal(joined[1:3], b[[2, 0]])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reward_balance": 0.6}, r"reward_balance=0.6 must be between 0 and 0.5, e.g. 0.25"),
+        ({"reward_balance": True}, r"reward_balance=True must be between"),
+        ({"max_generation_rounds": 0}, r"max_generation_rounds=0 must be a whole number of at least 1"),
+        ({"filter_zero_variance": 1}, r"filter_zero_variance=1 must be True or False"),
+        ({"reward_balance": 0.25, "query_preserved": False}, r"needs whole groups in each optimizer step. Set query_"),
+    ],
+)
+def test_refusals(tiny_model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(tiny_model, **{**SPLIT, **settings})
