@@ -49,19 +49,26 @@ class Cell:
             Seed of the data order, the sampling and the evaluation.
         split (`str`):
             Problems to evaluate on: `"tune"` or `"test"`.
+        mixture (`str`):
+            Problems to train on, one of `mixtures.MIXTURES`.
+        tokens (`int`, *optional*):
+            Tokens of prompts and completions after which training ends, if `max_steps` is not reached before.
     """
 
     name: str
     settings: dict[str, Any]
     seed: int
     split: str = "test"
+    mixture: str = "usual"
+    tokens: int | None = None
 
 
 def run(cell: Cell, kept: tuple[str, ...]) -> dict[str, Any]:
     """Trains and evaluates; the accuracies, the metrics `kept` step by step, and the cell itself."""
     warnings.simplefilter("ignore")
     import torch
-    from transformers import PrinterCallback
+    from mixtures import level_reward, load_mixture
+    from transformers import PrinterCallback, TrainerCallback
 
     from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
     from trl_cancel.cli._quiet import quiet
@@ -70,11 +77,16 @@ def run(cell: Cell, kept: tuple[str, ...]) -> dict[str, Any]:
     from trl_cancel.playground.data import load_prompts
     from trl_cancel.playground.reward import answer_reward
 
+    class Budget(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            control.should_training_stop = bool(cell.tokens) and logs.get("num_tokens", 0) >= cell.tokens
+
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, quiet():
         args = CancelGRPOConfig(output_dir=folder, seed=cell.seed, **{**PLAYGROUND, **cell.settings})
-        trainer = CancelGRPOTrainer(str(CHECKPOINT), answer_reward, args, load_prompts("train"))
+        trainer = CancelGRPOTrainer(str(CHECKPOINT), level_reward, args, load_mixture(cell.mixture))
         trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Budget())
         trainer.train()
         problems = load_prompts(cell.split, 256)
         evaluated = {
@@ -94,7 +106,7 @@ def run(cell: Cell, kept: tuple[str, ...]) -> dict[str, Any]:
         }
     history = trainer.state.log_history[:-1]
     logs = {name: [_short(entry.get(name)) for entry in history] for name in kept}
-    return {**asdict(cell), **evaluated, "logs": logs}
+    return {**asdict(cell), **evaluated, "steps": trainer.state.global_step, "logs": logs}
 
 
 def run_all(cells: list[Cell], file: Path, jobs: int, kept: tuple[str, ...] = ("reward",)) -> list[dict[str, Any]]:
@@ -155,7 +167,8 @@ def _write(file: Path, results: list[dict[str, Any]]) -> None:
 
 
 def _key(cell: dict[str, Any]) -> str:
-    return json.dumps([cell["name"], cell["settings"], cell["seed"], cell["split"]], sort_keys=True)
+    more = [cell[name] for name in ("mixture", "tokens") if cell.get(name) not in (None, "usual")]
+    return json.dumps([cell["name"], cell["settings"], cell["seed"], cell["split"], *more], sort_keys=True)
 
 
 def _short(value: float | None) -> float | None:
