@@ -79,7 +79,8 @@ def run(cell: Cell, kept: tuple[str, ...]) -> dict[str, Any]:
 
     class Budget(TrainerCallback):
         def on_log(self, args, state, control, logs, **kwargs):
-            control.should_training_stop = bool(cell.tokens) and logs.get("num_tokens", 0) >= cell.tokens
+            if cell.tokens and logs.get("num_tokens", 0) >= cell.tokens:
+                control.should_training_stop = True
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, quiet():
