@@ -18,6 +18,7 @@ from ._upstream import (
     split_pixel_values_by_grid,
     split_tensor_dict,
     unsplit_pixel_values_by_grid,
+    unwrap_model_for_generation,
 )
 from .batching import query_preserved_permutation
 from .configs import CancelGRPOConfig, DelTAConfig, DFPOConfig, GRPOFixConfig, NTHRConfig
@@ -361,7 +362,15 @@ class CancelGRPOTrainer(GRPOTrainer):
 
     def _lm_head(self) -> LMHead:
         if self._head is None:
-            self._head = LMHead.of(self.accelerator.unwrap_model(self.model))
+            # As for generation: DeepSpeed ZeRO-3 prepares for the next pass to be like this one unless it is told.
+            gathers, checkpointing = self.args.ds3_gather_for_generation, self.args.gradient_checkpointing_kwargs
+            with unwrap_model_for_generation(
+                cast(Any, self.model_wrapped),
+                self.accelerator,
+                gather_deepspeed3_params=gathers,
+                gradient_checkpointing_kwargs=cast(Any, checkpointing),
+            ) as model:
+                self._head = LMHead.of(model)
         return self._head
 
     def _with_states(self, rollouts: Rollouts, batch: Rows) -> Rollouts:
