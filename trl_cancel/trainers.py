@@ -26,7 +26,7 @@ from .credit import Credit
 from .explanation import explain
 from .monitor import UpdateMonitor
 from .rollouts import Rollouts, Rows, generator_of, take_rows
-from .states import LMHead, StateStore
+from .states import CPU_SHARE, GIB, LMHead, StateStore
 from .token_credits import TokenCredits, credited, makes_old_logps
 from .update_weights import UpdateWeights, loss_mask
 
@@ -382,7 +382,7 @@ class CancelGRPOTrainer(GRPOTrainer):
 
         def recompute(rows: slice) -> torch.Tensor:
             again = StateStore()
-            self._pass_over(batch, torch.arange(rows.start, rows.stop), again)
+            self._pass_over(batch, torch.arange(len(rollouts.mask))[rows], again)
             return again[:]
 
         states.recompute = recompute
@@ -466,6 +466,12 @@ class CancelGRPOTrainer(GRPOTrainer):
             size = torch.tensor(self._layout.generation_batch_per_process * mask.size(1) * width, device=mask.device)
             # All processes decide alike: where the model is sharded, they must make the same passes.
             states.reserve(int(self.accelerator.gather(size).max()))
+            if not states.keeps:
+                logger.warning_once(
+                    f"The hidden states of a generation batch may take {size.item() / GIB:.2f} GiB, more than "
+                    f"{CPU_SHARE} x state_cache_gib={self.args.state_cache_gib}, so they are computed again each time "
+                    "they are needed: one forward pass over the rollouts for NTHR, 2 (delta_refinements + 1) for DelTA."
+                )
         return states.filled_by(model, mask)
 
     def _weigh(self, inputs: Rows, logps: torch.Tensor) -> None:
@@ -550,7 +556,13 @@ class CancelGRPOTrainer(GRPOTrainer):
         model, checkpointing = cast(Any, (self.model, self.args.gradient_checkpointing_kwargs))
         self._only_forward = True
         try:
-            with torch.no_grad(), disable_gradient_checkpointing(model, checkpointing):
+            # Its dropout is not to change what is sampled and trained later.
+            devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+            with (
+                torch.random.fork_rng(devices),
+                torch.no_grad(),
+                disable_gradient_checkpointing(model, checkpointing),
+            ):
                 super().compute_loss(model, inputs)
         except _ForwardDone as done:
             return done.logps

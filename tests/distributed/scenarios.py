@@ -71,6 +71,15 @@ SCENARIOS = {
     "delta": {**CREDIT, "delta_credit": True, "num_iterations": 2, "max_steps": 4},
     "delta-on-policy": {**CREDIT, "delta_credit": True, "max_steps": 2},
     "delta-top-fraction": {**CREDIT, "delta_credit": True, "delta_top_fraction": 0.4, "max_steps": 2},
+    "delta-straddling-recomputed": {
+        **CREDIT,
+        "delta_credit": True,
+        "num_generations": 8,
+        "per_device_train_batch_size": 8,
+        "num_iterations": 2,
+        "max_steps": 4,
+        "state_cache_gib": 0.0,
+    },
     "nthr": {**CREDIT, "nthr": True, "nthr_beta": 0.2, "num_iterations": 2, "max_steps": 4},
     "nthr-on-policy": {**CREDIT, "nthr": True, "nthr_beta": 0.2, "max_steps": 2},
     # Adapters, with the reference of the KL term by switching them off.
