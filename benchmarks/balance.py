@@ -25,7 +25,7 @@ COMPARED = {
     "filter_zero_variance": {"filter_zero_variance": True, "max_generation_rounds": 8},
     "reward_balance": BALANCED,
 }
-LEARNING_RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+LEARNING_RATES = (1e-4, 2e-4, 4e-4)
 TUNING_SEEDS = (100, 101)
 SIGNS = ("cancel/positive_fraction", "cancel/negative_fraction")
 KEPT = (*SIGNS, "balance/satisfied", "balance/rounds", "balance/discarded_fraction", "reward", "num_tokens")
@@ -87,8 +87,8 @@ def mean_accuracy(runs: list[dict], name: str, rate: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=8, help="seeds of the comparison")
-    parser.add_argument("--tokens", type=int, default=200_000, help="budget of the comparison")
+    parser.add_argument("--seeds", type=int, default=6, help="seeds of the comparison")
+    parser.add_argument("--tokens", type=int, default=150_000, help="budget of the comparison")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()

@@ -233,3 +233,9 @@ def test_store_takes_the_passes_in_turn():
     with torch.no_grad():
         expected = model.base_model(input_ids=tokens).last_hidden_state[:, -6:-1] * mask.unsqueeze(-1)
     torch.testing.assert_close(store[1:5], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_does_not_disturb_the_measurement():
+    model = build("gpt2, tied").train()
+    assert model.config.embd_pdrop > 0
+    assert LMHead.of(model).scale == pytest.approx(1.0, abs=1e-6)

@@ -11,11 +11,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from tests import references
 from trl_cancel import DelTAConfig, DelTATrainer, NTHRConfig, NTHRTrainer
 from trl_cancel import trainers as module
+from trl_cancel.credit import delta
 from trl_cancel.playground.tokenizer import build_tokenizer
 from trl_cancel.playground.warm_start import build_model
 
 from .methods import ON_POLICY, SEQUENCE
-from .runs import OFF_POLICY, build, noisy_reward, train
+from .runs import OFF_POLICY, assert_same_weights, build, noisy_reward, train
+from .test_methods import of_trl
 
 
 # Where the states come from: TRL's pass for the old log-probs, the loss's own, or one more.
@@ -37,8 +39,8 @@ LORA = {"peft_config": LoraConfig(r=2, target_modules="all-linear")}
 class Watch:
     """Recomputes each application of token credits from the model's full logits, in float64, and compares."""
 
-    def __init__(self, monkeypatch, expected):
-        self.expected, self.applied = expected, 0
+    def __init__(self, monkeypatch, expected, sees_all=False):
+        self.expected, self.applied, self.sees_all = expected, 0, sees_all
         self.trainer, self.most = None, 0.0
         credited = module.credited
 
@@ -53,9 +55,12 @@ class Watch:
     @torch.no_grad()
     def compare(self, advantages, result, rollouts):
         self.applied += 1
+        groups = rollouts.group_ids.view(-1, rollouts.num_generations)
+        assert (groups == groups[:, :1]).all(), "groups are whole and in order"
         active = rollouts.mask.bool()
         ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1)
-        attention = torch.cat([rollouts.prompt_mask, rollouts.mask], dim=1)
+        seen = torch.ones_like(rollouts.mask) if self.sees_all else rollouts.mask
+        attention = torch.cat([rollouts.prompt_mask, seen], dim=1)
         output = self.trainer.model(input_ids=ids, attention_mask=attention, output_hidden_states=True)
         length = rollouts.mask.size(1)
         logits = output.logits[:, -length - 1 : -1].double() / self.trainer.temperature
@@ -162,9 +167,9 @@ def test_memory_for_states(monkeypatch, tiny_model, method, expected, layout, gi
 @pytest.mark.parametrize("gib", [2.0, 2e-6, 0.0], ids=["on the device", "offloaded", "computed again"])
 def test_hidden_gradient(monkeypatch, tiny_model, gib):
     watch = Watch(monkeypatch, lambda *seen: hidden_gradient_expected(*seen, watch.trainer.model.lm_head.weight))
-    watch.train(
-        tiny_model, **{**OFF_POLICY, **DELTA, "delta_proxy": "hidden_gradient", "state_cache_gib": gib, "max_steps": 9}
-    )
+    monkeypatch.setattr(delta, "HELD_LOGITS", 200)  # a few tokens at a time
+    settings = {**DELTA, "delta_proxy": "hidden_gradient", "state_cache_gib": gib, "temperature": 0.7}
+    watch.train(tiny_model, **{**OFF_POLICY, **settings, "max_steps": 9})
 
 
 def passes_of(monkeypatch, tiny_model, trainer, **settings):
@@ -196,12 +201,19 @@ def passes_of(monkeypatch, tiny_model, trainer, **settings):
         ("on policy", DELTA, 1),
         ("on policy, accumulated", DELTA, 1),
         ("on policy", {**NTHR, **DELTA}, 1),
+        ("old log-probs", {**NTHR, **DELTA, "beta": 0.05}, 0),  # the reference's pass is not mistaken for the policy's
+        # Where there is no room for states, each use is a pass.
+        ("old log-probs", {**NTHR, "state_cache_gib": 0}, 1),
+        ("old log-probs", {**DELTA, "state_cache_gib": 0}, 4),
+        ("on policy", {**DELTA, "delta_refinements": 2, "state_cache_gib": 0}, 7),
     ],
 )
 def test_forward_passes(monkeypatch, tiny_model, layout, method, extra):
     settings = {**LAYOUTS[layout], "max_steps": 1}
-    theirs = passes_of(monkeypatch, tiny_model, trl.GRPOTrainer, **settings)
-    ours = passes_of(monkeypatch, tiny_model, module.CancelGRPOTrainer, **settings, **method)
+    beta = method.get("beta", 0.0)
+    arguments = LORA if beta else {}  # so that policy and reference are one model
+    theirs = passes_of(monkeypatch, tiny_model, trl.GRPOTrainer, **settings, beta=beta, arguments=arguments)
+    ours = passes_of(monkeypatch, tiny_model, module.CancelGRPOTrainer, **{**settings, **method}, arguments=arguments)
     rows = settings.get("per_device_train_batch_size", 4) * settings["steps_per_generation"]
     assert ours - theirs == extra * rows
 
@@ -256,6 +268,19 @@ def test_minus_infinity_selects_all(tiny_model, beta):
     assert logs[0]["nthr/selected_fraction"] == 1
 
 
+def test_a_threshold_of_no_group_is_not_logged(tiny_model):
+    """Groups of one sign have none, and do not count in its mean."""
+
+    def mostly_equal(completion_ids, **kwargs):
+        return [float(sum(ids) % 5 == 0) for ids in completion_ids]
+
+    arguments = {"reward_funcs": mostly_equal}
+    logs = train(tiny_model, **{**OFF_POLICY, **NTHR, "max_steps": 24}, arguments=arguments).logs
+    logged = [entry for entry in logs if "nthr/threshold" in entry]
+    assert logged
+    assert all(entry["nthr/threshold"] != 0 for entry in logged)
+
+
 @pytest.mark.parametrize("assignment", ["soft", "hard", "random"])
 def test_delta_assignments(tiny_model, assignment):
     run = train(tiny_model, **OFF_POLICY, **DELTA, delta_assignment=assignment)
@@ -282,6 +307,7 @@ def test_top_fraction_keeps_the_tokens_of_highest_credit(monkeypatch, tiny_model
     for fraction in (None, 0.3):
         settings = {**OFF_POLICY, **DELTA, "delta_normalize": False, "delta_top_fraction": fraction, "max_steps": 1}
         train(tiny_model, **settings)
+    assert (found[0.3] == found[0.3].round()).all()
     kept = found[0.3] == 1
     assert set(found[0.3].tolist()) == {0.0, 1.0}
     assert kept.float().mean() == pytest.approx(0.3, abs=0.05)
@@ -404,3 +430,88 @@ def test_first_version_of_fsdp_is_refused(monkeypatch, tiny_model):
     with pytest.raises(ValueError, match=r"NTHR and DelTA cannot read .* Set fsdp_version: 2"):
         build(tiny_model, **{**OFF_POLICY, **NTHR, **DELTA})
     build(tiny_model, **OFF_POLICY, advantage_sign="positive")  # reads no layer
+
+
+@pytest.mark.parametrize("layout", ["old log-probs", "on policy, torn"])
+def test_states_that_are_computed_again_can_be_cut_like_others(tiny_model, layout):
+    class Slices:
+        scope = "rollout"
+        needs_states = True
+
+        def coefficients(self, rollouts):
+            rows = len(rollouts.mask)
+            whole = rollouts.states[:]
+            assert len(whole) == rows
+            for some in (slice(None, 3), slice(rows - 2, None), slice(rows - 2, rows + 6)):
+                mask = rollouts.mask[some].bool()
+                torch.testing.assert_close(rollouts.states[some][mask], whole[some][mask], rtol=1e-4, atol=1e-5)
+            return torch.ones_like(rollouts.mask, dtype=torch.float)
+
+    train(tiny_model, **{**LAYOUTS[layout], "state_cache_gib": 0}, arguments={"credits": [Slices()]})
+
+
+def test_too_little_memory_is_said(tiny_model, caplog):
+    with caplog.at_level("WARNING"):
+        train(tiny_model, **{**OFF_POLICY, **DELTA, "state_cache_gib": 1e-7})
+    assert any("GiB, more than 4 x state_cache_gib=1e-07" in record.message for record in caplog.records)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's, while it compiles
+def test_compiled_model(monkeypatch, tiny_model):
+    watch = Watch(monkeypatch, nthr_expected)
+    settings = {**LAYOUTS["on policy"], **NTHR, "torch_compile": True, "torch_compile_backend": "eager"}
+    watch.train(tiny_model, **{**settings, "max_steps": 3})
+
+
+@pytest.mark.parametrize("layout", ["on policy", "on policy, torn", "old log-probs"])
+def test_dropout_of_a_pass_of_its_own_changes_nothing_else(tiny_model, layout):
+    arguments = {"peft_config": LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5)}
+    neutral = {"nthr": True, "nthr_eta": 1, "delta_credit": True, "delta_lambda_min": 1.0, "delta_lambda_max": 1.0}
+    settings = {**LAYOUTS[layout], "query_preserved": False, "max_steps": 9}
+    theirs = train(tiny_model, trl.GRPOTrainer, **of_trl(settings), arguments=arguments)
+    ours = train(tiny_model, **settings, **neutral, arguments=arguments)
+    assert_same_weights(ours.weights, theirs.weights)
+
+
+def rollouts_with_tools(prompts, trainer):
+    """Completions in whose middle stands what a tool has written."""
+    generator = torch.Generator().manual_seed(trainer.state.global_step)
+    ids = [torch.randint(3, 30, (5,), generator=generator).tolist() for _ in prompts]
+    return {
+        "prompt_ids": [trainer.processing_class(prompt[0]["content"])["input_ids"] for prompt in prompts],
+        "completion_ids": ids,
+        "logprobs": [[0.0] * 5 for _ in ids],
+        "env_mask": [[1, 1, 0, 0, 1] for _ in ids],
+    }
+
+
+@pytest.mark.parametrize("layout", ["old log-probs", "on policy, torn", "on policy"])
+@pytest.mark.parametrize(
+    ("method", "expected"), [(NTHR, nthr_expected), (DELTA, delta_expected)], ids=["nthr", "delta"]
+)
+def test_tool_results_have_no_credit(monkeypatch, tiny_model, method, expected, layout):
+    def tools_expected(rollouts, hidden, probabilities, active):
+        assert (active.sum(1) == 3).all()
+        return expected(rollouts, hidden, probabilities, active)
+
+    watch = Watch(monkeypatch, tools_expected, sees_all=True)
+    settings = {**LAYOUTS[layout], **method, "max_steps": 9}
+    watch.train(tiny_model, **settings, arguments={"rollout_func": rollouts_with_tools})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"nthr": True, "nthr_beta": math.nan}, "nthr_beta=nan must be a number"),
+        ({"delta_credit": True, "delta_refinements": True}, "delta_refinements=True must be a whole number"),
+        ({"state_cache_gib": "2"}, "state_cache_gib='2' must be a number of GiB"),
+        ({"state_cache_gib": -1}, "state_cache_gib=-1 must be a number of GiB"),
+        (
+            {"delta_credit": True, "delta_top_fraction": 0.5, "delta_assignment": "hard"},
+            "delta_top_fraction=0.5 ranks tokens by their assignment, but delta_assignment='hard' gives only",
+        ),
+    ],
+)
+def test_refused_values(tiny_model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(tiny_model, **OFF_POLICY, **settings)

@@ -38,7 +38,11 @@ try:
     from trl import GRPOTrainer
 
     # Keeps a forward pass without gradients from warning about checkpoints that it does not need.
-    from trl.models.utils import disable_gradient_checkpointing
+    from trl.models.utils import (
+        disable_gradient_checkpointing,
+        # Lets a pass be made that is not part of the training, also where DeepSpeed ZeRO-3 shards the model.
+        unwrap_model_for_generation,
+    )
     from trl.trainer.utils import (
         # Name of the base model, for the default output folder: the same as TRL's own default.
         get_config_model_id,
@@ -149,4 +153,5 @@ __all__ = [
     "split_pixel_values_by_grid",
     "split_tensor_dict",
     "unsplit_pixel_values_by_grid",
+    "unwrap_model_for_generation",
 ]

@@ -1,6 +1,7 @@
 """The configuration of the trainer: TRL's, and a few flat fields more."""
 
 import copy
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -373,6 +374,7 @@ class CancelGRPOConfig(GRPOConfig):
         self._check_group_weights()
         self._check_nthr()
         self._check_delta()
+        self._check_states()
 
     def _check_values(self) -> None:
         for setting in fields(self):
@@ -548,7 +550,7 @@ class CancelGRPOConfig(GRPOConfig):
     def _check_nthr(self) -> None:
         if not self.nthr:
             return
-        if not _is_number(self.nthr_beta) or self.nthr_beta in (float("inf"), float("nan")):
+        if not _is_number(self.nthr_beta) or math.isnan(self.nthr_beta) or self.nthr_beta == math.inf:
             raise ValueError(f"nthr_beta={self.nthr_beta!r} must be a number, e.g. 1.0.")
         if self.nthr_eta not in ETAS and not _is_factor(self.nthr_eta):
             raise ValueError(
@@ -562,7 +564,6 @@ class CancelGRPOConfig(GRPOConfig):
                 f"straddle processes that generate {layout.generation_batch_per_process} rollouts each "
                 "(per_device_train_batch_size x steps_per_generation). Make that a multiple of num_generations."
             )
-        self._check_states()
 
     def _check_delta(self) -> None:
         if not self.delta_credit:
@@ -573,14 +574,19 @@ class CancelGRPOConfig(GRPOConfig):
                 f"delta_lambda_min={low!r} and delta_lambda_max={high!r} must be numbers with "
                 "0 <= delta_lambda_min <= delta_lambda_max, e.g. 0.8 and 1.2."
             )
-        if not isinstance(self.delta_refinements, int) or self.delta_refinements < 0:
+        refinements = self.delta_refinements
+        if isinstance(refinements, bool) or not isinstance(refinements, int) or refinements < 0:
             raise ValueError(f"delta_refinements={self.delta_refinements!r} must be a whole number of at least 0.")
         if self.delta_gamma is not None and not (_is_number(self.delta_gamma) and self.delta_gamma > 0):
             raise ValueError(f"delta_gamma={self.delta_gamma!r} must be a positive number, or None.")
         fraction = self.delta_top_fraction
         if fraction is not None and not (_is_number(fraction) and 0 < fraction <= 1):
             raise ValueError(f"delta_top_fraction={fraction!r} must be between 0 and 1, e.g. 0.5, or None.")
-        self._check_states()
+        if fraction is not None and self.delta_assignment == "hard":
+            raise ValueError(
+                f"delta_top_fraction={fraction} ranks tokens by their assignment, but delta_assignment='hard' gives only "
+                "0 and 1. Set delta_assignment='soft', or 'random' for a control."
+            )
 
     def _check_states(self) -> None:
         if not (_is_number(self.state_cache_gib) and self.state_cache_gib >= 0):

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 GIB = 2**30
 CPU_SHARE = 4  # CPU memory is cheaper than that of a GPU
 UNIT_VECTORS = 256  # given to a layer at a time, where its weight must be measured
+HELD_LOGITS = 2**25  # logits of some tokens, one for each word of a vocabulary, that the credits hold at a time
 
 
 class StateStore:
@@ -149,7 +150,7 @@ def last_hidden_states(model: Any, length: int, keep: Callable[[torch.Tensor], N
     def catch(module: nn.Module, inputs: Any, output: Any) -> None:
         keep(output.last_hidden_state[:, -length - 1 : -1].detach())
 
-    handle = model.base_model.register_forward_hook(catch)
+    handle = model.base_model.register_forward_hook(torch.compiler.disable(catch))
     try:
         yield
     finally:
@@ -178,8 +179,8 @@ class LMHead:
     @torch.no_grad()
     def of(cls, model: Any) -> "LMHead":
         """
-        The head of a model. What the model does to its logits (a scale, a soft cap) is measured on a few tokens rather
-        than taken from names, which mean different things in different models.
+        The head of a model. The scale of its logits is measured on a few tokens rather than taken from names, which
+        mean different things in different models; whether scale and soft cap are all there is, is checked there too.
 
         Args:
             model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):

@@ -57,7 +57,6 @@ class TokenCredits:
                     f"credits: {name} needs a method coefficients(rollouts) and an attribute scope, one of "
                     f"{', '.join(map(repr, SCOPES))}; its scope is {getattr(credit, 'scope', None)!r}."
                 )
-        for credit in (*configured(self.args), *self.own):
             if credit.scope == "group" and not self.layout.groups_are_local:
                 raise ValueError(
                     f"{type(credit).__name__} looks at whole groups, but groups of num_generations="
@@ -65,6 +64,7 @@ class TokenCredits:
                     f"{self.layout.generation_batch_per_process} rollouts each (per_device_train_batch_size x "
                     "steps_per_generation). Make that a multiple of num_generations."
                 )
+        if self.own or configured(self.args):
             self._check_loss()
 
     def _check_loss(self) -> None:
@@ -106,14 +106,14 @@ def configured(args: CancelGRPOConfig) -> list[Credit]:
     if args.delta_credit:
         credits.append(
             DelTA(
-                args.delta_refinements,
-                args.delta_lambda_min,
-                args.delta_lambda_max,
-                args.delta_gamma,
-                args.delta_normalize,
-                args.delta_proxy,
-                args.delta_assignment,
-                args.delta_top_fraction,
+                refinements=args.delta_refinements,
+                lambda_min=args.delta_lambda_min,
+                lambda_max=args.delta_lambda_max,
+                gamma=args.delta_gamma,
+                normalize=args.delta_normalize,
+                proxy=args.delta_proxy,
+                assignment=args.delta_assignment,
+                top_fraction=args.delta_top_fraction,
             )
         )
     return credits

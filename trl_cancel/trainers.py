@@ -20,6 +20,7 @@ from ._upstream import (
     split_pixel_values_by_grid,
     split_tensor_dict,
     unsplit_pixel_values_by_grid,
+    unwrap_model_for_generation,
 )
 from .batching import balanced_order, query_preserved_permutation
 from .configs import CancelGRPOConfig, DelTAConfig, DFPOConfig, GRPOFixConfig, NTHRConfig
@@ -29,7 +30,7 @@ from .monitor import UpdateMonitor
 from .prompts import FreshPrompts
 from .rollouts import Rollouts, Rows, generator_of, take_rows
 from .rounds import Choice, GroupPool, Scored
-from .states import LMHead, StateStore
+from .states import CPU_SHARE, GIB, LMHead, StateStore
 from .token_credits import TokenCredits, credited, makes_old_logps
 from .update_weights import UpdateWeights, loss_mask
 
@@ -444,7 +445,15 @@ class CancelGRPOTrainer(GRPOTrainer):
 
     def _lm_head(self) -> LMHead:
         if self._head is None:
-            self._head = LMHead.of(self.accelerator.unwrap_model(self.model))
+            # As for generation: DeepSpeed ZeRO-3 prepares for the next pass to be like this one unless it is told.
+            gathers, checkpointing = self.args.ds3_gather_for_generation, self.args.gradient_checkpointing_kwargs
+            with unwrap_model_for_generation(
+                cast(Any, self.model_wrapped),
+                self.accelerator,
+                gather_deepspeed3_params=gathers,
+                gradient_checkpointing_kwargs=cast(Any, checkpointing),
+            ) as model:
+                self._head = LMHead.of(model)
         return self._head
 
     def _with_states(self, rollouts: Rollouts, scored: Scored) -> Rollouts:
@@ -456,7 +465,7 @@ class CancelGRPOTrainer(GRPOTrainer):
 
         def recompute(rows: slice) -> torch.Tensor:
             again = StateStore()
-            self._pass_over(batch, torch.arange(rows.start, rows.stop), again)
+            self._pass_over(batch, torch.arange(len(rollouts.mask))[rows], again)
             return again[:]
 
         states.recompute = recompute
@@ -540,6 +549,12 @@ class CancelGRPOTrainer(GRPOTrainer):
             size = torch.tensor(self._layout.generation_batch_per_process * mask.size(1) * width, device=mask.device)
             # All processes decide alike: where the model is sharded, they must make the same passes.
             states.reserve(int(self.accelerator.gather(size).max()))
+            if not states.keeps:
+                logger.warning_once(
+                    f"The hidden states of a generation batch may take {size.item() / GIB:.2f} GiB, more than "
+                    f"{CPU_SHARE} x state_cache_gib={self.args.state_cache_gib}, so they are computed again each time "
+                    "they are needed: one forward pass over the rollouts for NTHR, 2 (delta_refinements + 1) for DelTA."
+                )
         return states.filled_by(model, mask)
 
     def _weigh(self, inputs: Rows, logps: torch.Tensor) -> None:
@@ -624,7 +639,13 @@ class CancelGRPOTrainer(GRPOTrainer):
         model, checkpointing = cast(Any, (self.model, self.args.gradient_checkpointing_kwargs))
         self._only_forward = True
         try:
-            with torch.no_grad(), disable_gradient_checkpointing(model, checkpointing):
+            # Its dropout is not to change what is sampled and trained later.
+            devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+            with (
+                torch.random.fork_rng(devices),
+                torch.no_grad(),
+                disable_gradient_checkpointing(model, checkpointing),
+            ):
                 super().compute_loss(model, inputs)
         except _ForwardDone as done:
             return done.logps

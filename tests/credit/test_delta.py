@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests import references
-from trl_cancel.credit import delta_coefficients
+from trl_cancel.credit import delta, delta_coefficients
+from trl_cancel.rollouts import Rollouts, generator_of
 
 
 def batch(seed, tokens=30, size=4, zeros=True):
@@ -100,3 +101,57 @@ def test_half_precision_is_accumulated_in_single():
     found = delta_coefficients(proxies.bfloat16(), advantages.float())
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), delta_coefficients(proxies, advantages), rtol=0.02, atol=0.02)
+
+
+def test_dealing_out_keeps_the_sides_apart():
+    values, sides = torch.arange(40.0), torch.tensor([1.0, -1.0, 0.0, 1.0]).repeat(10)
+    dealt = delta._dealt_out(values, sides, torch.Generator().manual_seed(0))
+    assert not torch.equal(dealt, values)
+    for side in (-1, 0, 1):
+        assert sorted(dealt[sides == side].tolist()) == values[sides == side].tolist()
+    assert torch.equal(dealt[sides == 0], values[sides == 0])
+
+
+def test_sides_that_do_not_differ_tell_nothing_apart():
+    """The same tokens on both sides, in float32, whose rounding would otherwise be blown up to margins."""
+    tokens = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
+    proxies, advantages = torch.cat([tokens, tokens.flip(0)]), torch.tensor([1.0] * 50 + [-1.0] * 50)
+    torch.testing.assert_close(delta_coefficients(proxies, advantages), torch.ones(100))
+
+
+def test_top_fraction_is_of_the_tokens_that_have_an_advantage():
+    rollouts = _rollouts()
+    values = delta.DelTA(top_fraction=0.5, normalize=False).coefficients(rollouts)
+    pushed = rollouts.mask.bool() & (rollouts.advantages != 0).unsqueeze(1)
+    assert values[pushed].mean().item() == pytest.approx(0.5, abs=0.1)
+    assert not values[rollouts.mask.bool() & ~pushed].any()
+
+
+def _rollouts():
+    """Sixteen rollouts, of which three quarters have no advantage."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(16, 5)
+    return Rollouts(
+        prompt_ids=mask.long(),
+        prompt_mask=mask,
+        completion_ids=torch.randint(9, (16, 5), generator=generator),
+        mask=mask,
+        advantages=torch.tensor([1.0, -1.0, 1.0, -1.0] + [0.0] * 12),
+        group_ids=torch.arange(16) // 4,
+        rewards=torch.zeros(16, 1),
+        reward_names=["reward"],
+        examples=[{}] * 16,
+        num_generations=4,
+        old_logps=-torch.rand(16, 5, generator=generator),
+        states=torch.randn(16, 5, 8, generator=generator),
+    )
+
+
+def test_random_numbers_follow_the_seed_and_the_tokens():
+    def drawn(seed, tokens):
+        torch.manual_seed(seed)
+        return torch.rand(3, generator=generator_of(torch.tensor(tokens))).tolist()
+
+    assert drawn(0, [1, 2]) == drawn(0, [1, 2])
+    assert drawn(0, [1, 2]) != drawn(1, [1, 2])
+    assert drawn(0, [1, 2]) != drawn(0, [1, 3])

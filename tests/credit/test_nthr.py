@@ -61,7 +61,7 @@ def test_a_bias_and_a_bare_weight():
 def test_chunks_change_nothing(monkeypatch):
     *arguments, _ = group(2, rollouts=6, length=9)
     whole = nthr_scores(*arguments)
-    monkeypatch.setattr(nthr, "HELD_ERRORS", 20)
+    monkeypatch.setattr(nthr, "HELD_LOGITS", 20)
     for got, expected in zip(nthr_scores(*arguments), whole, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 

@@ -1,5 +1,5 @@
 """
-Runs that are made in one process, in two, and in two that share one model (FSDP2), on the same rollouts:
+Runs that are made in one process, in two, and in two that share one model (FSDP2, ZeRO-3), on the same rollouts:
 `python -m tests.distributed.scenarios MODEL FOLDER`.
 
 The rollouts are canned, a function of the prompt and of their number in the group, so that they do not depend on how
@@ -28,7 +28,9 @@ from trl_cancel import CancelGRPOTrainer
 
 
 torch.set_num_threads(1)
+FSDP, ZERO3 = (os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
 # Sizes of one process; with two each gets half of every micro-batch.
+PLAIN = {"learning_rate": 0.1, "optim": "sgd"}  # Adam would blow up what rounding leaves of a gradient of 0
 DFPO = {
     "importance_sampling_level": "sequence",
     "loss_type": "grpo",
@@ -41,17 +43,17 @@ DFPO = {
 ADAPTER = {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "up_proj"])}
 CREDIT = {"per_device_train_batch_size": 16, "learning_rate": 0.05, "optim": "sgd"}
 SCENARIOS = {
-    "on-policy": {"per_device_train_batch_size": 16, "max_steps": 2},
+    "on-policy": {**PLAIN, "per_device_train_batch_size": 16, "max_steps": 2},
     # Groups of four lie across the two processes, two rollouts on each.
-    "straddling": {"per_device_train_batch_size": 4, "max_steps": 2},
+    "straddling": {**PLAIN, "per_device_train_batch_size": 4, "max_steps": 2},
     "symmetric-clip": {
         "per_device_train_batch_size": 16,
         "num_iterations": 3,
         "max_steps": 6,
         "symmetric_clip": True,
-        "learning_rate": 0.05,
+        **PLAIN,
     },
-    "stock-clip": {"per_device_train_batch_size": 16, "num_iterations": 3, "max_steps": 6, "learning_rate": 0.05},
+    "stock-clip": {**PLAIN, "per_device_train_batch_size": 16, "num_iterations": 3, "max_steps": 6},
     # Whole groups in each micro-batch; groups spread over the four micro-batches of a step; and groups of which each
     # process holds a half, in one micro-batch and in two.
     "dfpo": {**DFPO, "per_device_train_batch_size": 16},
@@ -69,6 +71,15 @@ SCENARIOS = {
     "delta": {**CREDIT, "delta_credit": True, "num_iterations": 2, "max_steps": 4},
     "delta-on-policy": {**CREDIT, "delta_credit": True, "max_steps": 2},
     "delta-top-fraction": {**CREDIT, "delta_credit": True, "delta_top_fraction": 0.4, "max_steps": 2},
+    "delta-straddling-recomputed": {
+        **CREDIT,
+        "delta_credit": True,
+        "num_generations": 8,
+        "per_device_train_batch_size": 8,
+        "num_iterations": 2,
+        "max_steps": 4,
+        "state_cache_gib": 0.0,
+    },
     "nthr": {**CREDIT, "nthr": True, "nthr_beta": 0.2, "num_iterations": 2, "max_steps": 4},
     "nthr-on-policy": {**CREDIT, "nthr": True, "nthr_beta": 0.2, "max_steps": 2},
     # Adapters, with the reference of the KL term by switching them off.
@@ -79,7 +90,7 @@ SCENARIOS = {
 SHARDED = ("nthr", "nthr-on-policy", "delta", "delta-on-policy", "dfpo-spread", "lora")
 
 
-def allow_sharding_without_gpu() -> None:
+def allow_fsdp_without_gpu() -> None:
     """Accelerate ignores FSDP where the processes have no GPU; PyTorch does not need one."""
     initialise = PartialState.__init__
 
@@ -89,6 +100,17 @@ def allow_sharding_without_gpu() -> None:
             self.distributed_type = DistributedType.MULTI_GPU
 
     PartialState.__init__ = as_with_gpus
+
+
+def allow_zero3_without_gpu() -> None:
+    """Accelerate starts gloo only for processes that are to use the CPU, and ignores DeepSpeed for those."""
+    prepare = PartialState._prepare_backend
+
+    def with_gloo(self, *args, **kwargs):
+        backend, kind = prepare(self, *args, **kwargs)
+        return ("gloo", DistributedType.MULTI_CPU) if backend is None else (backend, kind)
+
+    PartialState._prepare_backend = with_gloo
 
 
 def canned_rollouts(prompts, trainer):
@@ -126,12 +148,12 @@ def run(name: str, model: str, folder: Path) -> None:
             CancelGRPOTrainer,
             output_dir=str(folder / name),
             arguments={"rollout_func": canned_rollouts, **(ADAPTER if name == "lora" else {})},
-            **settings,
+            **{**settings, "use_cpu": not ZERO3},
         )
         trainer.train()
     finally:
         GRPOTrainer.compute_loss = loss
-    weights = trainer.accelerator.get_state_dict(trainer.model)
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped if ZERO3 else trainer.model)
     if trainer.accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(weights, folder / f"{name}.pt")
@@ -139,15 +161,16 @@ def run(name: str, model: str, folder: Path) -> None:
             "logs": trainer.state.log_history,
             "steps": steps,
             "processes": trainer.accelerator.num_processes,
-            "sharded": trainer.is_fsdp_enabled,
+            "sharded": trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,
         }
         (folder / f"{name}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    if sharded:
-        allow_sharding_without_gpu()
-    for scenario in SHARDED if sharded else SCENARIOS:
+    if FSDP:
+        allow_fsdp_without_gpu()
+    if ZERO3:
+        allow_zero3_without_gpu()
+    for scenario in SHARDED if FSDP or ZERO3 else SCENARIOS:
         run(scenario, sys.argv[1], Path(sys.argv[2]))

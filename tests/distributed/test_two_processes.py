@@ -7,19 +7,25 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
+from trl_cancel.playground.tokenizer import build_tokenizer
+from trl_cancel.playground.warm_start import build_model
+
 from .scenarios import SCENARIOS, SHARDED
 
 
 ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
 CONFIGS = {
     "one": None,
     "two": ROOT / "configs/accelerate/multi_cpu.yaml",
-    "sharded": Path(__file__).parent / "fsdp2.yaml",
+    "fsdp2": HERE / "fsdp2.yaml",
+    "zero3": HERE / "zero3.yaml",
 }
 GLOBAL = (
     "cancel/",
@@ -34,32 +40,48 @@ GLOBAL = (
 
 
 @pytest.fixture(scope="module")
-def results(tiny_model, tmp_path_factory):
-    """Logs and weights of every scenario, by how the processes were started."""
+def model(tmp_path_factory):
+    """Like `tiny_model`, with an output layer of its own."""
+    folder = tmp_path_factory.mktemp("untied")
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = build_model(tokenizer, **sizes, head_dim=8, initializer_range=0.4, tie_word_embeddings=False)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def results(model, tmp_path_factory):
+    """A function: logs and weights of every scenario, by how the processes are started."""
     folder = tmp_path_factory.mktemp("results")
-    found = {}
-    for how, config in CONFIGS.items():
-        launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
+
+    @cache
+    def of(how):
+        launch = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS[how]), "--main_process_port", "0"]
         out = folder / how
         command = [
             sys.executable,
-            *(launch if config else []),
+            *(launch if CONFIGS[how] else []),
             "-m",
             "tests.distributed.scenarios",
-            tiny_model,
+            model,
             str(out),
         ]
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "CI": "1"}, capture_output=True, text=True)
+        environment = {**os.environ, "CI": "1", **({"DS_ACCELERATOR": "cpu"} if how == "zero3" else {})}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
-        found[how] = {
+        return {
             name: (json.loads((out / f"{name}.json").read_text()), torch.load(out / f"{name}.pt"))
-            for name in (SHARDED if how == "sharded" else SCENARIOS)
+            for name in (SCENARIOS if how in ("one", "two") else SHARDED)
         }
-    return found
+
+    return of
 
 
 def assert_agree(results, name, how):
-    (one, weights), (other, other_weights) = results["one"][name], results[how][name]
+    (one, weights), (other, other_weights) = results("one")[name], results(how)[name]
     compared = 0
     for log, other_log in zip(one["logs"][:-1], other["logs"][:-1], strict=True):
         shared = {key: value for key, value in log.items() if key.startswith(GLOBAL)}
@@ -78,30 +100,36 @@ def test_one_process_and_two_agree(results, name):
 
 @pytest.mark.parametrize("name", SHARDED)
 def test_one_process_and_a_sharded_model_agree(results, name):
-    assert_agree(results, name, "sharded")
+    assert_agree(results, name, "fsdp2")
 
 
-def test_processes_are_as_said(results):
-    for how, (processes, sharded) in {"one": (1, False), "two": (2, False), "sharded": (2, True)}.items():
-        assert {result["processes"] for result, _ in results[how].values()} == {processes}
-        assert {result["sharded"] for result, _ in results[how].values()} == {sharded}
+@pytest.mark.parametrize("name", SHARDED)
+def test_one_process_and_zero3_agree(results, name):
+    pytest.importorskip("deepspeed")
+    assert_agree(results, name, "zero3")
+
+
+@pytest.mark.parametrize(("how", "processes", "sharded"), [("one", 1, False), ("two", 2, False), ("fsdp2", 2, True)])
+def test_processes_are_as_said(results, how, processes, sharded):
+    assert {result["processes"] for result, _ in results(how).values()} == {processes}
+    assert {result["sharded"] for result, _ in results(how).values()} == {sharded}
 
 
 def test_the_runs_have_something_to_compare(results):
-    residuals = [log["cancel/shared_prefix_residual"] for log in results["two"]["stock-clip"][0]["logs"][:-1]]
+    residuals = [log["cancel/shared_prefix_residual"] for log in results("two")["stock-clip"][0]["logs"][:-1]]
     assert max(residuals) > 1e-3
     for name in ("on-policy", "straddling", "symmetric-clip"):
-        residuals = [log["cancel/shared_prefix_residual"] for log in results["two"][name][0]["logs"][:-1]]
+        residuals = [log["cancel/shared_prefix_residual"] for log in results("two")[name][0]["logs"][:-1]]
         assert max(residuals) < 1e-4
     for name in ("dfpo", "dfpo-spread", "dfpo-straddling", "dfpo-straddling-spread"):
-        logs = results["two"][name][0]["logs"][:-1]
+        logs = results("two")[name][0]["logs"][:-1]
         assert max(log["group_weights/ratio_max"] for log in logs) > 1.001
         assert max(log.get("group_weights/orthogonality", 0) for log in logs) < 1e-5
-    assert results["two"]["delta"][0]["logs"][0]["delta/lambda_std"] > 0.02
-    assert 0 < results["two"]["nthr"][0]["logs"][0]["nthr/selected_fraction"] < 1
-    clipped = [log["symmetric_clip/clip_fraction"] for log in results["two"]["symmetric-clip"][0]["logs"][:-1]]
+    assert results("two")["delta"][0]["logs"][0]["delta/lambda_std"] > 0.02
+    assert 0 < results("two")["nthr"][0]["logs"][0]["nthr/selected_fraction"] < 1
+    clipped = [log["symmetric_clip/clip_fraction"] for log in results("two")["symmetric-clip"][0]["logs"][:-1]]
     assert max(clipped) > 0
 
 
 def test_groups_are_whole_on_two_processes(results):
-    assert all(set(counts) == {4} for counts in results["two"]["split"][0]["steps"])
+    assert all(set(counts) == {4} for counts in results("two")["split"][0]["steps"])

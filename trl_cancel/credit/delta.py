@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..rollouts import Rollouts, generator_of
-from ..states import LMHead
+from ..states import HELD_LOGITS, LMHead
 from .protocol import Scope
 
 
@@ -128,6 +128,8 @@ def _margins(proxies: Proxies, sides: torch.Tensor, weights: torch.Tensor, reduc
     positive, negative = sums[:, :-1] / total.where(total > 0, 1.0)
     # From the middle between the centroids: both may lie far from 0, and close together.
     apart, middle = positive - negative, (positive + negative) / 2
+    rounding = 8 * torch.finfo(apart.dtype).eps * middle.norm()
+    apart = torch.where(apart.norm() > rounding, apart, 0.0)
     margins = torch.cat([2 * (chunk - middle) @ apart for chunk, _ in _by_chunk(proxies, weighted)])
     return (margins * (sides[0] - sides[1])).where((total > 0).all(), 0.0)
 
@@ -182,8 +184,8 @@ def hidden_gradient(
     top_words: int = TOP_WORDS,
 ) -> torch.Tensor:
     r"""
-    \\( W_y - \sum_k \pi_k W_k \\), the gradient of \\( \log\pi(y) \\) by the hidden state, up to the temperature and
-    the scale of the logits; the sum runs over the likeliest words of a small vocabulary.
+    \\( W_y - \sum_k \pi_k W_k \\), the gradient of \\( \log\pi(y) \\) by the hidden state, up to the temperature,
+    the scale and the soft cap of the logits; the sum runs over the likeliest words of a small vocabulary.
 
     Args:
         hidden (`torch.Tensor` of shape `(N, d)`):
@@ -228,7 +230,8 @@ class DelTA:
             `"soft"`; `"hard"`: 1 for a positive margin, else 0; `"random"`: the soft assignments, dealt out at random
             among the tokens of the same side and process.
         top_fraction (`float`, *optional*):
-            Instead of weighing tokens, keep this fraction of all tokens, those with the highest assignments.
+            Instead of weighing tokens, keep this fraction of those that have an advantage, those with the highest
+            assignments.
     """
 
     scope: Scope = "batch"
@@ -262,7 +265,9 @@ class DelTA:
         if self.top_fraction is None:
             values = self.lambda_min + (self.lambda_max - self.lambda_min) * assignment
         else:
-            values = (assignment >= _quantile(assignment, self.top_fraction, rollouts.reduce)).to(assignment)
+            pushed = advantages != 0
+            least = _quantile(assignment[pushed], self.top_fraction, rollouts.reduce)
+            values = (pushed & (assignment >= least)).to(assignment)
         self._log(rollouts, values, spread)
         if self.normalize:
             values = over_mean(values, rollouts.reduce)
@@ -282,9 +287,14 @@ class DelTA:
         vocabulary = ids[active].unique()
         head = rollouts.head.restricted_to(vocabulary)
 
+        size = max(1, HELD_LOGITS // max(1, len(vocabulary)))  # tokens
+
         def gradients(rows: slice) -> torch.Tensor:
-            tokens = ids[rows][active[rows]]
-            return hidden_gradient(*hidden_and_logps(rows), tokens, vocabulary, head, rollouts.temperature)
+            hidden, logps = hidden_and_logps(rows)
+            parts = zip(hidden.split(size), logps.split(size), ids[rows][active[rows]].split(size), strict=True)
+            return torch.cat(
+                [hidden_gradient(h, logp, y, vocabulary, head, rollouts.temperature) for h, logp, y in parts]
+            )
 
         if not getattr(rollouts.states, "keeps", True):
             return lambda: map(gradients, pieces)

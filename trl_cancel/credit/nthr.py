@@ -22,11 +22,10 @@ from functools import lru_cache
 import torch
 
 from ..rollouts import Rollouts, generator_of
-from ..states import LMHead
+from ..states import HELD_LOGITS, LMHead
 from .protocol import Scope
 
 
-HELD_ERRORS = 2**25  # prediction errors, one for each token and each word of V*, that are held at a time
 ETAS = ("balanced", "p", "1-p")
 SELECTIONS = ("score", "random")
 
@@ -72,7 +71,7 @@ def nthr_scores(
     dtype = torch.promote_types(states.dtype, torch.float32)
     of_positive = positive.unsqueeze(1).expand_as(active)[active]  # (N,)
     head = head.restricted_to(vocabulary)
-    parts = torch.arange(len(states), device=states.device).split(max(1, HELD_ERRORS // max(1, len(vocabulary))))
+    parts = torch.arange(len(states), device=states.device).split(max(1, HELD_LOGITS // max(1, len(vocabulary))))
 
     @lru_cache(maxsize=1)  # a group is rarely so large that it takes more than one part
     def errors(part: int) -> torch.Tensor:
@@ -165,7 +164,8 @@ class NTHR:
                 head,
                 rollouts.temperature,
             )
-            threshold = threshold if math.isinf(self.beta) else self.beta * threshold
+            if math.isfinite(self.beta):
+                threshold = torch.where(threshold.isfinite(), self.beta * threshold, threshold)
             selected = punished & ((scores > threshold) | (self.beta == -math.inf))
             if self.selection == "random":
                 selected = _as_many(selected, punished, generator_of(rollouts.completion_ids[rows]))
