@@ -62,6 +62,17 @@ CLIP_METRICS = tuple(f"symmetric_clip/clip_fraction{sign}" for sign in ("", "_po
 GROUP_METRICS = tuple(
     f"group_weights/{name}" for name in ("ratio_min", "ratio_max", "weight_mean", "clip_fraction", "orthogonality")
 )
+BALANCE_METRICS = tuple(
+    f"balance/{name}"
+    for name in (
+        "rounds",
+        "positive_fraction",
+        "negative_fraction",
+        "discarded_fraction",
+        "zero_variance_fraction",
+        "satisfied",
+    )
+)
 NTHR_METRICS = tuple(f"nthr/{name}" for name in ("selected_fraction", "threshold", "score_mean"))
 DELTA_METRICS = tuple(f"delta/{name}" for name in ("lambda_mean", "lambda_std", "margin_std_pos", "margin_std_neg"))
 SEQUENCE = {"importance_sampling_level": "sequence", "loss_type": "grpo"}
@@ -89,6 +100,21 @@ METHODS = {
                 r"Set one of per_device_train_batch_size=4, gradient_accumulation_steps=2, .*query_preserved=False",
             ),
         ),
+    ),
+    "reward-balanced": Row(
+        settings={"reward_balance": 0.4, "max_generation_rounds": 3},
+        neutral={"reward_balance": 0.0, "query_preserved": False},
+        metrics=BALANCE_METRICS,
+        refused=(
+            ({"query_preserved": False}, "reward_balance=0.4 needs whole groups in each optimizer step"),
+            ({"reward_balance": 0.6}, "reward_balance=0.6 must be between 0 and 0.5"),
+        ),
+    ),
+    "dynamic-sampling": Row(
+        settings={"filter_zero_variance": True},
+        neutral={"query_preserved": False},  # all groups of these runs have some variance
+        metrics=BALANCE_METRICS,
+        refused=(({"max_generation_rounds": 0}, "max_generation_rounds=0 must be a whole number of at least 1"),),
     ),
     "symmetric-clip": Row(
         settings={"symmetric_clip": True},
@@ -274,12 +300,15 @@ METHODS = {
             "symmetric_clip": True,
             "symmetric_clip_gradient": "score",
             "advantage_sign": "negative",
+            "reward_balance": 0.3,
+            "filter_zero_variance": True,
+            "max_generation_rounds": 2,
             "nthr": True,
             "delta_credit": True,
             "beta": 0.05,
             "use_bias_correction_kl": False,
         },
-        neutral={**ON_POLICY, "advantage_sign": "both", "nthr": False, "delta_credit": False},
+        neutral={**ON_POLICY, "advantage_sign": "both", "nthr": False, "delta_credit": False, "reward_balance": 0.0},
         metrics=CLIP_METRICS[:1],
         credits=lambda: [FirstTokens()],
         exact=False,

@@ -29,7 +29,7 @@ def explain(config: GRPOConfig, credits: Sequence[Credit] = ()) -> str:
     config = CancelGRPOConfig.adopt(config)
     token_credits = TokenCredits(config, credits)
     topics = {
-        "Generation": [_generation(config)],
+        "Generation": list(_generation(config)),
         "Optimizer step": [_optimizer_step(config)],
         "Off-policy": [_off_policy(config)],
         "Groups": [_groups(config)],
@@ -56,12 +56,23 @@ def _count(number: float, noun: str) -> str:
     return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"
 
 
-def _generation(config: CancelGRPOConfig) -> str:
+def _generation(config: CancelGRPOConfig) -> Iterator[str]:
     layout = config.layout
     where = "" if layout.num_processes == 1 else f", {layout.generation_batch_per_process} on each of "
     where += "" if layout.num_processes == 1 else f"{layout.num_processes} processes"
     total = layout.prompts_per_generation * layout.num_generations
-    return f"{_count(layout.prompts_per_generation, 'prompt')} x {layout.num_generations} rollouts = {total} rollouts{where}."
+    yield f"{_count(layout.prompts_per_generation, 'prompt')} x {layout.num_generations} rollouts = {total} rollouts{where}."
+    if not config.chooses_groups:
+        return
+    wanted = [
+        *(["groups whose rewards differ"] if config.filter_zero_variance else []),
+        *([f"{config.reward_balance:.0%} of either sign in each optimizer step"] if config.reward_balance else []),
+    ]
+    yield (
+        f"Up to {config.max_generation_rounds} rounds of as many, from fresh prompts, until there are "
+        f"{' and '.join(wanted)}; then the groups that came first are kept, as far as that will do. Each round costs a "
+        "generation and TRL's passes for it. See balance/*."
+    )
 
 
 def _optimizer_step(config: CancelGRPOConfig) -> str:

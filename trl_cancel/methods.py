@@ -27,6 +27,12 @@ SEQUENCE = {"importance_sampling_level": "sequence", "loss_type": "grpo"}
 METHODS = {
     "grpo": Method({"query_preserved": False}, "TRL's GRPO, unchanged"),
     "query-preserved": Method({"query_preserved": True}, "rollouts of a prompt share an optimizer step", "2605.08666"),
+    "reward-balanced": Method(
+        {"query_preserved": True, "reward_balance": 0.25}, "a quarter of either sign in each step", "2605.08666"
+    ),
+    "dynamic-sampling": Method(
+        {"query_preserved": True, "filter_zero_variance": True}, "groups of equal rewards are replaced"
+    ),
     "grpo-fix": Method({"symmetric_clip": True}, "symmetric clipping, and whole groups", "2604.13088"),
     "gspo": Method(SEQUENCE, "ratios of whole sequences, clipped"),
     "dfpo-min": Method(

@@ -546,7 +546,9 @@ class CancelGRPOTrainer(GRPOTrainer):
         model = self.accelerator.unwrap_model(self.model)
         if not states.decided:
             width = model.config.get_text_config().hidden_size * model.dtype.itemsize
-            size = torch.tensor(self._layout.generation_batch_per_process * mask.size(1) * width, device=mask.device)
+            rollouts = self._layout.generation_batch_per_process
+            rollouts *= self.args.max_generation_rounds if self.args.chooses_groups else 1  # all may be held at once
+            size = torch.tensor(rollouts * mask.size(1) * width, device=mask.device)
             # All processes decide alike: where the model is sharded, they must make the same passes.
             states.reserve(int(self.accelerator.gather(size).max()))
             if not states.keeps:

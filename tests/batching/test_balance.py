@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_cancel.batching import select_balanced_groups
+from trl_cancel.batching import balanced_order, select_balanced_groups, without_variance
 
 
 @st.composite
@@ -80,3 +80,63 @@ def test_too_few_groups_and_counts_that_do_not_fit_are_refused():
         select_balanced_groups(torch.tensor([1, 1]), torch.tensor([1, 1]), 3, 4, 0.25)
     with pytest.raises(ValueError, match="must fit into groups of group_size=4"):
         select_balanced_groups(torch.tensor([3, 1]), torch.tensor([2, 1]), 1, 4, 0.25)
+
+
+def steps_with_enough(groups, order, number, size, fraction):
+    room = len(order) // number
+    steps = [order[first : first + room] for first in range(0, len(order), room)]
+    return sum(least(groups, step) >= fraction * room * size - 1e-9 for step in steps)
+
+
+@given(
+    pool=pools(),
+    number=st.integers(1, 4),
+    fraction=st.sampled_from([0.0, 0.1, 0.25, 0.5]),
+    seed=st.integers(0, 100),
+)
+def test_order_spreads_groups_over_steps(pool, number, fraction, seed):
+    size, groups, room = pool
+    groups = [groups[i % len(groups)] for i in range(number * room)]
+    positives, negatives = torch.tensor(groups).unbind(1)
+    given_order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
+    order, enough = balanced_order(given_order, positives, negatives, number, size, fraction)
+    assert sorted(order.tolist()) == list(range(len(groups)))
+    before = steps_with_enough(groups, given_order.tolist(), number, size, fraction)
+    assert enough == steps_with_enough(groups, order.tolist(), number, size, fraction) >= before
+    if before == number:
+        assert torch.equal(order, given_order), "what will do is kept"
+
+
+def test_order_balances_what_can_be():
+    """Four wrong groups and four right ones, in the worst order; and mixed groups among idle ones."""
+    positives = torch.tensor([8, 8, 8, 8, 0, 0, 0, 0])
+    order, enough = balanced_order(torch.arange(8), positives, 8 - positives, 4, 8, 0.5)
+    assert enough == 4
+    mixed = torch.tensor([4, 4, 4, 4, 0, 0, 0, 0])
+    order, enough = balanced_order(torch.arange(8), mixed, mixed, 4, 8, 0.25)
+    assert enough == 4
+    assert (mixed[order].view(4, 2).sum(1) == 4).all()
+
+
+@given(
+    rewards=st.lists(
+        st.lists(st.lists(st.sampled_from([None, 0.0, 0.1, 1.0]), min_size=2, max_size=2), min_size=3, max_size=3),
+        min_size=1,
+        max_size=4,
+    ),
+    apart=st.booleans(),
+)
+def test_groups_without_variance(rewards, apart):
+    """Against TRL's reading: what no function has scored does not count, nor does a function that gave nothing."""
+    weights = [1.0, 0.5]
+
+    def total(rollout):
+        known = [value * weight for value, weight in zip(rollout, weights, strict=True) if value is not None]
+        return sum(known) if known else None
+
+    expected = []
+    for group in rewards:
+        columns = zip(*group, strict=True) if apart else [[total(rollout) for rollout in group]]
+        expected.append(all(len({value for value in column if value is not None}) <= 1 for column in columns))
+    tensor = torch.tensor([[[float("nan") if v is None else v for v in r] for r in g] for g in rewards]).double()
+    assert without_variance(tensor, torch.tensor(weights).double(), apart).tolist() == expected

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.runs import assert_same_weights
 from trl_cancel.playground.tokenizer import build_tokenizer
 from trl_cancel.playground.warm_start import build_model
 
@@ -133,3 +134,20 @@ def test_the_runs_have_something_to_compare(results):
 
 def test_groups_are_whole_on_two_processes(results):
     assert all(set(counts) == {4} for counts in results("two")["split"][0]["steps"])
+
+
+def test_rounds_of_generation(model, tmp_path):
+    """A resumed run equals the uninterrupted one, and a process that finds nothing does not hold up the other."""
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS["two"]), "--main_process_port", "0"]
+    command = [sys.executable, *launch, "-m", "tests.distributed.balance", model, str(tmp_path)]
+    environment = {**os.environ, "CI": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    logs = json.loads((tmp_path / "logs.json").read_text())
+    assert max(log.get("balance/rounds", 0) for log in logs["whole"][:4]) > 1
+    assert logs["resumed"][4:-1] == logs["whole"][4:-1]
+    assert_same_weights(torch.load(tmp_path / "resumed.pt"), torch.load(tmp_path / "whole.pt"))
+    starved = logs["starved"][0]
+    assert (starved["balance/rounds"], starved["balance/satisfied"]) == (3, pytest.approx(0.5, abs=0.5))
+    assert starved["balance/satisfied"] < 1
+    assert starved["balance/zero_variance_fraction"] >= 0.5
