@@ -58,13 +58,15 @@ ALWAYS: dict[str, dict[str, Any] | None] = {
     "delta": {"delta_credit": True},
 }
 OFF_POLICY: dict[str, dict[str, Any] | None] = {
+    "symmetric_clip": {"symmetric_clip": True},
+    "dfpo min": {"group_weights": "min", **SEQUENCE},
+    "delta hidden_gradient": {"delta_credit": True, "delta_proxy": "hidden_gradient"},
+}
+MORE: dict[str, dict[str, Any] | None] = {
     "everything off": {"query_preserved": False, "cancellation_metrics": False},
     "query_preserved": {"cancellation_metrics": False},
-    "symmetric_clip": {"symmetric_clip": True},
     "symmetric_clip score": {"symmetric_clip": True, "symmetric_clip_gradient": "score"},
-    "dfpo min": {"group_weights": "min", **SEQUENCE},
     "dfpo positive_orth": {"group_weights": "positive_orth", **SEQUENCE},
-    "delta hidden_gradient": {"delta_credit": True, "delta_proxy": "hidden_gradient"},
     "nthr and delta": {"nthr": True, "delta_credit": True},
 }
 
@@ -73,7 +75,8 @@ OFF_POLICY: dict[str, dict[str, Any] | None] = {
 class Size:
     """
     What is trained: changes of the architecture, length of the completions, generation batches that are timed, rollouts
-    a micro-batch, whether rollouts are sampled or canned, and whether each batch is used for one optimizer step only.
+    a micro-batch, whether rollouts are sampled or canned, whether each batch is used for one optimizer step only, and
+    whether to try all variants.
     """
 
     architecture: dict[str, int]
@@ -82,6 +85,7 @@ class Size:
     rollouts: int = 16
     sampled: bool = False
     on_policy: bool = False
+    all_variants: bool = False
 
     @property
     def steps_per_batch(self) -> int:
@@ -89,7 +93,8 @@ class Size:
 
     @property
     def variants(self) -> dict[str, dict[str, Any] | None]:
-        return ALWAYS if self.on_policy else {**ALWAYS, **OFF_POLICY}
+        more = {} if self.on_policy else OFF_POLICY
+        return {**ALWAYS, **more, **(MORE if self.all_variants else {})}
 
     @property
     def settings(self) -> dict[str, int]:
@@ -120,7 +125,7 @@ QWEN3 = {
 }
 SIZES = {
     "playground (0.4M), sampled": Size({}, length=64, batches=6, sampled=True),
-    "playground (0.4M), canned": Size({}, length=64, batches=6),
+    "playground (0.4M), canned": Size({}, length=64, batches=6, all_variants=True),
     "playground (0.4M), canned, on policy": Size({}, length=64, batches=6, on_policy=True),
     "7M, canned": Size(SMALL, length=256, batches=1, rollouts=8),
     "7M, canned, on policy": Size(SMALL, length=256, batches=1, rollouts=8, on_policy=True),

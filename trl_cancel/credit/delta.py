@@ -274,7 +274,8 @@ class DelTA:
         return torch.ones_like(rollouts.mask, dtype=values.dtype).masked_scatter(active, values)
 
     def _proxies(self, rollouts: Rollouts, active: torch.Tensor) -> Proxies:
-        pieces = [slice(i, i + rollouts.num_generations) for i in range(0, len(active), rollouts.num_generations)]
+        rows = max(1, CHUNK // max(1, active.size(1)))
+        pieces = [slice(first, first + rows) for first in range(0, len(active), rows)]
 
         def hidden_and_logps(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
             hidden, logps = rollouts.states[rows][active[rows]], rollouts.old_logps[rows][active[rows]]

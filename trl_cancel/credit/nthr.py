@@ -149,6 +149,7 @@ class NTHR:
         active = rollouts.mask.bool()
         head = rollouts.head.restricted_to(rollouts.completion_ids[active])
         credit = torch.ones_like(rollouts.mask, dtype=rollouts.advantages.dtype)
+        groups = []
         for first in range(0, len(active), rollouts.num_generations):
             rows = slice(first, first + rollouts.num_generations)
             # Asked for also where it is not used: all processes must make the same passes.
@@ -172,12 +173,24 @@ class NTHR:
             eta = nthr_eta(positive.float().mean(), self.eta)
             credit[rows] = torch.where(selected, eta, 1.0).to(credit)
 
-            counted = punished.float()
-            rollouts.log("nthr/selected_fraction", selected.float(), counted)
-            rollouts.log("nthr/score_mean", scores.float(), counted)
-            known = counted.any() & threshold.isfinite()
-            rollouts.log("nthr/threshold", threshold.where(known, 0.0).float(), known.float())
+            groups.append((punished, selected, scores, threshold))
+        self._log(rollouts, *map(torch.stack, zip(*groups, strict=True)))
         return credit
+
+    @staticmethod
+    def _log(
+        rollouts: Rollouts,
+        punished: torch.Tensor,
+        selected: torch.Tensor,
+        scores: torch.Tensor,
+        threshold: torch.Tensor,
+    ) -> None:
+        """Metrics of groups that are stacked along the first dimension."""
+        counted = punished.float()
+        rollouts.log("nthr/selected_fraction", selected.float(), counted)
+        rollouts.log("nthr/score_mean", scores.float(), counted)
+        known = punished.flatten(1).any(1) & threshold.isfinite()
+        rollouts.log("nthr/threshold", threshold.where(known, 0.0).float(), known.float())
 
 
 def _as_many(selected: torch.Tensor, among: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
