@@ -57,13 +57,14 @@ def target_table(runs: list[dict]) -> str:
 
 def comparison_table(runs: list[dict], before: float) -> str:
     lines = [
-        "| | learning rate | optimizer steps | rounds | sampled | greedy | worse than before |",
-        "|---|---|---|---|---|---|---|",
+        "| | learning rate | tokens | optimizer steps | rounds | sampled | greedy | worse than before |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(run["name"] for run in runs):
         rows = [run for run in runs if run["name"] == name]
         rounds = [statistics.mean(known(run, "balance/rounds") or [1]) for run in rows]
-        cells = [name, f"{rows[0]['settings']['learning_rate']:g}"]
+        tokens = statistics.mean(max(known(run, "num_tokens")) for run in rows)
+        cells = [name, f"{rows[0]['settings']['learning_rate']:g}", f"{tokens:,.0f}"]
         cells += [f"{statistics.mean(run['steps'] for run in rows):.0f}", f"{statistics.mean(rounds):.1f}"]
         cells += [interval([run[how] for run in rows]) for how in ("sampled", "greedy")]
         cells.append(f"{sum(run['sampled'] < before for run in rows)} of {len(rows)}")

@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
+UPDATES = 4  # optimizer steps with each generation batch
 # One process of the playground: 16 prompts x 8 rollouts a generation, cut into 4 optimizer steps of whole groups.
 PLAYGROUND = {
     "num_generations": 8,
@@ -78,8 +79,12 @@ def run(cell: Cell, kept: tuple[str, ...]) -> dict[str, Any]:
     from trl_cancel.playground.reward import answer_reward
 
     class Budget(TrainerCallback):
+        spent = 0.0
+
         def on_log(self, args, state, control, logs, **kwargs):
-            if cell.tokens and logs.get("num_tokens", 0) >= cell.tokens:
+            self.spent = logs.get("num_tokens", self.spent)
+            whole = state.global_step % UPDATES == 0  # rollouts that are paid for are trained on
+            if cell.tokens and whole and self.spent >= cell.tokens:
                 control.should_training_stop = True
 
     torch.set_num_threads(1)

@@ -15,12 +15,16 @@ from trl_cancel.playground.data import load_prompts
 from trl_cancel.rollouts import join_rows
 from trl_cancel.states import StateStore
 
-from .runs import OFF_POLICY, assert_same_weights, build, train
+from .runs import OFF_POLICY, assert_same_weights, build, noisy_reward, train
 
 
 def rare_reward(completion_ids, **kwargs):
     """Right about once in seven, so that many groups are all wrong."""
     return [float(sum(ids) % 7 == 0) for ids in completion_ids]
+
+
+def thirds_reward(completion_ids, **kwargs):
+    return [float(sum(ids) % 3 == 0) for ids in completion_ids]
 
 
 def hopeless_reward(completion_ids, **kwargs):
@@ -88,29 +92,29 @@ def text_of(prompt_ids, prompt_mask, completion_ids, completion_mask):
     return tuple(prompt_ids[prompt_mask.bool()].tolist()), tuple(completion_ids[completion_mask.bool()].tolist())
 
 
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("wanted", WANTED)
-def test_every_step_is_as_asked_for_or_logged_as_not(monkeypatch, tiny_model, wanted):
+def test_every_step_is_as_asked_for_or_logged_as_not(monkeypatch, tiny_model, wanted, seed):
     steps = Steps(monkeypatch)
-    run = train(tiny_model, **SPLIT, **WANTED[wanted], arguments=RARE)
+    settings = {**SPLIT, **WANTED[wanted], "seed": seed, "max_steps": 40}
+    run = train(tiny_model, **settings, arguments=RARE if seed else {"reward_funcs": thirds_reward})
     logs = [log for log in run.logs if "balance/rounds" in log]
-    assert len(logs) == len(steps.generated) == 2
+    assert len(logs) == len(steps.generated) == 5
     assert max(log["balance/rounds"] for log in logs) > 1, "or there was nothing to do"
     first = 0
     for log, rounds in zip(logs, steps.generated, strict=True):
         assert log["balance/rounds"] == len(rounds) <= 4
         used = steps.batches[first : first + 4]
         first += 8  # two iterations
-        fulfilled = []
+        fulfilled, varied = [], []
         for batch in used:
             advantages = batch["rollout_advantages"].view(-1, 4)
             assert (batch["group_ids"].view(-1, 4) == batch["group_ids"].view(-1, 4)[:, :1]).all(), "groups are whole"
-            mixed = (advantages != 0).any(1)
             both = min((advantages > 0).sum(), (advantages < 0).sum()) >= 0.25 * advantages.numel()
-            fulfilled.append(("balance" not in WANTED[wanted] or both) if wanted == "balance" else bool(mixed.all()))
-            if "reward_balance" in WANTED[wanted]:
-                fulfilled[-1] = fulfilled[-1] and bool(both)
-        assert log["balance/satisfied"] == pytest.approx(sum(fulfilled) / 4) or log["balance/satisfied"] < 1
-        assert (log["balance/satisfied"] == 1) is all(fulfilled)
+            fulfilled.append(both.item() or "reward_balance" not in WANTED[wanted])
+            varied.append((advantages != 0).any(1).all().item())
+        enough = not WANTED[wanted].get("filter_zero_variance") or all(varied)
+        assert log["balance/satisfied"] == pytest.approx(sum(fulfilled) / 4 if enough else 0)
         rewards = torch.cat([scored.rewards for scored in rounds]).flatten()
         assert log["reward"] == pytest.approx(rewards.mean().item()), "of all that was generated"
         idle = (rewards.view(-1, 4).amax(1) == rewards.view(-1, 4).amin(1)).float().mean().item()
@@ -233,9 +237,18 @@ def test_table_of_completions_tells_which_were_kept(tiny_model, tmp_path):
     for step, log in zip((1, 9), logs, strict=True):
         table = pandas.read_parquet(tmp_path / "completions" / f"completions_{step:05d}.parquet")
         assert len(table) == 32 * log["balance/rounds"]
-        assert table["kept"].sum() == 32
-        kept = Counter(str(prompt) for prompt in table[table["kept"]]["prompt"])
+        assert table["balance/kept"].sum() == 32
+        kept = Counter(str(prompt) for prompt in table[table["balance/kept"]]["prompt"])
         assert all(count % 4 == 0 for count in kept.values())
+
+
+def test_table_of_completions_with_evaluation_in_between(tiny_model, tmp_path):
+    settings = {**SPLIT, **WANTED["both"], "log_completions": True, "output_dir": str(tmp_path), "max_steps": 9}
+    settings |= {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 8}
+    arguments = {**RARE, "eval_dataset": load_prompts("test", 4)}
+    train(tiny_model, **settings, num_generations_eval=2, arguments=arguments)
+    table = pandas.read_parquet(tmp_path / "completions" / "completions_00009.parquet")
+    assert table["balance/kept"].sum() == 32
 
 
 def test_discarded_rollouts_are_released(monkeypatch, tiny_model):
@@ -265,21 +278,36 @@ def test_columns_of_later_rounds_are_those_of_the_first(tiny_model):
     assert all(names == seen[0] for names in seen)
 
 
-def test_rewards_of_none_and_of_several_functions(tiny_model):
-    def sometimes(completion_ids, **kwargs):
-        return [None if sum(ids) % 3 else 1.0 for ids in completion_ids]
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_filter_looks_at_the_rewards_themselves(monkeypatch, tiny_model, aggregation, scale):
+    """However advantages are scaled, with rewards of none, and with a function that is only logged."""
 
-    for aggregation in ("sum_then_normalize", "normalize_then_sum"):
-        for scale in ("group", "batch", "none"):
-            run = train(
-                tiny_model,
-                **{**SPLIT, "max_steps": 8},
-                **WANTED["filter"],
-                multi_objective_aggregation=aggregation,
-                scale_rewards=scale,
-                arguments={"reward_funcs": [rare_reward, sometimes]},
-            )
-            assert run.logs[0]["balance/rounds"] >= 1
+    def sometimes(completion_ids, **kwargs):
+        return [None if sum(ids) % 2 else float(sum(ids) % 7 == 0) for ids in completion_ids]
+
+    steps = Steps(monkeypatch)
+    run = train(
+        tiny_model,
+        **{**SPLIT, "max_steps": 16, "max_generation_rounds": 8},
+        **WANTED["filter"],
+        multi_objective_aggregation=aggregation,
+        scale_rewards=scale,
+        reward_weights=[1.0, 0.5, 0.0],
+        arguments={"reward_funcs": [rare_reward, sometimes, noisy_reward]},
+    )
+    logs = [log for log in run.logs if "balance/rounds" in log]
+    assert {log["balance/satisfied"] for log in logs} == {1}
+    assert max(log["balance/rounds"] for log in logs) > 1
+    rewards = {group: [] for rounds in steps.generated for part in rounds for group in part.group_ids.tolist()}
+    for part in (part for rounds in steps.generated for part in rounds):
+        for group, row in zip(part.group_ids.tolist(), part.rewards[:, :2].tolist(), strict=True):
+            rewards[group].append(tuple(None if value != value else value for value in row))
+    for batch in steps.batches:
+        for group in set(batch["group_ids"].tolist()):
+            first, second = ([row[i] for row in rewards[group]] for i in (0, 1))
+            known = {value for value in second if value is not None}
+            assert len(set(first)) > 1 or len(known) > 1 or (None in second and known == {1.0})
 
 
 class TestJoin:
@@ -316,6 +344,29 @@ class TestJoin:
         assert joined["pixel_values"] == ["a", "b", "c"]
         assert joined["features"].sum((1, 2)).tolist() == [6, 2, 2]
 
+    def test_equal_widths_do_not_confuse(self):
+        joined = join_rows([self.batch(1, 3, 3), self.batch(1, 5, 5)], pad_token_id=0)
+        assert joined["prompt_ids"][0].tolist() == [0, 0, 5, 5, 5]
+        assert joined["completion_ids"][0].tolist() == [6, 6, 6, 0, 0]
+
+    def test_rounds_without_images(self):
+        images = {
+            "pixel_values": [torch.ones(2, 4)],
+            "image_grid_thw": [torch.ones(1, 3)],
+            "num_images": [1],
+            "mm_token_type_ids": torch.ones(1, 5),
+        }
+        for order in (1, -1):
+            batches = [self.batch(1, 2, 3, **images), self.batch(2, 2, 1)][::order]
+            joined = join_rows(batches, pad_token_id=0)
+            assert sorted(len(value) for value in joined["pixel_values"]) == [0, 0, 2]
+            assert sorted(joined["num_images"]) == [0, 0, 1]
+            assert joined["mm_token_type_ids"].sum(1).sort().values.tolist() == [0, 0, 5]
+        padded = [self.batch(1, 2, 3, pixel_values=torch.ones(1, count, 3)) for count in (1, 2)]
+        assert join_rows(padded, pad_token_id=0)["pixel_values"].sum((1, 2)).tolist() == [3, 6]
+        with pytest.raises(ValueError, match="Only some rounds of generation have odd"):
+            join_rows([self.batch(1, 2, 3, odd=torch.ones(1)), self.batch(1, 2, 3)], pad_token_id=0)
+
     def test_what_cannot_be_aligned_is_refused(self):
         first, second = self.batch(1, 2, 3, odd=torch.ones(1, 7)), self.batch(1, 2, 4, odd=torch.ones(1, 9))
         with pytest.raises(ValueError, match="odd of shapes"):
@@ -345,6 +396,10 @@ def test_stores_are_joined():
         ({"reward_balance": True}, r"reward_balance=True must be between"),
         ({"max_generation_rounds": 0}, r"max_generation_rounds=0 must be a whole number of at least 1"),
         ({"filter_zero_variance": 1}, r"filter_zero_variance=1 must be True or False"),
+        (
+            {"reward_balance": 0.5, "num_generations": 3, "per_device_train_batch_size": 3},
+            r"asks for 2 rollouts of either sign among the 3 of .* 0.333 or less",
+        ),
         ({"reward_balance": 0.25, "query_preserved": False}, r"needs whole groups in each optimizer step. Set query_"),
     ],
 )

@@ -462,6 +462,12 @@ class CancelGRPOConfig(GRPOConfig):
                 f"processes that generate {layout.generation_batch_per_process} rollouts each "
                 "(per_device_train_batch_size x steps_per_generation). Make that a multiple of num_generations."
             )
+        rollouts = layout.rollouts_together
+        if share and 2 * math.ceil(share * rollouts - 1e-9) > rollouts:
+            raise ValueError(
+                f"{chosen} asks for {math.ceil(share * rollouts - 1e-9)} rollouts of either sign among the {rollouts} of "
+                f"an optimizer step, which cannot be. Set reward_balance to {rollouts // 2 / rollouts:.3g} or less."
+            )
         if share and layout.is_split and not self.query_preserved:
             raise ValueError(
                 f"{chosen} needs whole groups in each optimizer step. Set query_preserved=True, or "

@@ -150,6 +150,10 @@ def take_rows(batch: Rows, index: torch.Tensor) -> Rows:
     return {name: pick(value) for name, value in batch.items()}
 
 
+# Entries of prompts and of prompts and completions together; others with a value for each token are of completions.
+OF_PROMPTS = ("prompt_ids", "prompt_mask")
+OF_BOTH = ("token_type_ids", "mm_token_type_ids")
+OF_IMAGES = ("pixel_values", "pixel_attention_mask")
 # What stands on padding where it is not 0; `None` is the padding token.
 PADDING: dict[str, int | None] = {
     "prompt_ids": None,
@@ -165,7 +169,7 @@ def join_rows(batches: Sequence[Rows], pad_token_id: int) -> Rows:
 
     Args:
         batches (`Sequence` of `dict`):
-            Batches with the same entries.
+            Batches. Entries that tell of images may be missing where there is none.
         pad_token_id (`int`):
             Token that pads.
 
@@ -173,38 +177,52 @@ def join_rows(batches: Sequence[Rows], pad_token_id: int) -> Rows:
         `dict`: The batch; scalars are those of the first.
 
     Raises:
-        `ValueError`: If an entry is aligned with neither prompts nor completions, and of different shapes.
+        `ValueError`: If an entry is missing or of shapes that cannot be put together.
     """
+    lengths = [(batch["prompt_ids"].size(1), batch["completion_ids"].size(1)) for batch in batches]
+    longest = [max(column) for column in zip(*lengths, strict=True)]
 
     def joined(name: str) -> Any:
-        values = [batch[name] for batch in batches]
+        values = [_entry(name, batch, batches) for batch in batches]
         if isinstance(values[0], list):
             return [item for value in values for item in value]
         if not isinstance(values[0], torch.Tensor) or values[0].dim() == 0:
             return values[0]
-        filler = PADDING.get(name, 0)
-        filler = pad_token_id if filler is None else filler
-        pairs = zip(values, missing(name), strict=True)
-        return torch.cat([_widened(value, left, right, filler) for value, (left, right) in pairs])
+        if len({value.shape[1:] for value in values}) > 1:
+            filler = PADDING.get(name, 0)
+            filler = pad_token_id if filler is None else filler
+            values = [
+                _widened(value, *sides, filler) for value, sides in zip(values, missing(name, values), strict=True)
+            ]
+        return torch.cat(values)
 
-    def missing(name: str) -> list[tuple[int, int]]:
+    def missing(name: str, values: list[torch.Tensor]) -> list[tuple[int, int]]:
         """For each batch, columns to add on the left and on the right."""
-        shapes = [batch[name].shape[1:] for batch in batches]
-        if len(set(shapes)) == 1:
-            return [(0, 0)] * len(batches)
-        widths = [shape[0] for shape in shapes]
-        for left, right in ((1, 0), (0, 1), (1, 1)):
-            if widths == [left * prompt + right * completion for prompt, completion in lengths]:
-                return [
-                    (left * (longest[0] - prompt), right * (longest[1] - completion)) for prompt, completion in lengths
-                ]
-        raise ValueError(f"Rounds of generation have {name} of shapes {shapes}, which cannot be put together.")
+        widths = [value.size(1) for value in values]
+        if name in OF_IMAGES:
+            return [(0, max(widths) - width) for width in widths]
+        left, right = name in OF_PROMPTS + OF_BOTH, name not in OF_PROMPTS
+        if widths != [left * prompt + right * completion for prompt, completion in lengths]:
+            shapes = [tuple(value.shape) for value in values]
+            raise ValueError(f"Rounds of generation have {name} of shapes {shapes}, which cannot be put together.")
+        return [(left * (longest[0] - prompt), right * (longest[1] - completion)) for prompt, completion in lengths]
 
-    lengths = [(batch["prompt_ids"].size(1), batch["completion_ids"].size(1)) for batch in batches]
-    longest = [max(column) for column in zip(*lengths, strict=True)]
-    return {name: joined(name) for name in batches[0]}
+    return {name: joined(name) for name in {name: None for batch in batches for name in batch}}
+
+
+def _entry(name: str, batch: Rows, batches: Sequence[Rows]) -> Any:
+    """An entry of a batch, or what stands for it in one without images."""
+    if name in batch:
+        return batch[name]
+    rows = len(batch["completion_ids"])
+    example = next(other[name] for other in batches if name in other)
+    if isinstance(example, list):
+        return [example[0][:0] if isinstance(example[0], torch.Tensor) else 0] * rows
+    if name in OF_BOTH:
+        return example.new_zeros(rows, batch["prompt_ids"].size(1) + batch["completion_ids"].size(1))
+    raise ValueError(f"Only some rounds of generation have {name}, so their rollouts cannot be put together.")
 
 
 def _widened(value: torch.Tensor, left: int, right: int, filler: int) -> torch.Tensor:
     widths = [0, 0] * (value.dim() - 2) + [left, right]
-    return torch.nn.functional.pad(value, widths, value=filler) if left or right else value
+    return torch.nn.functional.pad(value, widths, value=filler)

@@ -10,6 +10,7 @@ from .batching import balanced_order, select_balanced_groups, without_variance
 from .configs import CancelGRPOConfig
 from .rollouts import Rows, join_rows, take_rows
 from .states import StateStore
+from .update_weights import loss_mask
 
 
 @dataclass
@@ -69,10 +70,13 @@ class Choice:
             Their numbers, counted over all rounds.
         satisfied (`float`):
             Share of the optimizer steps that they can fill as asked for.
+        order (`torch.Tensor` of shape `(M,)`):
+            An order of `groups` in which they do.
     """
 
     groups: torch.Tensor
     satisfied: float
+    order: torch.Tensor
 
 
 class GroupPool:
@@ -95,9 +99,13 @@ class GroupPool:
         self.rounds.append(scored)
 
     def counts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rollouts of positive and of negative advantage in each group, and whether its rewards are all equal."""
+        """
+        Rollouts of positive and of negative advantage in each group, as far as the loss counts any of their tokens, and
+        whether its rewards are all equal.
+        """
         size = self.layout.num_generations
-        advantages = torch.cat([part.batch["advantages"] for part in self.rounds]).view(-1, size)
+        counted = torch.cat([loss_mask(part.batch).any(1) for part in self.rounds])
+        advantages = (torch.cat([part.batch["advantages"] for part in self.rounds]) * counted).view(-1, size)
         rewards = torch.cat([part.rewards for part in self.rounds]).unflatten(0, (-1, size))
         apart = self.args.multi_objective_aggregation == "normalize_then_sum"
         idle = without_variance(rewards, self.reward_weights.to(rewards.device), apart)
@@ -113,23 +121,26 @@ class GroupPool:
             candidates = candidates[~idle]
         if len(candidates) < wanted:  # filled up with groups that push nothing
             filler = idle.nonzero().squeeze(1)[: wanted - len(candidates)]
-            return Choice(torch.cat([candidates, filler]).sort().values, 0.0)
+            return Choice(torch.cat([candidates, filler]).sort().values, 0.0, torch.arange(wanted))
         positives, negatives = positives[candidates], negatives[candidates]
-        chosen, enough = self._spread(positives, negatives, wanted, self.args.reward_balance)
+        chosen, order, enough = self._spread(positives, negatives, wanted, self.args.reward_balance)
         if enough < self.layout.steps_apart:  # enough of both signs in all, but not for each step
-            best, enough_of_best = self._spread(positives, negatives, wanted, 0.5)
-            chosen, enough = (best, enough_of_best) if enough_of_best > enough else (chosen, enough)
-        return Choice(candidates[chosen.to(candidates.device)], enough / self.layout.steps_apart)
+            best = self._spread(positives, negatives, wanted, 0.5)
+            chosen, order, enough = best if best[-1] > enough else (chosen, order, enough)
+        return Choice(candidates[chosen.to(candidates.device)], enough / self.layout.steps_apart, order)
 
     def _spread(
         self, positives: torch.Tensor, negatives: torch.Tensor, wanted: int, share: float
-    ) -> tuple[torch.Tensor, int]:
-        """Groups that hold at least a share of both signs, or as much as there is; and how many steps they can fill."""
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """
+        Groups that hold at least a share of both signs, or as much as there is; an order of them; and how many steps
+        that fills.
+        """
         size, steps = self.layout.num_generations, self.layout.steps_apart
         chosen, _ = select_balanced_groups(positives, negatives, wanted, size, share)
         counts = (positives.cpu()[chosen], negatives.cpu()[chosen])
-        _, enough = balanced_order(torch.arange(wanted), *counts, steps, size, self.args.reward_balance)
-        return chosen, enough
+        order, enough = balanced_order(torch.arange(wanted), *counts, steps, size, self.args.reward_balance)
+        return chosen, order, enough
 
     def take(self, groups: torch.Tensor, pad_token_id: int) -> Scored:
         """The rollouts of some groups, in the order of the groups."""

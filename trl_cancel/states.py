@@ -89,9 +89,9 @@ class StateStore:
         """A store of some of the rollouts."""
         taken = self._like(self)
         if self.keeps:
-            taken._states, taken._masks = (
-                [column[row] for row in rows.tolist()] for column in (self._states, self._masks)
-            )
+            # Copies, so that the memory of the others can go.
+            taken._states = [self._states[row].clone() for row in rows.tolist()]
+            taken._masks = [self._masks[row] for row in rows.tolist()]
         return taken
 
     @classmethod
@@ -107,6 +107,7 @@ class StateStore:
         """
         joined = cls._like(stores[0])
         joined.keeps = all(store.keeps for store in stores)
+        joined.offloads = any(store.offloads for store in stores)
         for store in stores if joined.keeps else ():
             joined._states += store._states
             joined._masks += [nn.functional.pad(mask, (0, length - len(mask))) for mask in store._masks]
@@ -126,7 +127,7 @@ class StateStore:
             assert self.recompute is not None
             return self.recompute(rows)
         mask = torch.stack(self._masks[rows])
-        packed = torch.cat(self._states[rows]).to(mask.device)
+        packed = torch.cat([states.to(mask.device) for states in self._states[rows]])
         states = packed.new_zeros(*mask.shape, packed.size(-1))
         states[mask] = packed
         return states

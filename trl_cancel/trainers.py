@@ -294,7 +294,10 @@ class CancelGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         if not self.model.training:
-            return super()._generate_and_score_completions(inputs)
+            batch = super()._generate_and_score_completions(inputs)
+            if self.args.chooses_groups:  # the table of completions has a column for it
+                self._mark_kept([None] * len(inputs))
+            return batch
         scored = self._chosen(inputs) if self.args.chooses_groups else self._score(inputs)
         batch, rollouts = scored.batch, self._view(scored)
         if self._acts_in_loss:
@@ -363,6 +366,7 @@ class CancelGRPOTrainer(GRPOTrainer):
 
     def _note_choice(self, pool: GroupPool, choice: Choice) -> None:
         positives, negatives, idle = pool.counts()
+        self._choice = choice
         self._chosen_counts = positives[choice.groups], negatives[choice.groups]
         size, add = self._layout.num_generations, self._monitor.metrics.add
         add("balance/rounds", idle.new_tensor([len(pool.rounds)], dtype=torch.float))
@@ -371,9 +375,8 @@ class CancelGRPOTrainer(GRPOTrainer):
             add(f"balance/{name}_fraction", counts / size)
         add("balance/discarded_fraction", idle.new_tensor([1 - len(choice.groups) / len(idle)], dtype=torch.float))
         add("balance/zero_variance_fraction", idle.float())
-        extra: Any = self._logs["extra"]
         for kept in pool.kept(choice.groups):
-            extra["kept"].extend(gather_object(kept))
+            self._mark_kept(kept)
         if choice.satisfied < 1:
             logger.warning_once(
                 f"{len(pool.rounds)} rounds of generation (max_generation_rounds) did not yield the groups that "
@@ -381,6 +384,10 @@ class CancelGRPOTrainer(GRPOTrainer):
                 "ask for; the best there are are used. balance/satisfied tells how often that happens: raise "
                 "max_generation_rounds, lower reward_balance, or use prompts of which more have mixed rewards."
             )
+
+    def _mark_kept(self, kept: list[Any]) -> None:
+        extra: Any = self._logs["extra"]
+        extra["balance/kept"].extend(gather_object(kept))
 
     def _make_room_for_rounds(self) -> None:
         """Lets the table of completions hold all rounds of a generation."""
@@ -412,7 +419,8 @@ class CancelGRPOTrainer(GRPOTrainer):
         order = query_preserved_permutation(num_groups, 1, generator)
         if self.args.reward_balance:
             steps, share = self._layout.steps_apart, self.args.reward_balance
-            order, _ = balanced_order(order, *self._chosen_counts, steps, group_size, share)
+            order, enough = balanced_order(order, *self._chosen_counts, steps, group_size, share)
+            order = order if enough >= steps * self._choice.satisfied else self._choice.order
         rows = (order.unsqueeze(1) * group_size + torch.arange(group_size)).flatten()
         return self._micro_batches(batch, rows, self._layout.steps_per_generation)
 

@@ -1,6 +1,6 @@
 """Selection of balanced groups: against all choices there are."""
 
-from itertools import combinations
+from itertools import combinations, permutations
 
 import pytest
 import torch
@@ -107,11 +107,21 @@ def test_order_spreads_groups_over_steps(pool, number, fraction, seed):
         assert torch.equal(order, given_order), "what will do is kept"
 
 
+def best_order(groups, number, size, fraction):
+    return max(
+        permutations(range(len(groups))), key=lambda order: steps_with_enough(groups, order, number, size, fraction)
+    )
+
+
 def test_order_balances_what_can_be():
     """Four wrong groups and four right ones, in the worst order; and mixed groups among idle ones."""
     positives = torch.tensor([8, 8, 8, 8, 0, 0, 0, 0])
     order, enough = balanced_order(torch.arange(8), positives, 8 - positives, 4, 8, 0.5)
     assert enough == 4
+    # Dealing alone leaves a step short here.
+    stubborn = torch.tensor([(2, 6), (0, 0), (2, 6), (0, 8), (2, 6), (7, 1)])
+    _, enough = balanced_order(torch.arange(6), *stubborn.unbind(1), 2, 8, 0.25)
+    assert enough == steps_with_enough(stubborn.tolist(), best_order(stubborn.tolist(), 2, 8, 0.25), 2, 8, 0.25)
     mixed = torch.tensor([4, 4, 4, 4, 0, 0, 0, 0])
     order, enough = balanced_order(torch.arange(8), mixed, mixed, 4, 8, 0.25)
     assert enough == 4
@@ -140,3 +150,9 @@ def test_groups_without_variance(rewards, apart):
         expected.append(all(len({value for value in column if value is not None}) <= 1 for column in columns))
     tensor = torch.tensor([[[float("nan") if v is None else v for v in r] for r in g] for g in rewards]).double()
     assert without_variance(tensor, torch.tensor(weights).double(), apart).tolist() == expected
+
+
+def test_functions_of_weight_zero_make_no_variance():
+    rewards = torch.tensor([[[1.0, 0.0], [1.0, 5.0]]])
+    for apart in (False, True):
+        assert without_variance(rewards, torch.tensor([1.0, 0.0]), apart).tolist() == [True]

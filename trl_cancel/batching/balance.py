@@ -85,7 +85,8 @@ def balanced_order(
 
     The given order is kept if it does. Otherwise the groups are dealt out, those with most rollouts of nonzero
     advantage first, each to the step in which it meets fewest of its own kind: the one that raises
-    \\( \sum N_+^2 + N_-^2 \\) over the steps least.
+    \\( \sum N_+^2 + N_-^2 \\) over the steps least. Then groups change places while
+    that brings steps nearer to the target. This finds most of what there is to be found, not all.
 
     Args:
         order (`torch.Tensor` of shape `(M,)`):
@@ -122,9 +123,39 @@ def balanced_order(
         step = min((step for step in range(num_steps) if len(steps[step]) < room), key=lambda step: raised[step])
         steps[step].append(group)
         sums[step] += counts[group]
-    dealt = torch.tensor([group for step in steps for group in step])
+    dealt = _swapped(torch.tensor(steps), counts, target).flatten()
     found = enough(dealt)
     return (dealt, found) if found > given else (order, given)
+
+
+def _swapped(steps: torch.Tensor, counts: torch.Tensor, target: int) -> torch.Tensor:
+    """
+    Groups change places, two at a time, as long as that lowers what the steps lack of the target.
+
+    Args:
+        steps (`torch.Tensor` of shape `(S, R)`):
+            Groups of each step.
+        counts (`torch.Tensor` of shape `(M, 2)`):
+            Rollouts of either sign in each group.
+        target (`int`):
+            What each step should have of either sign.
+    """
+    steps = steps.clone()
+    step_of = torch.arange(len(steps)).repeat_interleave(steps.size(1))  # of each place
+    while True:
+        held = counts[steps.flatten()]  # (places, 2)
+        sums = held.view(*steps.shape, 2).sum(1)
+        lacking = (target - sums).clamp(min=0).sum(1)[step_of]
+        swapped = sums[step_of].unsqueeze(1) - held.unsqueeze(1) + held.unsqueeze(0)  # the step of the first place
+        after = (target - swapped).clamp(min=0).sum(-1)
+        change = after + after.T - lacking.unsqueeze(1) - lacking.unsqueeze(0)
+        change[step_of.unsqueeze(1) == step_of.unsqueeze(0)] = 0
+        best = int(change.argmin())
+        if change.flatten()[best] >= 0:
+            return steps
+        one, other = divmod(best, len(step_of))
+        places = steps.view(-1)
+        places[one], places[other] = places[other].item(), places[one].item()
 
 
 def without_variance(rewards: torch.Tensor, weights: torch.Tensor, apart: bool = False) -> torch.Tensor:
@@ -143,7 +174,9 @@ def without_variance(rewards: torch.Tensor, weights: torch.Tensor, apart: bool =
     Returns:
         `torch.Tensor` of shape `(M,)` and type `bool`.
     """
-    if not apart:
+    if apart:
+        rewards = rewards[..., weights != 0]
+    else:
         unknown = rewards.isnan().all(-1, keepdim=True)
         rewards = (rewards * weights).nansum(-1, keepdim=True).masked_fill(unknown, torch.nan)
     lowest = rewards.nan_to_num(torch.inf, torch.inf, -torch.inf).amin(1)
