@@ -174,8 +174,9 @@ def test_quantized_head(monkeypatch):
 def test_last_hidden_states_are_those_that_predict_the_completion(name, adapter):
     model = build(name)
     if adapter:
-        target = "c_attn" if name.startswith("gpt2") else "q_proj"
-        model = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=[target])).eval()
+        is_gpt2 = name.startswith("gpt2")
+        lora = LoraConfig(target_modules=["c_attn" if is_gpt2 else "q_proj"], fan_in_fan_out=is_gpt2)
+        model = get_peft_model(model, lora).eval()
     tokens, caught = torch.randint(3, 50, (4, 7)), []
     with last_hidden_states(model, 3, caught.append):
         full = [model(input_ids=part, output_hidden_states=True).hidden_states[-1] for part in tokens.split(2)]
