@@ -504,6 +504,7 @@ def test_tool_results_have_no_credit(monkeypatch, tiny_model, method, expected, 
     [
         ({"nthr": True, "nthr_beta": math.nan}, "nthr_beta=nan must be a number"),
         ({"delta_credit": True, "delta_refinements": True}, "delta_refinements=True must be a whole number"),
+        ({"delta": True}, r"delta=True: delta is TRL's name .* Did you mean delta_credit=True"),
         ({"state_cache_gib": "2"}, "state_cache_gib='2' must be a number of GiB"),
         ({"state_cache_gib": -1}, "state_cache_gib=-1 must be a number of GiB"),
         (
@@ -515,3 +516,16 @@ def test_tool_results_have_no_credit(monkeypatch, tiny_model, method, expected, 
 def test_refused_values(tiny_model, settings, message):
     with pytest.raises(ValueError, match=message):
         build(tiny_model, **OFF_POLICY, **settings)
+
+
+def test_states_that_were_not_asked_for(tiny_model):
+    class Forgetful:
+        scope = "rollout"
+
+        def coefficients(self, rollouts):
+            return rollouts.states[:].sum(-1)
+
+    with pytest.raises(
+        ValueError, match=r"rollouts\.states is there only for credits that ask for it\. Set needs_states"
+    ):
+        train(tiny_model, **OFF_POLICY, arguments={"credits": [Forgetful()]})

@@ -381,6 +381,11 @@ class CancelGRPOConfig(GRPOConfig):
             value = getattr(self, setting.name)
             if setting.name in _OWN_FIELDS and isinstance(setting.default, bool) and not isinstance(value, bool):
                 raise ValueError(f"{setting.name}={value!r} must be True or False.")
+        if isinstance(self.delta, bool):
+            raise ValueError(
+                f"delta={self.delta}: delta is TRL's name for a bound on the ratio, a number. Did you mean "
+                f"delta_credit={self.delta}?"
+            )
         for name in ("epsilon", "epsilon_high"):
             value = getattr(self, name)
             if not (_is_number(value) and value > 0) and not (name == "epsilon_high" and value is None):

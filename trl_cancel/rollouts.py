@@ -16,6 +16,24 @@ def _silent(name: str, values: torch.Tensor, weights: torch.Tensor | None = None
     pass
 
 
+class _NotAskedFor:
+    """Stands for what only credits with `needs_states = True` find, and says so when it is used."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getitem__(self, rows: Any) -> Any:
+        raise ValueError(
+            f"rollouts.{self._name} is there only for credits that ask for it. Set needs_states = True in the class of "
+            "your credit."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self[name]
+
+
 @dataclass(frozen=True)
 class Rollouts:
     """
@@ -72,8 +90,8 @@ class Rollouts:
     examples: list[dict[str, Any]]
     num_generations: int
     old_logps: Any = None
-    states: Any = field(default=None, repr=False)
-    head: Any = field(default=None, repr=False)
+    states: Any = field(default=_NotAskedFor("states"), repr=False)
+    head: Any = field(default=_NotAskedFor("head"), repr=False)
     temperature: float = 1.0
     reduce: Callable[[torch.Tensor], torch.Tensor] = field(default=_identity, repr=False)
     log: Callable[..., None] = field(default=_silent, repr=False)

@@ -1,5 +1,6 @@
 """Silence for what libraries say about each other."""
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         for category in (FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category, module=LIBRARIES)
-        from transformers.utils import logging
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # misses kernels that it can do without
+        from transformers.utils.logging import disable_progress_bar
 
-        logging.disable_progress_bar()
+        disable_progress_bar()
         yield

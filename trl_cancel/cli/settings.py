@@ -100,7 +100,7 @@ class Parser(OneLineErrors, TrlParser):
         }
         for name in [*flags, *yaml_settings]:
             if name not in known:
-                raise UsageError(f"{name}: unknown setting{_suggestion(name, known)}.")
+                raise UsageError(f"{name}: unknown setting{_suggestion(name, known)}")
 
 
 def _flag_names(arguments: list[str]) -> set[str]:
@@ -110,7 +110,7 @@ def _flag_names(arguments: list[str]) -> set[str]:
 
 def _suggestion(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {close[0]}?" if close else "."
 
 
 def _split_config(argument: str) -> list[str]:
