@@ -108,7 +108,7 @@ def main() -> None:
         for name, settings in (("GRPO, whole groups", PLAIN), ("reward_balance", BALANCED))
         for seed in range(3)
     ]
-    target_runs = run(targets)
+    print(f"\n3 seeds, means and 95% intervals:\n\n{target_table(run(targets))}\n", flush=True)
     tuning = run(
         [compared(name, rate, s, "tune") for s in TUNING_SEEDS for rate in LEARNING_RATES for name in COMPARED]
     )
@@ -116,7 +116,6 @@ def main() -> None:
     reported = run([compared(name, best[name], s, "test") for s in range(options.seeds) for name in COMPARED])
     untrained = run([Cell("untrained", {"max_steps": 1, "learning_rate": 0.0}, s) for s in range(options.seeds)])
     before = statistics.mean(one["sampled"] for one in untrained)
-    print(f"\n3 seeds, means and 95% intervals:\n\n{target_table(target_runs)}\n")
     print(f"Tuning, mean sampled accuracy over {len(TUNING_SEEDS)} seeds:\n\n{grid_table(tuning)}\n")
     print(f"{options.seeds} other seeds, {options.tokens} tokens each; before the training {before:.1%}:\n")
     print(comparison_table(reported, before))
