@@ -87,7 +87,9 @@ class UpdateProbe:
 
     # Updates
 
-    def weights(self, variant: Variant | str, logps: torch.Tensor | None = None) -> torch.Tensor:
+    def weights(
+        self, variant: Variant | str, logps: torch.Tensor | None = None, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
         The weights that a variant gives the tokens.
 
@@ -96,13 +98,18 @@ class UpdateProbe:
                 The variant, or its name.
             logps (`torch.Tensor` of shape `(B, T)`, *optional*):
                 Log-probabilities now; those before the update by default.
+            rows (`torch.Tensor` of shape `(K,)`, *optional*):
+                Rollouts that `logps` belongs to; all by default.
 
         Returns:
-            `torch.Tensor` of shape `(B, T)`.
+            `torch.Tensor` of shape `(B, T)`, or `(K, T)`.
         """
         variant = Variant(variant) if isinstance(variant, str) else variant
-        logps = self.before if logps is None else logps
-        return variant.weights(self.rollouts, logps, self.credited_advantages(variant))
+        advantages = self.credited_advantages(variant)
+        if rows is None:
+            return variant.weights(self.rollouts, self.before if logps is None else logps, advantages)
+        logps = self.before[rows] if logps is None else logps
+        return variant.weights(self._take(rows), logps, advantages[rows])
 
     def credited_advantages(self, variant: Variant) -> torch.Tensor:
         """Advantages with a variant's token credit, settled by the states before any update."""
@@ -124,7 +131,7 @@ class UpdateProbe:
         Returns:
             `list[torch.Tensor]`: One for each of `parameters`.
         """
-        rows = torch.arange(len(weights)) if rows is None else rows
+        rows = torch.arange(len(weights)) if rows is None else rows.cpu()
         count = self.rollouts.mask[rows].sum()
         weighed = rows[(weights[rows] != 0).any(1).cpu()]
         with self._evaluating(), torch.enable_grad():

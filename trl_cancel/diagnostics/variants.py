@@ -44,6 +44,11 @@ class Variant:
     def __repr__(self) -> str:
         return f"Variant({self.name!r})"
 
+    @property
+    def weighs_groups(self) -> bool:
+        """Whether rollouts are weighed within their groups, which must then be whole."""
+        return self.settings.get("group_weights", "none") != "none"
+
     def credited(self, rollouts: Rollouts) -> Rollouts:
         """
         The rollouts with this variant's token credit in their advantages, which are then of shape `(B,)` or `(B, T)`.
