@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from ..evaluation import RewardFunction
 from .coupling import coupling_kernel, prediction_errors, sign_agreement
 from .displacement import gwhes, likelihood_displacement, top_k_overlap
-from .energy import energy_by_frequency, output_row_energy
+from .energy import asymmetry_by_group, energy_by_frequency, output_row_energy
 from .masking import CONDITIONS, boost_rate, masking_effects
-from .off_policy import off_policy_steps
+from .off_policy import logps_after_one_use, off_policy_steps
 from .probe import UpdateProbe
 from .shifts import THRESHOLD, token_shifts
 from .values import token_values
@@ -88,6 +88,12 @@ class Subject:
         if variant not in self._shifts:
             self._shifts[variant] = self.probe.shifts(variant)
         return self._shifts[variant]
+
+    def training(self) -> UpdateProbe:
+        """The probe with the optimizer of a training run."""
+        probe = copy.copy(self.probe)
+        probe.optimizer = AdamW(probe.parameters, lr=self.learning_rate)
+        return probe
 
     def watch(self, items: Iterable[Any], label: str) -> Any:
         """The items, with a progress bar."""
@@ -282,24 +288,30 @@ def measure_displacement(subject: Subject) -> dict[str, Any]:
 
 
 def measure_energy(subject: Subject) -> dict[str, Any]:
-    """The share of the update's energy that goes to frequent and to rare tokens, by variant."""
-    probe = subject.probe
-    logps = probe.before[probe.active]
+    """
+    The share of an off-policy update's energy that goes to frequent and to rare tokens, and how unevenly the rollouts
+    of a group weigh in it: by variant, all at the same weights.
+    """
+    probe, active = subject.probe, subject.probe.active
+    logps = logps_after_one_use(subject.training(), seed=subject.seed)
+    lengths = probe.rollouts.lengths.clamp(min=1)
     variants = {}
-    for variant in WEIGHED:
-        energies = output_row_energy(probe.weights(variant)[probe.active], logps, probe.hidden.float())
+    for variant in subject.watch(WEIGHED, "Energy"):
+        weights = probe.weights(variant, logps)
+        energies = output_row_energy(weights[active], logps[active], probe.hidden.float())
         energy, tokens = energy_by_frequency(energies, probe.token_ids)
-        variants[variant] = {"energy": energy.tolist(), "tokens": tokens.tolist()}
+        asymmetry = asymmetry_by_group(weights.sum(1) / lengths, probe.rollouts.group_ids).mean()
+        variants[variant] = {"energy": energy.tolist(), "tokens": tokens.tolist(), "asymmetry": asymmetry.item()}
     return {"variants": variants}
 
 
 def measure_residual(subject: Subject) -> dict[str, Any]:
-    """What is left on shared tokens, and how unevenly rollouts weigh, in the steps of an off-policy run."""
-    probe = copy.copy(subject.probe)
-    probe.optimizer = AdamW(probe.parameters, lr=subject.learning_rate)
+    """What is left on shared tokens in the steps of an off-policy run, by variant."""
     runs = {}
     for name, (variant, whole_groups) in subject.watch(OFF_POLICY.items(), "Residual"):
-        steps = off_policy_steps(probe, variant, num_iterations=2, whole_groups=whole_groups, seed=subject.seed)
+        steps = off_policy_steps(
+            subject.training(), variant, num_iterations=2, whole_groups=whole_groups, seed=subject.seed
+        )
         later = steps[len(steps) // 2 :]  # the second use of the rollouts
         runs[name] = {
             "residual": [step.residual for step in steps],
