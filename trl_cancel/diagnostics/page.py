@@ -67,7 +67,9 @@ class Page:
                 What it shows and how to read it.
         """
         anchor = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "section"
-        self._add("section", title=title, text=text, anchor=f"{len(self._parts)}-{anchor}")
+        if any(part.get("anchor") == anchor for part in self._parts):
+            anchor += f"-{len(self._parts)}"
+        self._add("section", title=title, text=text, anchor=anchor)
 
     def text(self, text: str) -> None:
         """
