@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import apply_chat_template
@@ -58,12 +59,12 @@ def score_samples(
     """
     rows = [row for row in dataset for _ in range(num_samples)]
     rewards: list[float | None] = []
-    with _sampling(model, seed), tqdm(total=len(rows), desc=description, disable=description is None) as progress:
+    with sampling(model, seed), tqdm(total=len(rows), desc=description, disable=description is None) as progress:
         for first in range(0, len(rows), batch_size):
             batch = rows[first : first + batch_size]
-            answers, ids = _generate(model, tokenizer, batch, temperature, max_completion_length)
-            columns = {name: [row[name] for row in batch] for name in batch[0]}
-            rewards += reward(prompts=columns.pop("prompt"), completions=answers, completion_ids=ids, **columns)
+            prefixes = prompt_token_ids(tokenizer, [row["prompt"] for row in batch])
+            ids = continuations(model, tokenizer, prefixes, max_completion_length, temperature)
+            rewards += rewards_of(reward, tokenizer, batch, ids)
             progress.update(len(batch))
     scores = torch.tensor([float("nan") if value is None else value for value in rewards])
     return scores.view(-1, num_samples)
@@ -97,8 +98,30 @@ def mean_with_interval(
     return by_prompt.mean().item(), low, high
 
 
+def rewards_of(
+    reward: RewardFunction, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], ids: list[list[int]]
+) -> list[float | None]:
+    """
+    What a reward function says of some completions.
+
+    Args:
+        reward (`Callable`):
+            Reward function in TRL's form.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+        rows (`list[dict]`):
+            The data set's row behind each completion; columns other than `prompt` are passed on.
+        ids (`list[list[int]]`):
+            Token ids of the completions, without padding.
+    """
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    prompts = columns.pop("prompt")
+    answers = as_answers(tokenizer, ids, prompts)
+    return reward(prompts=prompts, completions=answers, completion_ids=ids, **columns)
+
+
 @contextmanager
-def _sampling(model: PreTrainedModel, seed: int) -> Iterator[None]:
+def sampling(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Evaluation mode, no gradients and a seed of its own, all undone at the end."""
     was_training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
@@ -111,41 +134,73 @@ def _sampling(model: PreTrainedModel, seed: int) -> Iterator[None]:
             model.train(was_training)
 
 
-def _generate(
+def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> list[list[int]]:
+    """
+    Token ids of prompts, as TRL makes them.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+        prompts (`list`):
+            Texts or conversations.
+    """
+    if not is_conversational({"prompt": prompts[0]}):
+        return tokenizer(prompts)["input_ids"]
+    texts = [apply_chat_template({"prompt": prompt}, tokenizer)["prompt"] for prompt in prompts]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has written them already
+
+
+def continuations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict[str, Any]],
-    temperature: float,
-    max_completion_length: int,
-) -> tuple[list[Any], list[list[int]]]:
-    """Answers to the prompts of some rows, in the prompts' form, and their token ids without padding."""
-    conversational = is_conversational(rows[0])
-    texts = [
-        apply_chat_template({"prompt": row["prompt"]}, tokenizer)["prompt"] if conversational else row["prompt"]
-        for row in rows
-    ]
-    # The chat template has written the special tokens of a conversation already.
-    inputs = tokenizer(
-        texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not conversational
-    ).to(model.device)
+    prefixes: list[list[int]],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+) -> list[list[int]]:
+    """
+    Continues sequences of tokens until an answer ends, in one batch.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        prefixes (`list[list[int]]`):
+            Token ids to continue.
+        max_new_tokens (`int`):
+            Longest continuation.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature; `0` decodes greedily.
+
+    Returns:
+        `list[list[int]]`: The tokens that follow each prefix, the ending one included, without padding.
+    """
+    end = end_tokens(model, tokenizer)
+    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end[0]
+    rows = [torch.tensor(prefix) for prefix in prefixes]
+    ids = pad_sequence(rows, batch_first=True, padding_value=filler, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    end = _end_tokens(model, tokenizer)
     generate: Any = model.generate
     output = generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_completion_length,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end[0],
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=filler,
         eos_token_id=end,
         **(sampling if temperature else {"do_sample": False}),
     )
-    ids = [_until_end(row, end) for row in output[:, inputs["input_ids"].size(1) :].tolist()]
+    return [_until_end(row, end) for row in output[:, ids.size(1) :].tolist()]
+
+
+def as_answers(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], prompts: list[Any]) -> list[Any]:
+    """Completions in the form of their prompts: texts or conversations."""
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    answers = [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
-    return answers, ids
+    conversational = is_conversational({"prompt": prompts[0]})
+    return [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends an answer: the model's, which may be several, and the tokenizer's."""
     declared = model.generation_config.eos_token_id if model.generation_config else None
     declared = declared if isinstance(declared, list) else [declared]

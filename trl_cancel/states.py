@@ -265,6 +265,42 @@ class LMHead:
         bias = None if bias is None else bias.to(dtype)
         return self._finish(nn.functional.linear(hidden.to(dtype), weight.to(dtype), bias))
 
+    def all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """
+        Logits of the whole vocabulary, through which gradients flow to the layer.
+
+        Args:
+            hidden (`torch.Tensor` of shape `(N, d)`):
+                Last hidden states: of so few tokens at a time that the logits fit into memory.
+
+        Returns:
+            `torch.Tensor` of shape `(N, V)`.
+        """
+        if isinstance(self.layer, nn.Module):
+            return self._finish(self.layer(hidden))
+        weight, bias = (
+            (self.layer, None) if isinstance(self.layer, torch.Tensor) else (self.layer.weight, self.layer.bias)
+        )
+        return self._finish(nn.functional.linear(hidden.to(weight.dtype), weight, bias))
+
+    @torch.no_grad()
+    def moved(self, step: torch.Tensor) -> "LMHead":
+        """
+        The same head with another weight, of its own.
+
+        Args:
+            step (`torch.Tensor` of shape `(V, d)`):
+                What is added to the weight.
+        """
+        token_ids = torch.arange(len(step), device=step.device)
+        weight, bias = self.rows(token_ids)
+        return LMHead(_Rows(token_ids, weight + step.to(weight.dtype), bias), self.scale, self.softcap)
+
+    def slope(self, logits: torch.Tensor) -> torch.Tensor:
+        """Derivative of the logits by what the layer gives: the scale, and what the soft cap leaves of it."""
+        cap = 1.0 if self.softcap is None else 1 - (logits / self.softcap) ** 2
+        return self.scale * cap * torch.ones_like(logits)
+
     def _finish(self, raw: torch.Tensor) -> torch.Tensor:
         scaled = raw * self.scale
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)

@@ -34,6 +34,8 @@ class UpdateWeights:
     def __init__(self, args: CancelGRPOConfig, monitor: UpdateMonitor):
         self.args, self.monitor = args, monitor
         self.epsilon_low, self.epsilon_high = args.clip_range
+        # Symmetric clipping bounds the ratio of negative advantages too (Eq. 80).
+        self.delta = 1 + self.epsilon_high if args.symmetric_clip else args.delta
         self.group_size = args.layout.num_generations
 
     def ratios(self, rows: Rows, logps: torch.Tensor) -> torch.Tensor:
@@ -63,7 +65,7 @@ class UpdateWeights:
             return None
         if self.args.symmetric_clip and self.args.symmetric_clip_gradient == "score":
             return symmetric_clip(ratios, self.epsilon_high)
-        return surrogate_weight(ratios, advantages, self.epsilon_low, self.epsilon_high, self.args.delta)
+        return surrogate_weight(ratios, advantages, self.epsilon_low, self.epsilon_high, self.delta)
 
     def count_clipped(self, rows: Rows, ratios: torch.Tensor, advantages: torch.Tensor) -> None:
         """Metrics of symmetric clipping; TRL's own `clip_ratio/*` reads 0, taking it for two-sided clipping."""

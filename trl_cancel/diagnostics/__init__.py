@@ -1,6 +1,65 @@
-"""Diagnostics: what an update did to each token, as pure functions."""
+"""Diagnostics: what an update did to each token."""
 
-from .residual import shared_contexts, shared_prefix_residual
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 
-__all__ = ["shared_contexts", "shared_prefix_residual"]
+if TYPE_CHECKING:
+    from .coupling import coupling_kernel, head_gradient, predicted_shifts, prediction_errors, sign_agreement
+    from .displacement import gwhes, likelihood_displacement, top_k_overlap
+    from .energy import energy_by_frequency, gradient_asymmetry, output_row_energy
+    from .probe import UpdateProbe
+    from .residual import shared_contexts, shared_prefix_residual
+    from .sampling import sample_rollouts
+    from .shifts import Ratios, TokenShifts, token_shifts
+    from .values import TokenValues, counterfactual_value, token_values
+    from .variants import Variant
+
+# Where each public name lives. Loaded on first use: the trainer takes a few functions, the probe takes the trainer's.
+_HOME = {
+    "coupling": ("coupling_kernel", "head_gradient", "predicted_shifts", "prediction_errors", "sign_agreement"),
+    "displacement": ("gwhes", "likelihood_displacement", "top_k_overlap"),
+    "energy": ("energy_by_frequency", "gradient_asymmetry", "output_row_energy"),
+    "probe": ("UpdateProbe",),
+    "residual": ("shared_contexts", "shared_prefix_residual"),
+    "sampling": ("sample_rollouts",),
+    "shifts": ("Ratios", "TokenShifts", "token_shifts"),
+    "values": ("TokenValues", "counterfactual_value", "token_values"),
+    "variants": ("Variant",),
+}
+_MODULES = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "Ratios",
+    "TokenShifts",
+    "TokenValues",
+    "UpdateProbe",
+    "Variant",
+    "counterfactual_value",
+    "coupling_kernel",
+    "energy_by_frequency",
+    "gradient_asymmetry",
+    "gwhes",
+    "head_gradient",
+    "likelihood_displacement",
+    "output_row_energy",
+    "predicted_shifts",
+    "prediction_errors",
+    "sample_rollouts",
+    "shared_contexts",
+    "shared_prefix_residual",
+    "sign_agreement",
+    "token_shifts",
+    "token_values",
+    "top_k_overlap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -38,3 +38,58 @@ def asymmetry_by_group(coefficients: torch.Tensor, group_ids: torch.Tensor) -> t
     sums.index_add_(1, index, torch.stack([torch.ones_like(coefficients), coefficients, coefficients**2]))
     count, total, squares = sums
     return squares / count - (total / count) ** 2
+
+
+def energy_by_frequency(
+    energies: torch.Tensor, token_ids: torch.Tensor, num_buckets: int = 4
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    The share of an update's energy that goes to frequent and to rare tokens (Eq. 24 of
+    [2604.13088](https://huggingface.co/papers/2604.13088)),
+    \( \sum_{t\in B}\|\nabla\ell_t\| / \sum_t\|\nabla\ell_t\| \).
+
+    The buckets B hold whole tokens of the vocabulary, the most frequent ones first, and each about as many of the N
+    tokens as the others.
+
+    Args:
+        energies (`torch.Tensor` of shape `(N,)`):
+            Norms \( \|\nabla\ell_t\| \), or a proxy of them: [`output_row_energy`].
+        token_ids (`torch.Tensor` of shape `(N,)`):
+            The tokens.
+        num_buckets (`int`, *optional*, defaults to `4`):
+            Number of buckets.
+
+    Returns:
+        `tuple` of two `torch.Tensor` of shape `(num_buckets,)`: The buckets' shares of the energy, `nan` if there is
+        none, and their shares of the tokens.
+    """
+    _, index, counts = token_ids.unique(return_inverse=True, return_counts=True)
+    order = counts.argsort(descending=True, stable=True)
+    ahead = torch.zeros_like(counts).scatter(0, order, counts[order].cumsum(0) - counts[order])
+    middle = (ahead + counts / 2) / max(1, len(token_ids))  # of the run of equal tokens, frequent ones first
+    buckets = (middle * num_buckets).long().clamp(max=num_buckets - 1)[index]
+
+    def shares(values: torch.Tensor) -> torch.Tensor:
+        sums = values.new_zeros(num_buckets, dtype=torch.double).index_add_(0, buckets, values.double())
+        return sums / values.double().sum()
+
+    return shares(energies), shares(torch.ones_like(energies))
+
+
+def output_row_energy(weights: torch.Tensor, logps: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    r"""
+    The norm of a token's weighted gradient in its own row of the output layer,
+    \( |w|\,(1-\pi(y))\,\|h\| \): a proxy of \( \|\nabla\ell_t\| \).
+
+    Args:
+        weights (`torch.Tensor` of shape `(N,)`):
+            What the update multiplies \( \nabla\log\pi \) with.
+        logps (`torch.Tensor` of shape `(N,)`):
+            Log-probabilities.
+        hidden (`torch.Tensor` of shape `(N, d)`):
+            Hidden states that predict the tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`.
+    """
+    return weights.abs() * -torch.expm1(logps) * hidden.norm(dim=-1)
