@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -90,14 +89,11 @@ def run_probe(settings: Settings, names: list[str], pages: Any) -> None:
     run: Any = settings.run
     run.check()
     check_writable(run.probe_output)
-    rows = _rows(settings)
-    reward = find_rewards(settings)[0]
-    if not callable(reward):
-        raise UsageError("reward_funcs: the probe needs a reward function, not reward_model_name_or_path.")
-    model, tokenizer = load_model(settings)
-    results: dict[str, Any] = {"facts": _facts(settings, model), "seeds": []}
+    results: dict[str, Any] = {"facts": _facts(settings), "seeds": []}
     for seed in range(run.probe_seeds):
-        results["seeds"].append(_measure(settings, names, model, tokenizer, reward, rows, seed))
+        if not settings.training.disable_tqdm:
+            console.print(f"Seed {seed + 1} of {run.probe_seeds}")
+        results["seeds"].append(measure_seed(settings, names, seed))
         index = _write(results, Path(run.probe_output), pages)
     console.print(f"Report: {index}. Numbers: {index.parent / 'probe.json'}.")
 
@@ -149,22 +145,25 @@ def load_model(settings: Settings) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _measure(
-    settings: Settings,
-    names: list[str],
-    model: Any,
-    tokenizer: Any,
-    reward: Any,
-    rows: list[dict[str, Any]],
-    seed: int,
-) -> dict[str, Any]:
+def measure_seed(settings: Settings, names: list[str], seed: int) -> dict[str, Any]:
+    """
+    The measurements on one set of prompts and rollouts.
+
+    Args:
+        settings ([`Settings`]):
+            The settings, with [`ProbeArguments`].
+        names (`list[str]`):
+            Measurements.
+        seed (`int`):
+            Which of the `probe_seeds` sets.
+    """
     run: Any = settings.run
-    training = settings.training
-    own = rows[seed * run.probe_prompts : (seed + 1) * run.probe_prompts]
-    progress = not training.disable_tqdm
-    if progress:
-        console.print(f"Seed {seed + 1} of {run.probe_seeds}")
-    random.seed(seed)
+    training, progress = settings.training, not settings.training.disable_tqdm
+    own = _rows(settings)[seed * run.probe_prompts : (seed + 1) * run.probe_prompts]
+    reward = find_rewards(settings)[0]
+    if not callable(reward):
+        raise UsageError("reward_funcs: the probe needs a reward function, not reward_model_name_or_path.")
+    model, tokenizer = load_model(settings)
     length = training.max_completion_length or 256
     rollouts = sample_rollouts(
         model,
@@ -203,13 +202,11 @@ def _measure(
     return sampled | {name: MEASUREMENTS[name](subject) for name in names}
 
 
-def _facts(settings: Settings, model: Any) -> dict[str, Any]:
+def _facts(settings: Settings) -> dict[str, Any]:
     run: Any = settings.run
     training = settings.training
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return {
         "model": settings.model.model_name_or_path,
-        "trained parameters": trained,
         "data set": run.dataset_name or "a mixture",
         "prompts a seed": run.probe_prompts,
         "rollouts a prompt": training.num_generations,

@@ -13,6 +13,7 @@ from torch.optim import AdamW
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..credit import nthr_scores
 from ..evaluation import RewardFunction
 from .coupling import coupling_kernel, prediction_errors, sign_agreement
 from .displacement import gwhes, likelihood_displacement, top_k_overlap
@@ -26,6 +27,7 @@ from .variants import Variant
 
 
 SHIFTED = ("grpo", "positive_only", "negative_only", "nthr", "nthr_random", "delta", "dfpo")
+TRAINED = ("grpo", "positive_only")  # measured with the optimizer of the training too
 # The paper's measurement takes the whole push off the selected tokens (2505.18830, section 5.3).
 DISPLACED = {
     "grpo": Variant("grpo"),
@@ -138,17 +140,18 @@ class Subject:
 def measure_shifts(subject: Subject) -> dict[str, Any]:
     """Token flipping: boosted and suppressed tokens of right and wrong rollouts, by variant."""
     probe = subject.probe
-    variants = {}
-    for variant in subject.watch(SHIFTED, "Shifts"):
-        shifts = token_shifts(
-            probe.before,
-            probe.before + subject.shifts(variant),
-            probe.rollouts.mask,
-            probe.rollouts.advantages,
-            subject.threshold,
+
+    def ratios(shifts: torch.Tensor) -> dict[str, Any]:
+        rollouts = probe.rollouts
+        found = token_shifts(
+            probe.before, probe.before + shifts, rollouts.mask, rollouts.advantages, subject.threshold
         )
-        ratios = {name: asdict(getattr(shifts, name)) for name in ("positive", "negative", "all")}
-        variants[variant] = {**ratios, "dissimilarity": _dissimilarity(ratios)}
+        by_sign = {name: asdict(getattr(found, name)) for name in ("positive", "negative", "all")}
+        return {**by_sign, "dissimilarity": _dissimilarity(by_sign)}
+
+    variants = {variant: ratios(subject.shifts(variant)) for variant in subject.watch(SHIFTED, "Shifts")}
+    for variant in TRAINED:
+        variants[f"{variant}, AdamW"] = ratios(subject.training().shifts(variant))
     shifts_of_grpo = subject.shifts("grpo")
     rows = subject.telling(shifts_of_grpo)
     return {
@@ -277,6 +280,7 @@ def measure_displacement(subject: Subject) -> dict[str, Any]:
         "below_positive_only": _fraction(of["grpo"] < of["positive_only"]),
         "nthr_above_grpo": _fraction(of["nthr"] > of["grpo"]),
         "nthr_above_random": _fraction(of["nthr"] > of["nthr_random"]),
+        "rank_correlation": _rank_correlation(-of["grpo"], of["gwhes"]),
         "nthr_gain": _mean(of["nthr"] - of["grpo"]),
         "random_gain": _mean(of["nthr_random"] - of["grpo"]),
         "overlap": {
@@ -285,6 +289,12 @@ def measure_displacement(subject: Subject) -> dict[str, Any]:
             if k < len(prompts)
         },
     }
+
+
+def _rank_correlation(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Spearman's."""
+    ranks = torch.stack([values.argsort().argsort().double() for values in (first, second)])
+    return torch.corrcoef(ranks)[0, 1].item() if len(first) > 1 else float("nan")
 
 
 def measure_energy(subject: Subject) -> dict[str, Any]:
@@ -416,7 +426,9 @@ def measure_coefficients(subject: Subject, count: int = 12) -> dict[str, Any]:
         "delta": _by_token(subject, lambdas, probe.active, count),
         "nthr": _by_token(subject, kept, probe.active & (probe.rollouts.advantages < 0).unsqueeze(1), count),
         "nthr_selected": _mean((kept < 1)[probe.active & (probe.rollouts.advantages < 0).unsqueeze(1)].double()),
-        "responses": [subject.response(row, **{"lambda": lambdas, "nthr": kept}) for row in rows],
+        "responses": [
+            subject.response(row, **{"lambda": lambdas, "nthr_score": _scores_of_group(probe, row)}) for row in rows
+        ],
     }
 
 
@@ -426,6 +438,25 @@ def _credit_of(probe: UpdateProbe, variant: Variant) -> torch.Tensor:
     credited = probe.credited_advantages(variant)
     credited = credited.unsqueeze(1) if credited.dim() == 1 else credited
     return (credited / advantages).where(advantages != 0, 1.0).expand_as(probe.before)
+
+
+def _scores_of_group(probe: UpdateProbe, row: int) -> torch.Tensor:
+    """NTHR scores of the rollouts of a group, of shape `(B, T)`; 0 for those of other groups."""
+    rollouts = probe.rollouts
+    first = row - row % rollouts.num_generations
+    rows = slice(first, first + rollouts.num_generations)
+    scores, _ = nthr_scores(
+        rollouts.states[rows],
+        probe.before[rows],
+        rollouts.completion_ids[rows],
+        rollouts.mask[rows],
+        rollouts.advantages[rows] > 0,
+        probe.head,
+        rollouts.temperature,
+    )
+    spread = torch.zeros_like(probe.before, dtype=scores.dtype)
+    spread[rows] = scores
+    return spread
 
 
 def _by_token(subject: Subject, values: torch.Tensor, counted: torch.Tensor, count: int) -> dict[str, Any]:

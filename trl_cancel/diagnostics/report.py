@@ -64,9 +64,9 @@ def shifts_section(page: Page, seeds: Seeds) -> None:
             label=f"{kind}, {'right' if sign == 'positive' else 'wrong'} rollouts",
         )
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(variants)), [name.replace("_", "\n") for name in variants])
+    axes.set_xticks(range(len(variants)), [name.replace("_", "\n").replace(", ", "\n") for name in variants])
     axes.set_ylabel("fraction of tokens")
-    axes.legend(fontsize="small", ncols=2)
+    _legend_above(axes, 2)
     page.figure(
         "flipping",
         figure,
@@ -98,8 +98,8 @@ def coupling_section(page: Page, seeds: Seeds) -> None:
     """The kernel and the masking experiment."""
     page.section(
         "Coupling",
-        "A push on one token moves others, as far as their hidden states and prediction errors are alike: mostly the "
-        "same token where the model is unsure of it.",
+        "A push on one token moves others, as far as their hidden states and their prediction errors are alike. By the "
+        "papers that should be mostly the same token where the model is unsure of it.",
     )
     figure, axes = new_figure(6.4, 3.2)
     kinds = seeds[0]["pairs"]
@@ -114,28 +114,34 @@ def coupling_section(page: Page, seeds: Seeds) -> None:
     page.figure(
         "coupling",
         figure,
-        caption="How strongly two tokens drawn at random are coupled in the output layer (log scale): highest where "
-        "they are the same token and the model is unsure of both.",
+        caption="How strongly two tokens drawn at random are coupled in the output layer (log scale), by whether "
+        "they are the same and both among the fifth that the model is least sure of: the taller, the stronger.",
         alt="Bars of the mean coupling of pairs of tokens by kind",
     )
     conditions = list(seeds[0]["masking"])
     page.table(
-        ["left out", "head: boost rate", "paper", "mean boost", "all weights: boost rate", "paper", "mean boost"],
+        ["left out", "output layer", "paper", "all weights", "paper"],
         [
             [
                 condition,
                 _percent(seeds, "masking", condition, "head", "boost_rate"),
                 f"{PAPER_MASKING[condition][0]:.1%}",
-                _interval(seeds, "masking", condition, "head", "mean_boost"),
                 _percent(seeds, "masking", condition, "full", "boost_rate"),
                 f"{PAPER_MASKING[condition][1]:.1%}",
-                _interval(seeds, "masking", condition, "full", "mean_boost"),
             ]
             for condition in conditions
         ],
-        caption="The masking experiment, beside Table 1 of arXiv 2605.08666: how often a few tokens of right rollouts, "
-        "had they not been left out of the update, would have boosted another token, and by how much (nats). 50% is "
-        "what tokens without any coupling give.",
+        caption="The masking experiment, beside Table 1 of arXiv 2605.08666. Boost rate: how often a few tokens of "
+        "right rollouts, had they not been left out of the update, would have boosted another token. Tokens without "
+        "any coupling give 50%. Updates of the output layer alone, and of all weights.",
+    )
+    page.table(
+        ["left out", "output layer, nats", "all weights, nats"],
+        [
+            [condition, *(_interval(seeds, "masking", condition, scope, "mean_boost") for scope in ("head", "full"))]
+            for condition in conditions
+        ],
+        caption="Mean boost in the same experiment.",
     )
     page.table(
         ["compared", "correlation", "same sign"],
@@ -175,7 +181,7 @@ def displacement_section(page: Page, seeds: Seeds) -> None:
     axes.set_xlabel("prompts, by their displacement under GRPO")
     axes.set_ylabel("Δ(x), nats")
     axes.set_xticks([])
-    axes.legend(fontsize="small", ncols=4)
+    _legend_above(axes, 4)
     page.figure(
         "displacement",
         figure,
@@ -222,7 +228,7 @@ def energy_section(page: Page, seeds: Seeds) -> None:
         axes.bar(variants, shares, 0.7, bottom=bottom, color=TABLEAU[bucket], label=label)
         bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
     axes.set_ylabel("share of energy")
-    axes.legend(fontsize="small", ncols=buckets, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    _legend_above(axes, buckets)
     page.figure(
         "energy",
         figure,
@@ -255,7 +261,9 @@ def residual_section(page: Page, seeds: Seeds) -> None:
     for colour, (name, run) in zip([*TABLEAU, *TABLEAU], seeds[0]["runs"].items(), strict=False):
         steps = range(1, len(run["residual"]) + 1)
         values = [max(_mean_of([seed["runs"][name]["residual"][step - 1] for seed in seeds]), 1e-9) for step in steps]
-        axes.plot(steps, values, "o-", markersize=3, color=colour, label=name, linestyle="--" if "-" in name else "-")
+        axes.plot(
+            steps, values, marker="o", markersize=3, color=colour, label=name, linestyle="--" if "-" in name else "-"
+        )
     axes.set_yscale("log")
     axes.set_xlabel("optimizer step; the second half uses the rollouts again")
     axes.set_ylabel("residual")
@@ -299,7 +307,7 @@ def values_section(page: Page, seeds: Seeds) -> None:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(signs)), ["right rollouts", "wrong rollouts", "all"])
     axes.set_ylabel("value, reward")
-    axes.legend(fontsize="small")
+    _legend_above(axes, 2)
     page.figure(
         "values",
         figure,
@@ -340,19 +348,20 @@ def coefficients_section(page: Page, seeds: Seeds) -> None:
         caption=f"Tokens of wrong rollouts that NTHR spares most; it selects "
         f"{_percent(seeds, 'nthr_selected')} of all.",
     )
-    shown = [
-        {
-            **response,
-            "over": [value - 1 for value in response["lambda"]],
-            "spared": [1 - value for value in response["nthr"]],
-        }
-        for response in first["responses"]
-    ]
-    _responses(page, shown, "over", "DelTA's λ minus 1", ("less credit", "more credit"))
+    shown = [{**response, "over": [value - 1 for value in response["lambda"]]} for response in first["responses"]]
+    _responses(page, shown, "over", "DelTA's λ, over or under 1", ("less credit", "more credit"))
     wrong = [response for response in shown if response["advantage"] < 0]
     _responses(
-        page, wrong, "spared", "what NTHR takes off a coefficient of 1", ("pushed in full", "spared"), diverging=False
+        page,
+        wrong,
+        "nthr_score",
+        "NTHR score, what pushing the token down takes from the right responses",
+        ("helps them", "harms them"),
     )
+
+
+def _legend_above(axes: Any, columns: int) -> None:
+    axes.legend(fontsize="small", ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
 
 
 def _side_by_side(left: Sequence[dict[str, Any]], right: Sequence[dict[str, Any]]) -> list[list[Any]]:
