@@ -108,7 +108,9 @@ def test_output_layer_alone(tiny_model):
 
 
 class _Look(CancelGRPOTrainer):
-    """Keeps the inputs of the losses of the second optimizer step and the gradient that they add up to."""
+    """Keeps the inputs of the losses of an optimizer step and the gradient that they add up to."""
+
+    step_to_keep = 1
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -117,13 +119,13 @@ class _Look(CancelGRPOTrainer):
 
         class Watch(TrainerCallback):
             def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-                if state.global_step == 1:
+                if state.global_step == trainer.step_to_keep:
                     trainer.gradient = [parameter.grad.clone() for parameter in model.parameters()]
 
         self.add_callback(Watch())
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        if self.state.global_step == 1:
+        if self.state.global_step == self.step_to_keep:
             self.before = weights_of(self.accelerator.unwrap_model(model))
             self.kept.append({name: value for name, value in inputs.items() if value is not None})
         return super().compute_loss(model, inputs, *args, **kwargs)
@@ -181,17 +183,22 @@ def test_gradient_is_that_of_the_trainer(tiny_model, name):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
+class _LookAtFirst(_Look):
+    step_to_keep = 0
+
+
 def test_token_credit_is_that_of_the_trainer(tiny_model):
-    """On policy the credits that the trainer has settled are those that the probe settles."""
+    """The credits that the trainer settles when the rollouts are scored are those that the probe settles."""
     for name in ("nthr", "delta", "positive-only"):
         trainer = build(
             load(tiny_model).double(),
-            _Look,
+            _LookAtFirst,
             arguments={"processing_class": AutoTokenizer.from_pretrained(tiny_model)},
             per_device_train_batch_size=8,
             steps_per_generation=2,
             gradient_accumulation_steps=2,
-            max_steps=2,
+            num_iterations=2,
+            max_steps=1,
             **METHODS[name].settings,
         )
         trainer.train()

@@ -56,9 +56,10 @@ class Update:
         """The update with these weights of the tokens."""
         return cls(probe.gradient(weights), probe.head_step(weights))
 
-    def __sub__(self, other: "Update") -> "Update":
-        gradient = [whole - part for whole, part in zip(self.gradient, other.gradient, strict=True)]
-        return Update(gradient, self.head_step - other.head_step)
+    def without(self, part: "Update") -> "Update":
+        """This update without a part of it, which is used up: gradients are as large as the model."""
+        gradient = [left_out.neg_().add_(whole) for whole, left_out in zip(self.gradient, part.gradient, strict=True)]
+        return Update(gradient, self.head_step - part.head_step)
 
     def shift(self, probe: UpdateProbe, candidate: int) -> torch.Tensor:
         """The shift of an active token by the output layer's update and by that of all parameters, of shape `(2,)`."""
@@ -135,7 +136,7 @@ def masking_effects(
             masked = places[draw(alike(candidate, same, of_low), count)].unbind(1)
             left_out = torch.zeros_like(weights)
             left_out[masked] = weights[masked]
-            effects[name].append(usual - (update - Update.of(probe, left_out)).shift(probe, candidate))
+            effects[name].append(usual - update.without(Update.of(probe, left_out)).shift(probe, candidate))
     stacked = {name: torch.stack(of_tokens).double() for name, of_tokens in effects.items()}
     return MaskingEffects(
         {name: of_tokens[:, 0] for name, of_tokens in stacked.items()},

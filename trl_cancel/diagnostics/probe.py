@@ -134,23 +134,24 @@ class UpdateProbe:
         rows = torch.arange(len(weights)) if rows is None else rows.cpu()
         count = self.rollouts.mask[rows].sum()
         weighed = rows[(weights[rows] != 0).any(1).cpu()]
-        with self._evaluating(), torch.enable_grad():
-            gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
-            for part in weighed.split(self.batch_size) if len(weighed) else ():
-                some = self._take(part)
-                active = some.mask.bool()
-                logps = log_probs(
-                    final_states(self.model, some)[active],
-                    some.completion_ids[active],
-                    self.head,
-                    some.temperature,
-                )
-                loss = -(weights[part.to(weights.device)][active] * logps).sum() / count
-                parts = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-                for total, added in zip(gradients, parts, strict=True):
-                    if added is not None:
-                        total += added
-        return gradients
+        kept = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        try:
+            with self._evaluating(), torch.enable_grad():
+                for part in weighed.split(self.batch_size) if len(weighed) else ():
+                    some = self._take(part)
+                    active = some.mask.bool()
+                    hidden = final_states(self.model, some)[active]
+                    logps = log_probs(hidden, some.completion_ids[active], self.head, some.temperature)
+                    (-(weights[part.to(weights.device)][active] * logps).sum() / count).backward()
+            return [
+                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                for parameter in self.parameters
+            ]
+        finally:
+            for parameter, gradient in zip(self.parameters, kept, strict=True):
+                parameter.grad = gradient
 
     def step(self, gradient: Sequence[torch.Tensor]) -> None:
         """
@@ -161,7 +162,7 @@ class UpdateProbe:
                 One for each of `parameters`.
         """
         for parameter, value in zip(self.parameters, gradient, strict=True):
-            parameter.grad = value.clone()
+            parameter.grad = value
         self.optimizer.step()
 
     @contextmanager
