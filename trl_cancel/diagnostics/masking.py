@@ -86,7 +86,9 @@ def masking_effects(
         return places[torch.randperm(len(places), generator=generator)[:count]]
 
     candidates = [
-        candidate for candidate in draw(low.nonzero().squeeze(1), len(low)).tolist() if len(alike(candidate, True, True))
+        candidate
+        for candidate in draw(low.nonzero().squeeze(1), len(low)).tolist()
+        if len(alike(candidate, True, True))
     ][:num_candidates]
     if not candidates:
         raise ValueError(

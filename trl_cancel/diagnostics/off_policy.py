@@ -77,7 +77,9 @@ def off_policy_steps(
         for rows in batches * num_iterations:
             weights = torch.zeros_like(probe.before)
             weights[rows] = probe.weights(variant, probe.log_probs(rows), rows)
-            residual, count = shared_prefix_residual(weights[rows], contexts[rows] * rollouts.mask[rows], deserved[rows])
+            residual, count = shared_prefix_residual(
+                weights[rows], contexts[rows] * rollouts.mask[rows], deserved[rows]
+            )
             pushes = weights[rows].sum(1) / rollouts.mask[rows].sum(1).clamp(min=1)
             asymmetry = asymmetry_by_group(pushes, rollouts.group_ids[rows]).mean()
             measures.append(StepMeasures(residual.item() if count else float("nan"), asymmetry.item()))
