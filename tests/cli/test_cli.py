@@ -35,7 +35,7 @@ def test_help_of_commands(command, capsys):
     with pytest.raises(SystemExit) as exited:
         main([command, "--help"])
     assert exited.value.code == 0
-    assert "--method" in capsys.readouterr().out
+    assert f"trl-cancel {command}" in capsys.readouterr().out
 
 
 def test_help_does_not_wait_for_pytorch():

@@ -109,17 +109,18 @@ def named_paths(arguments: Sequence[str]) -> list[tuple[str, Path]]:
 
 def _split(argument: str) -> tuple[str | None, Path]:
     name, equals, path = argument.partition("=")
-    if not equals or "/" in name or Path(argument).exists():
-        return None, Path(argument)
+    if not equals or "/" in name or Path(argument).expanduser().exists():
+        return None, Path(argument).expanduser()
     if not name.strip() or not path.strip():
         raise UsageError(f"RUN {argument!r}: write NAME=PATH, or the path alone.")
-    return name.strip(), Path(path)
+    return name.strip(), Path(path.strip()).expanduser()
 
 
 def _print(header: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
     """The table, with intervals below their means where it would be too wide otherwise."""
     table = _table(header, rows)
-    if console.measure(table).maximum > console.width:
+    unlimited = console.options.update(max_width=10**6)
+    if console.measure(table, options=unlimited).maximum > console.width:
         table = _table(header, [[cell.replace(" [", "\n[") for cell in row] for row in rows])
     console.print(table)
 
@@ -127,7 +128,7 @@ def _print(header: Sequence[str], rows: Sequence[Sequence[str]], console: Consol
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title="Comparison")
     for index, name in enumerate(header):
-        table.add_column(Text(name), justify="right" if index else "left", no_wrap=not index)
+        table.add_column(Text(name), justify="right" if index else "left")
     for row in rows:
         table.add_row(*map(Text, row))
     return table

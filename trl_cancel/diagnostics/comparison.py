@@ -174,23 +174,26 @@ def compare(
     """
     runs = [run for several in methods.values() for run in several]
     known = set().union(*(run.metrics() for run in runs))
-    for metric in metrics:
-        if metric not in known:
-            close = difflib.get_close_matches(metric, known, n=3)
-            hint = f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(sorted(known))}."
-            raise ValueError(f"metric={metric}: no run has logged it; {hint}")
-    shown = {name: label for name, label in {**METRICS, **{name: name for name in metrics}}.items() if name in known}
+    wanted = METRICS | {metric: metric for metric in metrics if metric not in METRICS}
+    for metric in wanted.keys() - METRICS.keys() - known:
+        raise ValueError(f"metric={metric}: no run has logged it; {_instead(metric, known)}")
+    shown = {metric: label for metric, label in wanted.items() if metric in known}
     for run in runs:
-        if not run.metrics() & set(shown):
+        if not run.metrics() & shown.keys():
             raise ValueError(f"{run.source}: has logged none of {', '.join(shown or METRICS)}.")
         rewards = run.series(REWARD)
-        if window and rewards and len(rewards.values) < 2 * window:
+        if window and rewards and 1 < window > len(rewards.values) // 2:
             raise ValueError(
-                f"smooth={window}: {run.source} has {len(rewards.values)} rewards, which takes at most "
+                f"smooth={window}: {run.source} has logged the reward {len(rewards.values)} times; use at most "
                 f"{max(1, len(rewards.values) // 2)}."
             )
     given = Threshold(threshold, "as given") if threshold is not None else default_threshold(methods)
     return Comparison(methods, shown, window or default_window(runs), given)
+
+
+def _instead(metric: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(metric, known, n=3)
+    return f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(sorted(known))}."
 
 
 def short_count(value: float) -> str:
@@ -204,10 +207,11 @@ def short_count(value: float) -> str:
     Returns:
         `str`.
     """
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if value >= size:
-            return f"{value / min(size, 1e3 if unit == 'k' else size):.3g}{unit}"
-    return f"{value:.0f}"
+    if value < 1e4:
+        return f"{value:.0f}"
+    value = float(f"{value:.3g}")
+    size, unit = next((size, unit) for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if value >= size)
+    return f"{value / size:.3g}{unit}"
 
 
 def _three_digits(value: float) -> str:

@@ -72,7 +72,7 @@ def _curves(comparison: Comparison, metric: str, axis: str) -> Figure:
         series = _series(comparison, method, metric, axis)
         if not series:
             continue
-        label = f"{method} ({len(runs)} seeds)" if len(runs) > 1 else method
+        label = _literal(f"{method} ({len(runs)} seeds)" if len(runs) > 1 else method)
         _draw(axes, series, comparison.window, axis, label, style)
         values += [value for one in series for value in one.values]
     if metric == REWARD and comparison.threshold:
@@ -81,7 +81,7 @@ def _curves(comparison: Comparison, metric: str, axis: str) -> Figure:
         _scale(axes, values)
     if axis == TOKENS:
         axes.xaxis.set_major_formatter(lambda count, _: short_count(count))
-    axes.set(xlabel=axis, ylabel=comparison.metrics[metric])
+    axes.set(xlabel=axis, ylabel=_literal(comparison.metrics[metric]))
     axes.legend()
     return figure
 
@@ -106,6 +106,11 @@ def _series(comparison: Comparison, method: str, metric: str, axis: str) -> list
 
 def _x(series: Series, axis: str) -> Sequence[float]:
     return series.steps if axis == STEPS else series.tokens or []
+
+
+def _literal(name: str) -> str:
+    """A name as a label: matplotlib reads formulas between dollars, and leaves names with a leading underscore out."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _styles() -> Any:

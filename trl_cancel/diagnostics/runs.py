@@ -166,7 +166,7 @@ def distinguish(paths: Sequence[Path]) -> list[str]:
         `list[str]`: A name for each.
     """
     parts = [_run_folder(path).resolve().parts for path in paths]
-    if len(set(parts)) == 1:
+    if len(set(parts)) < 2:
         return [part[-1] for part in parts]
     shortest = min(map(len, parts))
     head = _num_shared(parts)
