@@ -78,6 +78,8 @@ def test_what_is_written_and_printed(runs, capsys):
     page = (folder / "index.html").read_text()
     assert "Comparison of plain-1, whole-1" in page
     assert page.count("<svg") == len(names)
+    for title in ("Reward", "Tokens a completion", "Entropy", "Shared-prefix residual", "reward_std"):
+        assert f">{title}</h2>" in page
     written = json.loads((folder / "compare.json").read_text())
     assert list(written["methods"]) == ["plain-1", "whole-1"]
     assert written["methods"]["plain-1"]["runs"][0]["series"]["reward"]["values"] == rising(0.3, offset=0.01)
@@ -100,7 +102,7 @@ def test_seeds_of_one_method(runs, capsys):
     assert "95% bootstrap intervals over seeds" in printed
     page = (runs / "out" / "index.html").read_text()
     assert "plain (2 seeds)" in page
-    assert "from the lowest to the highest seed" in page
+    assert "from the lowest to the highest" in page
     written = json.loads((runs / "out" / "compare.json").read_text())
     assert [len(method["runs"]) for method in written["methods"].values()] == [2, 2]
 

@@ -65,7 +65,8 @@ class Comparison:
         seeds = max(map(len, self.methods.values()))
         steps = sorted({run.steps for run in self._runs()})
         spacings = sorted({spacing for run in self._runs() if (spacing := _spacing(run))})
-        scores = any(run.score("greedy") or run.score("sampled") for run in self._runs())
+        alone = [runs[0] for runs in self.methods.values() if len(runs) == 1]
+        scores = any(run.score("greedy") or run.score("sampled") for run in alone)
         ends = f"The runs have {steps[0]} to {steps[-1]} steps; each is judged at its own end."
         uneven = f"The reward is logged every {spacings[0]:g} to {spacings[-1]:g} steps" if spacings else ""
         return [

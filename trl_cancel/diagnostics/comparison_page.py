@@ -6,7 +6,7 @@ from itertools import cycle
 from typing import Any
 
 from .comparison import Comparison, short_count
-from .curves import REWARD, band, smoothed
+from .curves import METRICS, REWARD, band, smoothed
 from .figures import COLOURS, Figure, new_figure
 from .page import Page
 from .runs import Series
@@ -53,11 +53,8 @@ def comparison_page(comparison: Comparison) -> Page:
     page.table(*comparison.table())
     for note in comparison.notes():
         page.text(note)
-    for metric, label in comparison.metrics.items():
-        page.section(
-            label if label == metric != REWARD else label.capitalize(),
-            HOW_TO_READ.get(metric, f"The metric {metric} of the logs."),
-        )
+    for metric in comparison.metrics:
+        page.section(_title(comparison, metric), HOW_TO_READ.get(metric, f"The metric {metric} of the logs."))
         name = NAMES.get(metric) or _file_name(metric, list(comparison.metrics))
         page.figure(name, _curves(comparison, metric, STEPS), **_words(comparison, metric, STEPS))
         if metric == REWARD and any(_series(comparison, method, metric, TOKENS) for method in methods):
@@ -127,17 +124,22 @@ def _words(comparison: Comparison, metric: str, axis: str) -> dict[str, str]:
     """Caption of a figure, and what it shows for those who cannot see it."""
     label, window = comparison.metrics[metric], comparison.window
     series = [one for method in comparison.methods for one in _series(comparison, method, metric, axis)]
-    caption = [f"{label if label == metric != REWARD else label.capitalize()} by {axis}."]
+    caption = [f"{_title(comparison, metric)} by {axis}."]
     if any(len(smoothed(one, window).values) < len(one.values) for one in series):
         caption.append(f"Thick: mean of the last {window} logged values; thin: the values.")
     if any(len(runs) > 1 for runs in comparison.methods.values()):
-        caption.append("The band goes from the lowest to the highest seed.")
+        caption.append("Curves are means over seeds, the band goes from the lowest to the highest.")
     if metric not in LINEAR and any(0 in one.values for one in series):
         caption.append("A logarithmic axis does not show 0.")
     return {
         "caption": " ".join(caption),
         "alt": f"Curves of the {label} by {axis} for {', '.join(comparison.methods)}. The table has the last values.",
     }
+
+
+def _title(comparison: Comparison, metric: str) -> str:
+    """A metric in words, or the name that a user gave."""
+    return comparison.metrics[metric].capitalize() if metric in METRICS else metric
 
 
 def _file_name(metric: str, metrics: list[str]) -> str:
