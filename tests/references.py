@@ -199,3 +199,59 @@ def delta_coefficients(proxies, advantages, lambda_min, lambda_max, *, refinemen
     coefficients = [lambda_min + (lambda_max - lambda_min) * value for value in alpha]
     mean = sum(coefficients) / len(coefficients) if normalize else 1.0
     return [value / mean for value in coefficients]
+
+
+def log_softmax(logits):
+    """Of a list."""
+    largest = max(logits)
+    normaliser = largest + math.log(sum(math.exp(logit - largest) for logit in logits))
+    return [logit - normaliser for logit in logits]
+
+
+def coupling(hidden_a, probabilities_a, token_a, hidden_b, probabilities_b, token_b):
+    """Eq. 7 and 8 of 2605.08666 for two tokens, with the second factor written out."""
+    overlap = dot(probabilities_a, probabilities_b)
+    errors = (token_a == token_b) - probabilities_a[token_b] - probabilities_b[token_a] + overlap
+    return dot(hidden_a, hidden_b) * errors
+
+
+def gwhes(hidden, probabilities, token_ids, mask, positive):
+    """Eq. 5 of 2505.18830 by pairs of tokens, mean over the right responses."""
+    rate = sum(positive) / len(positive)
+    spread = math.sqrt(rate * (1 - rate))
+    total = 0.0
+    for i, row in enumerate(mask):
+        for j, other in enumerate(mask):
+            if positive[i]:
+                weight = -(1 - rate) / spread if positive[j] else rate / spread
+                for k, m in itertools.product(range(len(row)), range(len(other))):
+                    if row[k] and other[m]:
+                        total += weight * coupling(
+                            hidden[i][k], probabilities[i][k], token_ids[i][k],
+                            hidden[j][m], probabilities[j][m], token_ids[j][m],
+                        )  # fmt: skip
+    return total / sum(positive)
+
+
+def displacement(before, after, mask, positive):
+    """Eq. 2 of 2505.18830."""
+    changes = [
+        sum((new - old) * counts for old, new, counts in zip(*row, strict=True))
+        for row in zip(before, after, mask, strict=True)
+    ]
+    right = [change for change, is_right in zip(changes, positive, strict=True) if is_right]
+    return sum(right) / len(right)
+
+
+def energy_by_frequency(energies, token_ids, num_buckets):
+    """Eq. 24 of 2604.13088: frequent tokens first, cut where the middle of a token's run falls."""
+    ids = sorted(set(token_ids))
+    ids.sort(key=lambda token: -token_ids.count(token))
+    shares, sizes, ahead = [0.0] * num_buckets, [0] * num_buckets, 0
+    for token in ids:
+        places = [place for place, other in enumerate(token_ids) if other == token]
+        bucket = min(int((ahead + len(places) / 2) / len(token_ids) * num_buckets), num_buckets - 1)
+        shares[bucket] += sum(energies[place] for place in places)
+        sizes[bucket] += len(places)
+        ahead += len(places)
+    return [share / sum(energies) for share in shares], [size / len(token_ids) for size in sizes]

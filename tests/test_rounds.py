@@ -325,23 +325,13 @@ class TestJoin:
         assert joined["completion_ids"].tolist() == [[6, 6, 6], [6, 0, 0]]
 
     def test_other_entries(self):
-        """Those of prompts and completions together, those of a whole rollout, images, and several features a token."""
-        first = self.batch(
-            1, 2, 3, token_type_ids=torch.ones(1, 5), importance_sampling_ratio=torch.ones(1, 1), pixel_values=["a"]
-        )
-        second = self.batch(
-            2,
-            1,
-            1,
-            token_type_ids=torch.ones(2, 2),
-            importance_sampling_ratio=torch.ones(2, 1),
-            pixel_values=["b", "c"],
-        )
+        """Those of prompts and completions together, those of a whole rollout, and several features a token."""
+        first = self.batch(1, 2, 3, token_type_ids=torch.ones(1, 5), importance_sampling_ratio=torch.ones(1, 1))
+        second = self.batch(2, 1, 1, token_type_ids=torch.ones(2, 2), importance_sampling_ratio=torch.ones(2, 1))
         first["features"], second["features"] = torch.ones(1, 3, 2), torch.ones(2, 1, 2)
         joined = join_rows([first, second], pad_token_id=0)
         assert joined["token_type_ids"].tolist() == [[1, 1, 1, 1, 1], [0, 1, 1, 0, 0], [0, 1, 1, 0, 0]]
         assert joined["importance_sampling_ratio"].shape == (3, 1)
-        assert joined["pixel_values"] == ["a", "b", "c"]
         assert joined["features"].sum((1, 2)).tolist() == [6, 2, 2]
 
     def test_equal_widths_do_not_confuse(self):
@@ -362,10 +352,19 @@ class TestJoin:
             assert sorted(len(value) for value in joined["pixel_values"]) == [0, 0, 2]
             assert sorted(joined["num_images"]) == [0, 0, 1]
             assert joined["mm_token_type_ids"].sum(1).sort().values.tolist() == [0, 0, 5]
-        padded = [self.batch(1, 2, 3, pixel_values=torch.ones(1, count, 3)) for count in (1, 2)]
-        assert join_rows(padded, pad_token_id=0)["pixel_values"].sum((1, 2)).tolist() == [3, 6]
         with pytest.raises(ValueError, match="Only some rounds of generation have odd"):
             join_rows([self.batch(1, 2, 3, odd=torch.ones(1)), self.batch(1, 2, 3)], pad_token_id=0)
+
+    def test_images_are_padded_to_the_largest_and_the_most(self):
+        """A row a rollout, or a list where their numbers differ; a processor may give the one or the other."""
+        one, two = torch.ones(2, 1, 3, 4), torch.ones(1, 2, 5, 2)
+        batches = [self.batch(2, 2, 3, pixel_values=list(one.split(1))), self.batch(1, 2, 3, pixel_values=two)]
+        for order in (1, -1):
+            rollouts = join_rows(batches[::order], pad_token_id=0)["pixel_values"][::order]
+            assert {rows.shape for rows in rollouts} == {(1, 2, 5, 4)}
+            assert torch.equal(rollouts[0][:, :1, :3], one[:1])
+            assert torch.equal(rollouts[2][..., :2], two)
+            assert [rows.sum() for rows in rollouts] == [12, 12, 20]
 
     def test_what_cannot_be_aligned_is_refused(self):
         first, second = self.batch(1, 2, 3, odd=torch.ones(1, 7)), self.batch(1, 2, 4, odd=torch.ones(1, 9))

@@ -58,18 +58,22 @@ class Watch:
         groups = rollouts.group_ids.view(-1, rollouts.num_generations)
         assert (groups == groups[:, :1]).all(), "groups are whole and in order"
         active = rollouts.mask.bool()
-        ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1)
-        seen = torch.ones_like(rollouts.mask) if self.sees_all else rollouts.mask
-        attention = torch.cat([rollouts.prompt_mask, seen], dim=1)
-        output = self.trainer.model(input_ids=ids, attention_mask=attention, output_hidden_states=True)
-        length = rollouts.mask.size(1)
-        logits = output.logits[:, -length - 1 : -1].double() / self.trainer.temperature
-        hidden = output.hidden_states[-1][:, -length - 1 : -1].double()
-        expected = self.expected(rollouts, hidden, logits.softmax(-1), active)
+        hidden, logits = self.pass_over(rollouts)
+        probabilities = (logits / self.trainer.temperature).softmax(-1)
+        expected = self.expected(rollouts, hidden, probabilities, active)
         base = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
         found = (result.unsqueeze(1) if result.dim() == 1 else result).expand_as(active)
         torch.testing.assert_close(found[active], (base * expected).to(found)[active], rtol=1e-4, atol=1e-5)
         self.most = max(self.most, (expected[active] - 1).abs().max().item())
+
+    def pass_over(self, rollouts):
+        """Last hidden states and logits."""
+        ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1)
+        seen = torch.ones_like(rollouts.mask) if self.sees_all else rollouts.mask
+        attention = torch.cat([rollouts.prompt_mask, seen], dim=1)
+        output = self.trainer.model(input_ids=ids, attention_mask=attention, output_hidden_states=True)
+        predicting = slice(-rollouts.mask.size(1) - 1, -1)
+        return output.hidden_states[-1][:, predicting].double(), output.logits[:, predicting].double()
 
     def train(self, model, **settings):
         self.trainer = build(model, **settings)

@@ -172,6 +172,8 @@ def take_rows(batch: Rows, index: torch.Tensor) -> Rows:
 OF_PROMPTS = ("prompt_ids", "prompt_mask")
 OF_BOTH = ("token_type_ids", "mm_token_type_ids")
 OF_IMAGES = ("pixel_values", "pixel_attention_mask")
+# What else tells of them.
+ABOUT_IMAGES = (*OF_IMAGES, "image_grid_thw", "image_sizes", "image_position_ids", "spatial_shapes")
 # What stands on padding where it is not 0; `None` is the padding token.
 PADDING: dict[str, int | None] = {
     "prompt_ids": None,
@@ -192,7 +194,7 @@ def join_rows(batches: Sequence[Rows], pad_token_id: int) -> Rows:
             Token that pads.
 
     Returns:
-        `dict`: The batch; scalars are those of the first.
+        `dict`: The batch; scalars are those of the first, and pixels a list of one tensor a rollout.
 
     Raises:
         `ValueError`: If an entry is missing or of shapes that cannot be put together.
@@ -202,6 +204,8 @@ def join_rows(batches: Sequence[Rows], pad_token_id: int) -> Rows:
 
     def joined(name: str) -> Any:
         values = [_entry(name, batch, batches) for batch in batches]
+        if name in OF_IMAGES:
+            return _of_one_size(values)
         if isinstance(values[0], list):
             return [item for value in values for item in value]
         if not isinstance(values[0], torch.Tensor) or values[0].dim() == 0:
@@ -217,8 +221,6 @@ def join_rows(batches: Sequence[Rows], pad_token_id: int) -> Rows:
     def missing(name: str, values: list[torch.Tensor]) -> list[tuple[int, int]]:
         """For each batch, columns to add on the left and on the right."""
         widths = [value.size(1) for value in values]
-        if name in OF_IMAGES:
-            return [(0, max(widths) - width) for width in widths]
         left, right = name in OF_PROMPTS + OF_BOTH, name not in OF_PROMPTS
         if widths != [left * prompt + right * completion for prompt, completion in lengths]:
             shapes = [tuple(value.shape) for value in values]
@@ -238,7 +240,24 @@ def _entry(name: str, batch: Rows, batches: Sequence[Rows]) -> Any:
         return [example[0][:0] if isinstance(example[0], torch.Tensor) else 0] * rows
     if name in OF_BOTH:
         return example.new_zeros(rows, batch["prompt_ids"].size(1) + batch["completion_ids"].size(1))
-    raise ValueError(f"Only some rounds of generation have {name}, so their rollouts cannot be put together.")
+    hint = " Give all prompts images, or none." if name in ABOUT_IMAGES else ""
+    raise ValueError(f"Only some rounds of generation have {name}, so their rollouts cannot be put together.{hint}")
+
+
+def _of_one_size(values: Sequence[Any]) -> list[torch.Tensor]:
+    """
+    Pixels of several batches, each a list of one tensor a rollout or a tensor of one row a rollout. Those that a
+    processor has padded to the largest images, or to the most of them, of each batch are padded to those of all.
+    """
+    rollouts = [rows for value in values for rows in (value if isinstance(value, list) else value.split(1))]
+    size = [max(lengths) for lengths in zip(*(rows.shape[1:] for rows in rollouts), strict=True)]
+
+    def padded(rows: torch.Tensor) -> torch.Tensor:
+        gaps = [most - length for most, length in zip(size, rows.shape[1:], strict=True)]
+        widths = [width for gap in reversed(gaps) for width in (0, gap)]
+        return torch.nn.functional.pad(rows, widths) if any(gaps) else rows
+
+    return [padded(rows) for rows in rollouts]
 
 
 def _widened(value: torch.Tensor, left: int, right: int, filler: int) -> torch.Tensor:

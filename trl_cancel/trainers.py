@@ -28,7 +28,7 @@ from .credit import Credit
 from .explanation import explain
 from .monitor import UpdateMonitor
 from .prompts import FreshPrompts
-from .rollouts import Rollouts, Rows, generator_of, take_rows
+from .rollouts import ABOUT_IMAGES, Rollouts, Rows, generator_of, take_rows
 from .rounds import Choice, GroupPool, Scored
 from .states import CPU_SHARE, GIB, LMHead, StateStore
 from .token_credits import TokenCredits, credited, makes_old_logps
@@ -531,6 +531,9 @@ class CancelGRPOTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         if self._only_forward:
             kwargs["compute_entropy"] = False
+        pixels = kwargs.get("pixel_values")
+        if pixels is not None and not len(pixels):  # models want none rather than 0, where no prompt has an image
+            kwargs = {name: value for name, value in kwargs.items() if name not in ABOUT_IMAGES}
         states = self._states if self._states is not None and self._states.logps is None else None
         with self._catch(states, attention_mask[:, -logits_to_keep:]):
             logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(

@@ -60,8 +60,8 @@ class Parser(OneLineErrors, TrlParser):
     and that beats the settings of a `method` named in the file.
     """
 
-    def __init__(self, prog: str, description: str):
-        readers: Any = (RunArguments, CancelGRPOConfig, ModelConfig, DatasetMixtureConfig)
+    def __init__(self, prog: str, description: str, run_arguments: type[RunArguments] = RunArguments):
+        readers: Any = (run_arguments, CancelGRPOConfig, ModelConfig, DatasetMixtureConfig)
         super().__init__(readers, prog=prog, description=description)
 
     def read(self, arguments: list[str]) -> Settings:

@@ -286,7 +286,7 @@ def build_trainer(settings: Settings, dataset: Any, rewards: list[Any]) -> Cance
     if not model.model_name_or_path:
         raise UsageError(f"model_name_or_path is missing: give a Hub id, a local path or '{playground.NAME}'.")
     path = str(playground.CHECKPOINT) if model.model_name_or_path == playground.NAME else model.model_name_or_path
-    _check_model_path(path)
+    check_model_path(path)
     loading: Any = training.model_init_kwargs or {}  # a dictionary by now, also where it was given as JSON
     training.model_init_kwargs = {
         "revision": model.model_revision,
@@ -323,7 +323,7 @@ def build_trainer(settings: Settings, dataset: Any, rewards: list[Any]) -> Cance
     return trainer
 
 
-def _check_model_path(path: str) -> None:
+def check_model_path(path: str) -> None:
     """Refuses a local path without a model in it, of which transformers would speak as of a Hub id."""
     folder = Path(path)
     looks_local = folder.is_absolute() or path.startswith((".", "~")) or path.count(os.sep) > 1

@@ -36,6 +36,40 @@ def boost_rate(effects: torch.Tensor) -> float:
     return ((effects > 0).double() + 0.5 * (effects == 0).double()).mean().item()
 
 
+@dataclass(frozen=True)
+class Update:
+    """
+    An update in both scopes.
+
+    Args:
+        gradient (`list[torch.Tensor]`):
+            Gradient of the loss by all parameters.
+        head_step (`torch.Tensor` of shape `(V, d)`):
+            Change of the output layer's weight.
+    """
+
+    gradient: list[torch.Tensor]
+    head_step: torch.Tensor
+
+    @classmethod
+    def of(cls, probe: UpdateProbe, weights: torch.Tensor) -> "Update":
+        """The update with these weights of the tokens."""
+        return cls(probe.gradient(weights), probe.head_step(weights))
+
+    def __sub__(self, other: "Update") -> "Update":
+        gradient = [whole - part for whole, part in zip(self.gradient, other.gradient, strict=True)]
+        return Update(gradient, self.head_step - other.head_step)
+
+    def shift(self, probe: UpdateProbe, candidate: int) -> torch.Tensor:
+        """The shift of an active token by the output layer's update and by that of all parameters, of shape `(2,)`."""
+        row, position = probe.active.nonzero()[candidate].tolist()
+        where = torch.tensor([candidate], device=probe.active.device)
+        with probe.restored():
+            probe.step(self.gradient)
+            after = probe.log_probs(torch.tensor([row]))[0, position]
+        return torch.stack([probe.head_shifts(self.head_step, where)[0], after - probe.before[row, position]]).cpu()
+
+
 def masking_effects(
     probe: UpdateProbe,
     *,
@@ -74,53 +108,36 @@ def masking_effects(
     token_ids, logps = probe.token_ids.cpu(), probe.before[probe.active].cpu()
     low = logps <= logps.quantile(low_confidence)
     boosting = (probe.rollouts.advantages > 0).unsqueeze(1).expand_as(probe.active)[probe.active].cpu()
-    places = probe.active.nonzero().cpu()  # (N, 2): rollout and position
 
     def alike(candidate: int, same: bool, unsure: bool) -> torch.Tensor:
+        """Tokens to leave out under a condition."""
         others = boosting.clone()
         others[candidate] = False
-        others &= (token_ids == token_ids[candidate]) | (not same)
-        return (others & (low | (not unsure))).nonzero().squeeze(1)
+        if same:
+            others &= token_ids == token_ids[candidate]
+        return (others & low if unsure else others).nonzero().squeeze(1)
 
-    def draw(places: torch.Tensor, count: int) -> torch.Tensor:
-        return places[torch.randperm(len(places), generator=generator)[:count]]
+    def draw(tokens: torch.Tensor, count: int) -> torch.Tensor:
+        return tokens[torch.randperm(len(tokens), generator=generator)[:count]]
 
-    candidates = [
-        candidate
-        for candidate in draw(low.nonzero().squeeze(1), len(low)).tolist()
-        if len(alike(candidate, True, True))
-    ][:num_candidates]
+    unsure = draw(low.nonzero().squeeze(1), len(low)).tolist()
+    candidates = [candidate for candidate in unsure if len(alike(candidate, True, True))][:num_candidates]
     if not candidates:
         raise ValueError(
             "masking: no token of low confidence occurs again in a rollout with positive advantage; take more prompts."
         )
-    weights = probe.weights("grpo")
-    gradient, step = probe.gradient(weights), probe.head_step(weights)
-    head: dict[str, list[float]] = {name: [] for name in CONDITIONS}
-    full: dict[str, list[float]] = {name: [] for name in CONDITIONS}
-    # All effects are differences from the same update, measured by passes over the candidate's rollout alone.
+    weights, places = probe.weights("grpo"), probe.active.nonzero().cpu()
+    update = Update.of(probe, weights)
+    effects: dict[str, list[torch.Tensor]] = {name: [] for name in CONDITIONS}
     for candidate in tqdm(candidates, desc=description, disable=description is None):
-        row, position = places[candidate].tolist()
-        count = min(num_masked, len(alike(candidate, True, True)))
-        where = torch.tensor([candidate], device=probe.active.device)
-
-        def moved(change: torch.Tensor, where: torch.Tensor = where) -> float:
-            return probe.head_shifts(change, where).item()
-
-        def after(change: list[torch.Tensor], row: int = row, position: int = position) -> float:
-            with probe.restored():
-                probe.step(change)
-                return probe.log_probs(torch.tensor([row]))[0, position].item()
-
-        usual_head, usual = moved(step), after(gradient)
-        for name, (same, unsure) in CONDITIONS.items():
-            masked = places[draw(alike(candidate, same, unsure), count)]
+        usual, count = update.shift(probe, candidate), min(num_masked, len(alike(candidate, True, True)))
+        for name, (same, of_low) in CONDITIONS.items():
+            masked = places[draw(alike(candidate, same, of_low), count)].unbind(1)
             left_out = torch.zeros_like(weights)
-            left_out[masked[:, 0], masked[:, 1]] = weights[masked[:, 0], masked[:, 1]]
-            part = probe.gradient(left_out)
-            head[name].append(usual_head - moved(step - probe.head_step(left_out)))
-            full[name].append(usual - after([whole - less for whole, less in zip(gradient, part, strict=True)]))
+            left_out[masked] = weights[masked]
+            effects[name].append(usual - (update - Update.of(probe, left_out)).shift(probe, candidate))
+    stacked = {name: torch.stack(of_tokens).double() for name, of_tokens in effects.items()}
     return MaskingEffects(
-        {name: torch.tensor(values, dtype=torch.double) for name, values in head.items()},
-        {name: torch.tensor(values, dtype=torch.double) for name, values in full.items()},
+        {name: of_tokens[:, 0] for name, of_tokens in stacked.items()},
+        {name: of_tokens[:, 1] for name, of_tokens in stacked.items()},
     )

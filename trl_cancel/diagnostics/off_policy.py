@@ -57,18 +57,9 @@ def off_policy_steps(
         `ValueError`: If there are fewer groups than steps, or group weights would not see whole groups.
     """
     variant = Variant(variant) if isinstance(variant, str) else variant
-    rollouts = probe.rollouts
-    groups = len(rollouts.mask) // rollouts.num_generations
-    if groups < num_steps:
-        raise ValueError(f"num_steps={num_steps} needs at least as many groups of rollouts; there are {groups}.")
     if not whole_groups and variant.weighs_groups:
         raise ValueError(f"whole_groups=False: {variant.name} weighs rollouts within their groups.")
-    generator = torch.Generator().manual_seed(seed)
-    if whole_groups:
-        order = torch.arange(len(rollouts.mask)).view(groups, -1)[torch.randperm(groups, generator=generator)]
-    else:
-        order = torch.randperm(len(rollouts.mask), generator=generator)
-    batches = [part.flatten() for part in order.tensor_split(num_steps)]
+    rollouts, batches = probe.rollouts, _batches(probe, num_steps, whole_groups, seed)
     contexts, deserved = shared_contexts(
         rollouts.completion_ids, rollouts.mask, rollouts.group_ids, rollouts.advantages
     )
@@ -85,3 +76,39 @@ def off_policy_steps(
             measures.append(StepMeasures(residual.item() if count else float("nan"), asymmetry.item()))
             probe.step(probe.gradient(weights, rows))
     return measures
+
+
+def logps_after_one_use(probe: UpdateProbe, *, num_steps: int = 4, seed: int = 0) -> torch.Tensor:
+    """
+    Log-probabilities of the rollouts once GRPO has used each of them for one step: off policy, and the same for all
+    variants that are compared there. The model is restored at the end.
+
+    Args:
+        probe ([`UpdateProbe`]):
+            Model, rollouts and optimizer.
+        num_steps (`int`, *optional*, defaults to `4`):
+            Optimizer steps that share the rollouts.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the order.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`.
+    """
+    with probe.restored():
+        for rows in _batches(probe, num_steps, True, seed):
+            weights = torch.zeros_like(probe.before)
+            weights[rows] = probe.weights("grpo", probe.log_probs(rows), rows)
+            probe.step(probe.gradient(weights, rows))
+        return probe.log_probs()
+
+
+def _batches(probe: UpdateProbe, num_steps: int, whole_groups: bool, seed: int) -> list[torch.Tensor]:
+    """The rollouts of each optimizer step."""
+    rollouts, generator = probe.rollouts, torch.Generator().manual_seed(seed)
+    rows = torch.arange(len(rollouts.mask))
+    groups = rows.view(-1, rollouts.num_generations)
+    if len(groups) < num_steps:
+        raise ValueError(f"num_steps={num_steps} needs at least as many groups of rollouts; there are {len(groups)}.")
+    units = groups if whole_groups else rows
+    order = units[torch.randperm(len(units), generator=generator)]
+    return [part.flatten() for part in order.tensor_split(num_steps)]

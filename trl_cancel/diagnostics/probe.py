@@ -136,7 +136,7 @@ class UpdateProbe:
         weighed = rows[(weights[rows] != 0).any(1).cpu()]
         with self._evaluating(), torch.enable_grad():
             gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
-            for part in weighed.split(self.batch_size):
+            for part in weighed.split(self.batch_size) if len(weighed) else ():
                 some = self._take(part)
                 active = some.mask.bool()
                 logps = log_probs(

@@ -1,0 +1,239 @@
+"""The probe from the command line: loads what is asked for, measures it seed by seed, writes numbers and a page."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import get_peft_config, get_quantization_config
+
+from .. import playground
+from ..diagnostics.measurements import MEASUREMENTS, Subject
+from ..diagnostics.probe import UpdateProbe
+from ..diagnostics.report import write_report
+from ..diagnostics.sampling import sample_rollouts
+from ..diagnostics.shifts import THRESHOLD
+from . import UsageError
+from .settings import Parser, RunArguments, Settings
+from .training import check_model_path, check_writable, console, find_rewards, load_data
+
+
+@dataclass
+class ProbeArguments(RunArguments):
+    """
+    What to probe.
+
+    Args:
+        probe_prompts (`int`, *optional*, defaults to `32`):
+            Prompts, drawn from the training split.
+        probe_seeds (`int`, *optional*, defaults to `1`):
+            Repetitions with other prompts and other rollouts.
+        probe_learning_rate (`float`, *optional*, defaults to `0.1`):
+            Learning rate of the one update by plain SGD.
+        probe_threshold (`float`, *optional*, defaults to `1e-4`):
+            Shift in nats beyond which a token is boosted or suppressed.
+        probe_batch_size (`int`, *optional*, defaults to `8`):
+            Rollouts a forward pass.
+        probe_output (`str`, *optional*, defaults to `"trl-cancel-probe"`):
+            Folder for the page, its figures and the numbers.
+    """
+
+    probe_prompts: int = field(default=32, metadata={"help": "Prompts, drawn from the training split."})
+    probe_seeds: int = field(default=1, metadata={"help": "Repetitions with other prompts and other rollouts."})
+    probe_learning_rate: float = field(
+        default=0.1, metadata={"help": "Learning rate of the one update by plain SGD that is measured."}
+    )
+    probe_threshold: float = field(
+        default=THRESHOLD, metadata={"help": "Shift in nats beyond which a token is boosted or suppressed."}
+    )
+    probe_batch_size: int = field(default=8, metadata={"help": "Rollouts a forward pass."})
+    probe_output: str = field(
+        default="trl-cancel-probe", metadata={"help": "Folder for the page, its figures and the numbers."}
+    )
+
+    def check(self) -> None:
+        """Refuses values that make no sense."""
+        for name in ("probe_prompts", "probe_seeds", "probe_batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)}: must be at least 1.")
+        if not 0 < self.probe_learning_rate < math.inf:
+            raise UsageError(f"probe_learning_rate={self.probe_learning_rate}: must be positive.")
+        if not 0 <= self.probe_threshold < math.inf:
+            raise UsageError(f"probe_threshold={self.probe_threshold}: must not be negative.")
+
+
+def probe_settings(description: str, arguments: list[str]) -> Settings:
+    """Reads the settings of a probe."""
+    parser = Parser("trl-cancel probe MEASUREMENT", description, ProbeArguments)
+    parser.set_defaults(use_cpu=not torch.cuda.is_available(), bf16=False)
+    return parser.read(arguments)
+
+
+def run_probe(settings: Settings, names: list[str], pages: Any) -> None:
+    """
+    Measures, and writes `probe.json`, `index.html` and the figures. What one seed has found is written before the next
+    begins.
+
+    Args:
+        settings ([`Settings`]):
+            The settings, with [`ProbeArguments`].
+        names (`list[str]`):
+            Measurements.
+        pages (`ModuleType`):
+            The module of [`~trl_cancel.diagnostics.page.Page`].
+    """
+    run: Any = settings.run
+    run.check()
+    check_writable(run.probe_output)
+    results: dict[str, Any] = {"facts": _facts(settings), "seeds": []}
+    for seed in range(run.probe_seeds):
+        if not settings.training.disable_tqdm:
+            console.print(f"Seed {seed + 1} of {run.probe_seeds}")
+        results["seeds"].append(measure_seed(settings, names, seed))
+        index = _write(results, Path(run.probe_output), pages)
+    console.print(f"Report: {index}. Numbers: {index.parent / 'probe.json'}.")
+
+
+def _rows(settings: Settings) -> list[dict[str, Any]]:
+    """Prompts enough for all seeds to have others."""
+    run: Any = settings.run
+    split = load_data(settings)[run.dataset_train_split]
+    count = run.probe_prompts * run.probe_seeds
+    rows = list(islice(split.shuffle(seed=settings.training.seed), count))
+    if len(rows) < count:
+        raise UsageError(
+            f"probe_prompts={run.probe_prompts} with probe_seeds={run.probe_seeds} needs {count} prompts; the data set "
+            f"has {len(rows)}."
+        )
+    return rows
+
+
+def load_model(settings: Settings) -> tuple[Any, Any]:
+    """The model in float32, with its adapter if it has one, on the device to measure on; and its tokenizer."""
+    arguments = settings.model
+    name = arguments.model_name_or_path
+    if not name:
+        raise UsageError(f"model_name_or_path is missing: give a Hub id, a local path or '{playground.NAME}'.")
+    path = str(playground.CHECKPOINT) if name == playground.NAME else name
+    check_model_path(path)
+    peft, quantization = get_peft_config(arguments), get_quantization_config(arguments)
+    try:
+        # Transformers loads the base model of an adapter, and the adapter into it.
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=arguments.model_revision,
+            dtype=torch.float32,  # small updates are lost in the rounding of bfloat16
+            attn_implementation=arguments.attn_implementation,
+            quantization_config=quantization,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=arguments.model_revision)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"model_name_or_path={name}: cannot load it: {reason} Give a Hub id, a local folder or '{playground.NAME}'."
+        ) from error
+    if peft is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, peft)
+    if quantization is None:
+        model = model.to(settings.training.device)
+    return model, tokenizer
+
+
+def measure_seed(settings: Settings, names: list[str], seed: int) -> dict[str, Any]:
+    """
+    The measurements on one set of prompts and rollouts.
+
+    Args:
+        settings ([`Settings`]):
+            The settings, with [`ProbeArguments`].
+        names (`list[str]`):
+            Measurements.
+        seed (`int`):
+            Which of the `probe_seeds` sets.
+    """
+    run: Any = settings.run
+    training, progress = settings.training, not settings.training.disable_tqdm
+    own = _rows(settings)[seed * run.probe_prompts : (seed + 1) * run.probe_prompts]
+    reward = find_rewards(settings)[0]
+    if not callable(reward):
+        raise UsageError("reward_funcs: the probe needs a reward function, not reward_model_name_or_path.")
+    model, tokenizer = load_model(settings)
+    length = training.max_completion_length or 256
+    rollouts = sample_rollouts(
+        model,
+        tokenizer,
+        own,
+        reward,
+        num_generations=training.layout.num_generations,
+        temperature=training.temperature,
+        max_completion_length=length,
+        seed=training.seed + seed,
+        description="Rollouts" if progress else None,
+    )
+    mixed = rollouts.by_group(rollouts.advantages).ne(0).any(1)
+    if not mixed.any():
+        raise UsageError(
+            f"All {training.num_generations} rollouts of every prompt got equal rewards, so there is no update to "
+            "measure. Take prompts that the model solves now and then, or raise probe_prompts or num_generations."
+        )
+    probe = UpdateProbe(model, rollouts, learning_rate=run.probe_learning_rate, batch_size=run.probe_batch_size)
+    subject = Subject(
+        probe,
+        tokenizer,
+        reward,
+        threshold=run.probe_threshold,
+        learning_rate=training.learning_rate,
+        max_completion_length=length,
+        seed=training.seed + seed,
+        progress=progress,
+    )
+    sampled: dict[str, Any] = {
+        "seed": training.seed + seed,
+        "mean_reward": rollouts.rewards.nanmean().item(),
+        "prompts_with_both_signs": int(mixed.sum()),
+        "tokens": int(rollouts.mask.sum()),
+    }
+    return sampled | {name: MEASUREMENTS[name](subject) for name in names}
+
+
+def _facts(settings: Settings) -> dict[str, Any]:
+    run: Any = settings.run
+    training = settings.training
+    return {
+        "model": settings.model.model_name_or_path,
+        "data set": run.dataset_name or "a mixture",
+        "prompts a seed": run.probe_prompts,
+        "rollouts a prompt": training.num_generations,
+        "seeds": run.probe_seeds,
+        "temperature": training.temperature,
+        "update": f"one step of SGD, learning rate {run.probe_learning_rate:g}",
+    }
+
+
+def _write(results: dict[str, Any], folder: Path, pages: Any) -> Path:
+    page = pages.Page(
+        "What an update does to each token",
+        "One update on the same rollouts from the same weights, in several variants, measured token by token and "
+        "undone again.",
+        results["facts"],
+    )
+    write_report(page, results)
+    index = page.write(folder)
+    text = json.dumps(_without_nan(results), indent=1, ensure_ascii=False)
+    (folder / "probe.json").write_text(text, encoding="utf-8")
+    return index
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no `nan`; what is not known becomes `null`."""
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
