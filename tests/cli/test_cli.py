@@ -35,7 +35,7 @@ def test_help_of_commands(command, capsys):
     with pytest.raises(SystemExit) as exited:
         main([command, "--help"])
     assert exited.value.code == 0
-    assert "--method" in capsys.readouterr().out
+    assert f"trl-cancel {command}" in capsys.readouterr().out
 
 
 def test_help_does_not_wait_for_pytorch():
@@ -155,7 +155,7 @@ def test_resume_from_the_command_line(tmp_path):
 
 
 MISTAKES = {
-    "unknown command": (["tain"], "'tain' is not a command; use one of demo, train, explain"),
+    "unknown command": (["tain"], "'tain' is not a command; use one of demo, train, probe, explain"),
     "unknown method, demo": (["demo", "--method", "gpro"], "method=gpro: unknown; use one of grpo, query-preserved"),
     "unknown method, train": (["train", "--method", "gpro"], "method=gpro: unknown"),
     "no steps": (["demo", "--steps", "0"], "--steps 0: must be at least 1"),

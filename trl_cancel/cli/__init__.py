@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a model: TRL's settings and data sets, this package's methods",
     "probe": "measure what one update does to each token",
     "explain": "say what a configuration does, without training",
+    "compare": "curves and a table of several training runs, from their logs",
 }
 
 

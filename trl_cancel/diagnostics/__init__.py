@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .coupling import coupling_kernel, head_gradient, predicted_shifts, prediction_errors, sign_agreement
     from .displacement import gwhes, likelihood_displacement, top_k_overlap
-    from .energy import energy_by_frequency, gradient_asymmetry, output_row_energy
+    from .energy import energy_by_frequency, gradient_asymmetry, jitter2, output_row_energy
     from .probe import UpdateProbe
     from .residual import shared_contexts, shared_prefix_residual
     from .sampling import sample_rollouts
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _HOME = {
     "coupling": ("coupling_kernel", "head_gradient", "predicted_shifts", "prediction_errors", "sign_agreement"),
     "displacement": ("gwhes", "likelihood_displacement", "top_k_overlap"),
-    "energy": ("energy_by_frequency", "gradient_asymmetry", "output_row_energy"),
+    "energy": ("energy_by_frequency", "gradient_asymmetry", "jitter2", "output_row_energy"),
     "probe": ("UpdateProbe",),
     "residual": ("shared_contexts", "shared_prefix_residual"),
     "sampling": ("sample_rollouts",),
@@ -41,6 +41,7 @@ __all__ = [
     "gradient_asymmetry",
     "gwhes",
     "head_gradient",
+    "jitter2",
     "likelihood_displacement",
     "output_row_energy",
     "predicted_shifts",

@@ -1,5 +1,7 @@
 """Measures of how a group's weights and a run's curves behave."""
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -93,3 +95,25 @@ def output_row_energy(weights: torch.Tensor, logps: torch.Tensor, hidden: torch.
         `torch.Tensor` of shape `(N,)`.
     """
     return weights.abs() * -torch.expm1(logps) * hidden.norm(dim=-1)
+
+
+def jitter2(series: torch.Tensor | Sequence[float]) -> float:
+    r"""
+    How rough a curve is: the mean magnitude of its second differences,
+    \( \frac{1}{T-2} \sum_{t=1}^{T-2} |m_{t+2} - 2m_{t+1} + m_t| \) (Eq. 20 of
+    [2604.13088](https://huggingface.co/papers/2604.13088)). A straight line has none, however steep it is.
+
+    Args:
+        series (`torch.Tensor` of shape `(T,)` or `Sequence[float]`):
+            Values of a logged metric, at equal distances.
+
+    Returns:
+        `float`: Jitter2.
+
+    Raises:
+        `ValueError`: If there are fewer than three values.
+    """
+    values = torch.as_tensor(series, dtype=torch.double)
+    if values.dim() != 1 or len(values) < 3:
+        raise ValueError(f"series has the shape {tuple(values.shape)}: jitter2 needs one row of at least 3 values.")
+    return values.diff(n=2).abs().mean().item()

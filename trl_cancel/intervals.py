@@ -1,0 +1,31 @@
+"""How sure a mean is."""
+
+import torch
+
+
+def mean_with_interval(
+    scores: torch.Tensor, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """
+    The mean score over prompts, with a bootstrap interval over prompts.
+
+    Args:
+        scores (`torch.Tensor` of shape `(P, k)`):
+            Scores of k answers to each of P prompts; `nan` values are left out.
+        confidence (`float`, *optional*, defaults to `0.95`):
+            Coverage of the interval.
+        num_resamples (`int`, *optional*, defaults to `2000`):
+            Number of bootstrap resamples.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the resampling.
+
+    Returns:
+        `tuple[float, float, float]`: Mean, lower and upper end.
+    """
+    by_prompt = scores.double().nanmean(1)
+    by_prompt = by_prompt[~by_prompt.isnan()]
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(len(by_prompt), (num_resamples, len(by_prompt)), generator=generator)
+    tail = (1 - confidence) / 2
+    low, high = by_prompt[index].mean(1).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return by_prompt.mean().item(), low, high
