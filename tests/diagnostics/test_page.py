@@ -312,9 +312,8 @@ document.getElementById("page").addEventListener("load", event => {{
 """
 
 
-def in_browser(page, tmp_path, width, scheme):
-    """What a headless browser makes of the page, in a frame of some width and with a colour scheme, offline."""
-    source = page.write(tmp_path).read_text()
+def in_browser(source, tmp_path, width, scheme):
+    """What a headless browser makes of a page, in a frame of some width and with a colour scheme, offline."""
     harness = tmp_path / "harness.html"
     harness.write_text(HARNESS.format(width=width, page=html.escape(source)), encoding="utf-8")
     command = [
@@ -338,7 +337,8 @@ def in_browser(page, tmp_path, width, scheme):
 @pytest.mark.skipif(not BROWSER, reason="no Chromium to look at the page with")
 @pytest.mark.parametrize("width", [360, 1200])
 def test_in_a_browser(width, tmp_path):
-    light, dark = (in_browser(example("w" * 40), tmp_path, width, scheme) for scheme in ("light", "dark"))
+    source = example("w" * 40).write(tmp_path).read_text()
+    light, dark = (in_browser(source, tmp_path, width, scheme) for scheme in ("light", "dark"))
     for seen in (light, dark):
         assert seen["width"] == width
         assert seen["content"] <= width  # the wide table scrolls by itself

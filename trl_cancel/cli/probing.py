@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import AutoPeftModelForCausalLM, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import find_adapter_config_file
 from trl import get_peft_config, get_quantization_config
 
 from .. import playground
@@ -121,15 +123,17 @@ def load_model(settings: Settings) -> tuple[Any, Any]:
     path = str(playground.CHECKPOINT) if name == playground.NAME else name
     check_model_path(path)
     peft, quantization = get_peft_config(arguments), get_quantization_config(arguments)
+    loading: Any = {
+        "revision": arguments.model_revision,
+        "dtype": torch.float32,  # small updates are lost in the rounding of bfloat16
+        "attn_implementation": arguments.attn_implementation,
+        "quantization_config": quantization,
+    }
     try:
-        # Transformers loads the base model of an adapter, and the adapter into it.
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            revision=arguments.model_revision,
-            dtype=torch.float32,  # small updates are lost in the rounding of bfloat16
-            attn_implementation=arguments.attn_implementation,
-            quantization_config=quantization,
-        )
+        if find_adapter_config_file(path, revision=arguments.model_revision):
+            model: Any = AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **loading)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, **loading)
         tokenizer = AutoTokenizer.from_pretrained(path, revision=arguments.model_revision)
     except OSError as error:
         reason = str(error).splitlines()[0]
@@ -137,8 +141,6 @@ def load_model(settings: Settings) -> tuple[Any, Any]:
             f"model_name_or_path={name}: cannot load it: {reason} Give a Hub id, a local folder or '{playground.NAME}'."
         ) from error
     if peft is not None:
-        from peft import get_peft_model
-
         model = get_peft_model(model, peft)
     if quantization is None:
         model = model.to(settings.training.device)
@@ -198,6 +200,7 @@ def measure_seed(settings: Settings, names: list[str], seed: int) -> dict[str, A
         "mean_reward": rollouts.rewards.nanmean().item(),
         "prompts_with_both_signs": int(mixed.sum()),
         "tokens": int(rollouts.mask.sum()),
+        "trained_parameters": sum(parameter.numel() for parameter in probe.parameters),
     }
     return sampled | {name: MEASUREMENTS[name](subject) for name in names}
 
