@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import TrainerCallback
@@ -83,7 +83,7 @@ class TokenShiftCallback(TrainerCallback):
             self.trainer._metrics["train"][name].append(value)
 
     def _logps(self, micro_batch: Rows) -> torch.Tensor:
-        with without_dropout(self.trainer.model):
+        with without_dropout(cast(torch.nn.Module, self.trainer.model)):
             return self.trainer._current_logps(micro_batch)
 
     def _add(self, found: TokenShifts) -> None:
