@@ -38,7 +38,7 @@ import torch
 import trl
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer, trainers
+from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer, TokenShiftCallback, trainers
 from trl_cancel.cli._quiet import quiet
 from trl_cancel.playground import CHECKPOINT
 from trl_cancel.playground.data import load_prompts
@@ -60,6 +60,7 @@ ALWAYS: dict[str, dict[str, Any] | None] = {
 OFF_POLICY: dict[str, dict[str, Any] | None] = {
     "symmetric_clip": {"symmetric_clip": True},
     "dfpo min": {"group_weights": "min", **SEQUENCE},
+    "token shifts of each step": {"token_shift_steps": 1},
     "delta hidden_gradient": {"delta_credit": True, "delta_proxy": "hidden_gradient"},
 }
 MORE: dict[str, dict[str, Any] | None] = {
@@ -256,15 +257,18 @@ def run(name: str, variant: str) -> dict[str, float]:
             ),
             train_dataset=load_prompts("train", 512),
             processing_class=tokenizer,
-            callbacks=[step],
             rollout_func=rollouts,
         )
+        trainer.add_callback(step)  # after the trainer's own, so that their time counts
         trainer.log = lambda logs, *args, **kwargs: trainer._metrics["train"].clear()
         if settings is not None:
             own.watch(trainer, *OWN)
             own.watch(trainer._monitor, *OWN_OF_MONITOR)
             own.watch(trainers, "credited")
             own.watch(StateStore, "add")
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, TokenShiftCallback):
+                    own.watch(callback, "on_micro_batch", "on_step_end")
         trainer.train()
     steps = size.batches * size.steps_per_batch
     return {
@@ -279,10 +283,10 @@ def run(name: str, variant: str) -> dict[str, float]:
     }
 
 
-def measure(name: str, size: Size, rounds: int) -> list[dict]:
+def measure(name: str, variants: list[str], rounds: int) -> list[dict]:
     """For each variant what [`run`] measures, and the ratio of the update phase to TRL's of the same round."""
     results = []
-    measured: dict[str, list[dict[str, float]]] = {variant: [] for variant in size.variants}
+    measured: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
     # A process a run, so that peaks of memory do not add up and patches do not stay.
     with multiprocessing.get_context("spawn").Pool(1, initializer=_start, maxtasksperchild=1) as pool:
         for round_ in range(rounds):
@@ -324,6 +328,7 @@ def _range(values: list[float]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", help="those to compare with TRL (default: all)")
     parser.add_argument("--output", type=Path, help="file of the results (default: one in benchmarks/results)")
     options = parser.parse_args()
 
@@ -337,7 +342,10 @@ def main() -> None:
     print("| size | variant | step | update phase | of which ours | update against TRL's (range) | peak (more) |")
     print("|---|---|---|---|---|---|---|")
     for name, size in (GPU_SIZES if gpu else SIZES).items():
-        results = measure(name, size, options.rounds)
+        variants = [one for one in size.variants if one == "TRL" or one in (options.variants or size.variants)]
+        if len(variants) == 1:
+            continue
+        results = measure(name, variants, options.rounds)
         print("\n".join(map(_row, results)), flush=True)
         contents["sizes"][name] = asdict(size) | size.settings
         contents["results"] += results

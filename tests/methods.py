@@ -74,6 +74,10 @@ BALANCE_METRICS = tuple(
     )
 )
 NTHR_METRICS = tuple(f"nthr/{name}" for name in ("selected_fraction", "threshold", "score_mean"))
+SHIFT_METRICS = (
+    *(f"shift/{sign}{kind}" for sign in ("positive_", "negative_", "") for kind in ("boosted", "suppressed", "mean")),
+    "shift/mean_magnitude",
+)
 DELTA_METRICS = tuple(f"delta/{name}" for name in ("lambda_mean", "lambda_std", "margin_std_pos", "margin_std_neg"))
 SEQUENCE = {"importance_sampling_level": "sequence", "loss_type": "grpo"}
 
@@ -295,8 +299,18 @@ METHODS = {
             ({"delta": 0.9}, "delta=0.9 would cut off every positive rollout"),
         ),
     ),
+    "token-shifts": Row(
+        settings={"token_shift_steps": 3},
+        neutral={"query_preserved": False},
+        metrics=SHIFT_METRICS,
+        refused=tuple(
+            ({"token_shift_steps": steps}, f"token_shift_steps={steps!r} must be a whole number of at least 0")
+            for steps in (-1, True, 2.5, None)
+        ),
+    ),
     "everything": Row(
         settings={
+            "token_shift_steps": 1,
             "symmetric_clip": True,
             "symmetric_clip_gradient": "score",
             "advantage_sign": "negative",

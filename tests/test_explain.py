@@ -61,6 +61,8 @@ def test_sizes():
         ({**DFPO, "group_weights": "none"}, "Leaks", "Sequence-level ratios weigh the rollouts of a group differently"),
         (DFPO, "Leaks", "Nothing in these settings"),
         ({"num_iterations": 2, "beta": 0.1}, "Forward passes", "one for the old log-probs, since updates are off-policy and one for the reference"),
+        ({"token_shift_steps": 1}, "Forward passes", "adds two without gradients over the rollouts of each optimizer step, before"),
+        ({"token_shift_steps": 10}, "Forward passes", "one optimizer step in 10, before it and after it, for shift/*"),
         ({}, "Leaks", "Nothing in these settings breaks cancellation."),
         ({"num_iterations": 2}, "Leaks", "loss_type='dapo' treats one ratio differently by sign"),
         ({"num_iterations": 2, "symmetric_clip": True}, "Leaks", "Nothing in these settings"),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .configs import CancelGRPOConfig, DelTAConfig, DFPOConfig, GRPOFixConfig, NTHRConfig
     from .configs import CancelGRPOConfig as GRPOConfig
     from .credit import Credit
+    from .diagnostics.callbacks import TokenShiftCallback
     from .explanation import explain
     from .rollouts import Rollouts
     from .trainers import CancelGRPOTrainer, DelTATrainer, DFPOTrainer, GRPOFixTrainer, NTHRTrainer
@@ -36,6 +37,7 @@ _HOME = {
     "NTHRConfig": ("configs", "NTHRConfig"),
     "NTHRTrainer": ("trainers", "NTHRTrainer"),
     "Rollouts": ("rollouts", "Rollouts"),
+    "TokenShiftCallback": ("diagnostics.callbacks", "TokenShiftCallback"),
     "explain": ("explanation", "explain"),
 }
 
@@ -54,6 +56,7 @@ __all__ = [
     "NTHRConfig",
     "NTHRTrainer",
     "Rollouts",
+    "TokenShiftCallback",
     "explain",
 ]
 

@@ -130,6 +130,10 @@ class CancelGRPOConfig(GRPOConfig):
         cancellation_metrics (`bool`, *optional*, defaults to `True`):
             Log how much of the push on shared tokens is left (`cancel/shared_prefix_residual`) and how rollouts divide
             by sign. Changes nothing in training.
+        token_shift_steps (`int`, *optional*, defaults to `0`):
+            Every so many optimizer steps, log which tokens the step boosts and which it suppresses (`shift/*`), which
+            takes two forward passes over its rollouts; 0 for never. Changes nothing in training. Source: Appendix C of
+            [2605.08666](https://huggingface.co/papers/2605.08666).
 
     Raises:
         `ValueError`: If settings contradict each other; the message names them and what would work.
@@ -300,6 +304,13 @@ class CancelGRPOConfig(GRPOConfig):
             "rollouts divide by sign. Changes nothing in training."
         },
     )
+    token_shift_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Every so many optimizer steps, log which tokens the step boosts and which it suppresses "
+            "(`shift/*`), which takes two forward passes over its rollouts; 0 for never. Changes nothing in training."
+        },
+    )
 
     def __post_init__(self):
         self._check_sizes()  # before TRL divides by them
@@ -375,6 +386,7 @@ class CancelGRPOConfig(GRPOConfig):
         self._check_nthr()
         self._check_delta()
         self._check_states()
+        self._check_logging()
 
     def _check_values(self) -> None:
         for setting in fields(self):
@@ -602,6 +614,13 @@ class CancelGRPOConfig(GRPOConfig):
     def _check_states(self) -> None:
         if not (_is_number(self.state_cache_gib) and self.state_cache_gib >= 0):
             raise ValueError(f"state_cache_gib={self.state_cache_gib!r} must be a number of GiB, e.g. 2.0.")
+
+    def _check_logging(self) -> None:
+        steps = self.token_shift_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(
+                f"token_shift_steps={steps!r} must be a whole number of at least 0, e.g. 10, or 0 for never."
+            )
 
 
 _OWN_FIELDS = {setting.name for setting in fields(CancelGRPOConfig)} - {setting.name for setting in fields(GRPOConfig)}

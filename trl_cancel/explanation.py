@@ -212,6 +212,13 @@ def _own_passes(config: CancelGRPOConfig, credits: TokenCredits) -> Iterator[str
             "since groups are spread over micro-batches; a per_device_train_batch_size that is a multiple of "
             "num_generations saves it."
         )
+    if config.token_shift_steps:
+        steps = config.token_shift_steps
+        which = "each optimizer step" if steps == 1 else f"one optimizer step in {steps}"
+        yield (
+            f"This package adds two without gradients over the rollouts of {which}, before it and after it, for shift/* "
+            f"(token_shift_steps={steps})."
+        )
 
 
 def _leaks(config: CancelGRPOConfig) -> Iterator[str]:

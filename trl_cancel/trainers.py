@@ -25,6 +25,7 @@ from ._upstream import (
 from .batching import balanced_order, query_preserved_permutation
 from .configs import CancelGRPOConfig, DelTAConfig, DFPOConfig, GRPOFixConfig, NTHRConfig
 from .credit import Credit
+from .diagnostics.callbacks import TokenShiftCallback
 from .explanation import explain
 from .monitor import UpdateMonitor
 from .prompts import FreshPrompts
@@ -188,6 +189,8 @@ class CancelGRPOTrainer(GRPOTrainer):
             self._fresh_prompts = FreshPrompts(self.train_dataset, self.args.seed)
             self.add_callback(self._fresh_prompts)
             self._make_room_for_rounds()
+        if self.args.token_shift_steps:
+            self.add_callback(TokenShiftCallback(self, self.args.token_shift_steps))
         self._say_what_cannot_act()
         if self._credits.of_states:
             self._check_sharding()
@@ -300,8 +303,7 @@ class CancelGRPOTrainer(GRPOTrainer):
             return batch
         scored = self._chosen(inputs) if self.args.chooses_groups else self._score(inputs)
         batch, rollouts = scored.batch, self._view(scored)
-        if self._acts_in_loss:
-            batch.update(group_ids=rollouts.group_ids, rollout_advantages=rollouts.advantages)
+        batch.update(group_ids=rollouts.group_ids, rollout_advantages=rollouts.advantages)
         if self.args.cancellation_metrics:
             batch.update(self._monitor.mark_shared(batch, rollouts, self._tokenizer.pad_token_id))
         if self._credits.in_loss:
@@ -409,6 +411,10 @@ class CancelGRPOTrainer(GRPOTrainer):
             first = self._step % len(self._buffered_inputs)
             if first % together == 0:
                 self._weigh_groups_ahead(self._buffered_inputs[first : first + together])
+        if self.model.training:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, TokenShiftCallback):
+                    callback.on_micro_batch(inputs)
         return inputs
 
     def _whole_group_batches(self, batch: Rows) -> list[Rows]:

@@ -45,7 +45,7 @@ CREDIT = {"per_device_train_batch_size": 16, "learning_rate": 0.05, "optim": "sg
 SCENARIOS = {
     "on-policy": {**PLAIN, "per_device_train_batch_size": 16, "max_steps": 2},
     # Groups of four lie across the two processes, two rollouts on each.
-    "straddling": {**PLAIN, "per_device_train_batch_size": 4, "max_steps": 2},
+    "straddling": {**PLAIN, "per_device_train_batch_size": 4, "max_steps": 2, "token_shift_steps": 1},
     "symmetric-clip": {
         "per_device_train_batch_size": 16,
         "num_iterations": 3,
@@ -57,7 +57,13 @@ SCENARIOS = {
     # Whole groups in each micro-batch; groups spread over the four micro-batches of a step; and groups of which each
     # process holds a half, in one micro-batch and in two.
     "dfpo": {**DFPO, "per_device_train_batch_size": 16},
-    "dfpo-spread": {**DFPO, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": 3},
+    "dfpo-spread": {
+        **DFPO,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "max_steps": 3,
+        "token_shift_steps": 1,
+    },
     "dfpo-straddling": {**DFPO, "per_device_train_batch_size": 4},
     "dfpo-straddling-spread": {
         **DFPO,
@@ -83,7 +89,15 @@ SCENARIOS = {
     "nthr": {**CREDIT, "nthr": True, "nthr_beta": 0.2, "num_iterations": 2, "max_steps": 4},
     "nthr-on-policy": {**CREDIT, "nthr": True, "nthr_beta": 0.2, "max_steps": 2},
     # Adapters, with the reference of the KL term by switching them off.
-    "lora": {**CREDIT, "nthr": True, "delta_credit": True, "beta": 0.05, "num_iterations": 2, "max_steps": 4},
+    "lora": {
+        **CREDIT,
+        "nthr": True,
+        "delta_credit": True,
+        "beta": 0.05,
+        "num_iterations": 2,
+        "max_steps": 4,
+        "token_shift_steps": 2,
+    },
     "split": {"per_device_train_batch_size": 8, "steps_per_generation": 4, "max_steps": 4},
 }
 # Those in which the states, or a pass of its own, meet a sharded model.

@@ -34,6 +34,7 @@ GLOBAL = (
     "delta/",
     "symmetric_clip/",
     "group_weights/",
+    "shift/",
     "reward",
     "loss",
     "clip_ratio/region_mean",
@@ -128,6 +129,9 @@ def test_the_runs_have_something_to_compare(results):
         assert max(log.get("group_weights/orthogonality", 0) for log in logs) < 1e-5
     assert results("two")["delta"][0]["logs"][0]["delta/lambda_std"] > 0.02
     assert 0 < results("two")["nthr"][0]["logs"][0]["nthr/selected_fraction"] < 1
+    for name in ("straddling", "dfpo-spread", "lora"):
+        logs = results("two")[name][0]["logs"][:-1]
+        assert min(log["shift/mean_magnitude"] for log in logs if log["step"] % 2 == 0) > 1e-4
     clipped = [log["symmetric_clip/clip_fraction"] for log in results("two")["symmetric-clip"][0]["logs"][:-1]]
     assert max(clipped) > 0
 

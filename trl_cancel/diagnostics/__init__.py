@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .callbacks import TokenShiftCallback
     from .coupling import coupling_kernel, head_gradient, predicted_shifts, prediction_errors, sign_agreement
     from .displacement import gwhes, likelihood_displacement, top_k_overlap
     from .energy import energy_by_frequency, gradient_asymmetry, jitter2, output_row_energy
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives. Loaded on first use: the trainer takes a few functions, the probe takes the trainer's.
 _HOME = {
+    "callbacks": ("TokenShiftCallback",),
     "coupling": ("coupling_kernel", "head_gradient", "predicted_shifts", "prediction_errors", "sign_agreement"),
     "displacement": ("gwhes", "likelihood_displacement", "top_k_overlap"),
     "energy": ("energy_by_frequency", "gradient_asymmetry", "jitter2", "output_row_energy"),
@@ -31,6 +33,7 @@ _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "Ratios",
+    "TokenShiftCallback",
     "TokenShifts",
     "TokenValues",
     "UpdateProbe",

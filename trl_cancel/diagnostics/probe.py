@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 from ..rollouts import Rollouts
 from ..states import LMHead, StateStore
 from .coupling import head_gradient, predicted_shifts
-from .forward import final_states, log_probs
+from .forward import final_states, log_probs, without_dropout
 from .variants import Variant
 
 
@@ -138,7 +138,7 @@ class UpdateProbe:
         for parameter in self.parameters:
             parameter.grad = None
         try:
-            with self._evaluating(), torch.enable_grad():
+            with without_dropout(self.model), torch.enable_grad():
                 for part in weighed.split(self.batch_size) if len(weighed) else ():
                     some = self._take(part)
                     active = some.mask.bool()
@@ -287,7 +287,7 @@ class UpdateProbe:
     @torch.no_grad()
     def _pass(self, rollouts: Rollouts, states: StateStore | None = None) -> torch.Tensor:
         parts = []
-        with self._evaluating():
+        with without_dropout(self.model):
             for rows in torch.arange(len(rollouts.mask)).split(self.batch_size):
                 some = rollouts.take(rows, states=None)
                 active = some.mask.bool()
@@ -297,16 +297,6 @@ class UpdateProbe:
                 logps = log_probs(hidden[active], some.completion_ids[active], self.head, some.temperature)
                 parts.append(torch.zeros_like(some.mask, dtype=logps.dtype).masked_scatter(active, logps))
         return torch.cat(parts)
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
 
 def _copy(value: Any) -> Any:
