@@ -131,6 +131,21 @@ class _Look(CancelGRPOTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
+def _rollouts(inputs, **changes):
+    """The inputs of losses as the probe takes them."""
+    rows = len(inputs["group_ids"])
+    return Rollouts(
+        **{field: inputs[field] for field in ("prompt_ids", "prompt_mask", "completion_ids", "group_ids")},
+        mask=inputs["completion_mask"],
+        advantages=inputs["rollout_advantages"],
+        rewards=torch.zeros(rows, 1),
+        reward_names=["reward"],
+        examples=[{"prompt": ""}] * rows,
+        num_generations=4,
+        **changes,
+    )
+
+
 EPSILON = {"token": 0.02, "sequence": 0.3}  # some tokens and rollouts leave the range, not all
 
 
@@ -162,17 +177,7 @@ def test_gradient_is_that_of_the_trainer(tiny_model, name):
     )
     trainer.train()
     (inputs,) = trainer.kept
-    rollouts = Rollouts(
-        **{field: inputs[field] for field in ("prompt_ids", "prompt_mask", "completion_ids", "group_ids")},
-        mask=inputs["completion_mask"],
-        advantages=inputs["rollout_advantages"],
-        rewards=torch.zeros(8, 1),
-        reward_names=["reward"],
-        examples=[{"prompt": ""}] * 8,
-        num_generations=4,
-        temperature=0.9,
-        old_logps=inputs["old_per_token_logps"],
-    )
+    rollouts = _rollouts(inputs, temperature=0.9, old_logps=inputs["old_per_token_logps"])
     variant = Variant(name, epsilon=EPSILON[level])
     probe = UpdateProbe(_model_of(trainer, tiny_model), rollouts)
     # Token credit was settled when the rollouts were scored, by the weights of then.
@@ -209,15 +214,7 @@ def test_token_credit_is_that_of_the_trainer(tiny_model):
         }
         order = rows["group_ids"].argsort(stable=True)
         rows = {key: value[order] for key, value in rows.items()}
-        rollouts = Rollouts(
-            **{field: rows[field] for field in ("prompt_ids", "prompt_mask", "completion_ids", "group_ids")},
-            mask=rows["completion_mask"],
-            advantages=rows["rollout_advantages"],
-            rewards=torch.zeros(16, 1),
-            reward_names=["reward"],
-            examples=[{"prompt": ""}] * 16,
-            num_generations=4,
-        )
+        rollouts = _rollouts(rows)
         credited = UpdateProbe(_model_of(trainer, tiny_model), rollouts).credited_advantages(Variant(name))
         credited = credited.unsqueeze(1) if credited.dim() == 1 else credited
         given = rows["advantages"].unsqueeze(1) if rows["advantages"].dim() == 1 else rows["advantages"]
