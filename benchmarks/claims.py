@@ -176,12 +176,12 @@ CLAIMS = [
 def run(seed: int, seeds: int) -> Seed:
     """The measurements of one seed, without the responses that a page would show."""
     from trl_cancel.cli._quiet import quiet
-    from trl_cancel.cli.probing import MEASUREMENTS, measure_seed, probe_settings
+    from trl_cancel.cli.probing import MEASUREMENTS, measurements, probe_settings
 
     given = {**ARGUMENTS, "probe_seeds": seeds}
     with quiet():
         settings = probe_settings("", [part for name, value in given.items() for part in (f"--{name}", str(value))])
-        measured = measure_seed(settings, list(MEASUREMENTS), seed)
+        measured = dict(measurements(settings, list(MEASUREMENTS), seed))
     for name in ("shifts", "coefficients"):
         del measured[name]["responses"]
     return measured

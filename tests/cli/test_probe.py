@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.cli.test_cli import flags
 from tests.diagnostics.test_page import BROWSER, Elements, in_browser
 from trl_cancel.cli import main
+from trl_cancel.cli import probe as probing_command
 from trl_cancel.cli.probe import MEASUREMENTS as NAMES
 from trl_cancel.diagnostics import measurements
 from trl_cancel.diagnostics.masking import masking_effects
@@ -144,6 +145,38 @@ def test_an_adapter(tmp_path):
 
 def test_a_new_adapter(tmp_path):
     assert probe("shifts", tmp_path, use_peft=True, probe_prompts=3) == 0
+
+
+def fails(subject):
+    raise ValueError("nothing <b>there</b>")
+
+
+def test_what_cannot_be_measured_is_noted(tmp_path, monkeypatch, capsys):
+    """The rest is measured."""
+    monkeypatch.setattr(probing_command, "MEASUREMENTS", ("energy", "values"))
+    monkeypatch.setitem(measurements.MEASUREMENTS, "energy", fails)
+    monkeypatch.setitem(measurements.MEASUREMENTS, "values", partial(measurements.measure_values, num_tokens=2))
+    assert probe("all", tmp_path) == 0
+    (seed,) = json.loads((tmp_path / "probe.json").read_text())["seeds"]
+    assert seed["energy"] == {"not_measured": "nothing <b>there</b>"}
+    assert seed["values"]["tokens"]
+    assert "energy: not measured: nothing" in capsys.readouterr().out
+    assert "nothing &lt;b&gt;there" in (tmp_path / "index.html").read_text()
+    assert probe("energy", tmp_path / "alone") == 2
+    assert "nothing <b>there</b>" in capsys.readouterr().err
+
+
+def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch):
+    def interrupted(subject):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(probing_command, "MEASUREMENTS", ("energy", "values"))
+    monkeypatch.setitem(measurements.MEASUREMENTS, "values", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        probe("all", tmp_path)
+    (seed,) = json.loads((tmp_path / "probe.json").read_text())["seeds"]
+    assert seed["energy"]["variants"]
+    assert (tmp_path / "energy.png").exists()
 
 
 MISTAKES = {

@@ -305,6 +305,13 @@ def test_a_frozen_model_is_refused(tiny_model):
         UpdateProbe(model, rollouts)
 
 
+def test_half_precision_is_refused(tiny_model):
+    model = load(tiny_model)
+    rollouts = rollouts_of(model, tiny_model)
+    with pytest.raises(ValueError, match=r"torch.bfloat16.*dtype='float32'"):
+        UpdateProbe(model.bfloat16(), rollouts)
+
+
 def test_an_unknown_variant_is_refused(probed):
     with pytest.raises(ValueError, match="'grop' is not one of grpo"):
         probed.shifts("grop")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ from trl import get_peft_config, get_quantization_config
 from .. import playground
 from ..diagnostics.measurements import MEASUREMENTS, Subject
 from ..diagnostics.probe import UpdateProbe
-from ..diagnostics.report import write_report
+from ..diagnostics.report import NOT_MEASURED, write_report
 from ..diagnostics.sampling import sample_rollouts
 from ..diagnostics.shifts import THRESHOLD
 from . import UsageError
@@ -77,14 +78,13 @@ def probe_settings(description: str, arguments: list[str]) -> Settings:
 
 def run_probe(settings: Settings, names: list[str], pages: Any) -> None:
     """
-    Measures, and writes `probe.json`, `index.html` and the figures. What one seed has found is written before the next
-    begins.
+    Measures, and writes `probe.json`, `index.html` and the figures: after each seed, and what there is if one fails.
 
     Args:
         settings ([`Settings`]):
             The settings, with [`ProbeArguments`].
         names (`list[str]`):
-            Measurements.
+            Measurements. What one of several cannot measure on these rollouts is noted in its place.
         pages (`ModuleType`):
             The module of [`~trl_cancel.diagnostics.page.Page`].
     """
@@ -95,8 +95,17 @@ def run_probe(settings: Settings, names: list[str], pages: Any) -> None:
     for seed in range(run.probe_seeds):
         if not settings.training.disable_tqdm:
             console.print(f"Seed {seed + 1} of {run.probe_seeds}")
-        results["seeds"].append(measure_seed(settings, names, seed))
-        index = _write(results, Path(run.probe_output), pages)
+        found: dict[str, Any] = {}
+        try:
+            for name, value in measurements(settings, names, seed):
+                found[name] = value
+        finally:
+            if not found.keys().isdisjoint(names):
+                results["seeds"].append(found)
+                index = _write(results, Path(run.probe_output), pages)
+        for name in names:
+            if NOT_MEASURED in found[name]:
+                console.print(f"{name}: not measured: {found[name][NOT_MEASURED]}")
     console.print(f"Report: {index}. Numbers: {index.parent / 'probe.json'}.")
 
 
@@ -147,9 +156,10 @@ def load_model(settings: Settings) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def measure_seed(settings: Settings, names: list[str], seed: int) -> dict[str, Any]:
+def measurements(settings: Settings, names: list[str], seed: int) -> Iterator[tuple[str, Any]]:
     """
-    The measurements on one set of prompts and rollouts.
+    The measurements on one set of prompts and rollouts, by name, each when it is made; before them a few numbers about
+    the rollouts.
 
     Args:
         settings ([`Settings`]):
@@ -158,6 +168,9 @@ def measure_seed(settings: Settings, names: list[str], seed: int) -> dict[str, A
             Measurements.
         seed (`int`):
             Which of the `probe_seeds` sets.
+
+    Raises:
+        `ValueError`: If the one measurement that is asked for cannot be made on the rollouts.
     """
     run: Any = settings.run
     training, progress = settings.training, not settings.training.disable_tqdm
@@ -195,14 +208,18 @@ def measure_seed(settings: Settings, names: list[str], seed: int) -> dict[str, A
         seed=training.seed + seed,
         progress=progress,
     )
-    sampled: dict[str, Any] = {
-        "seed": training.seed + seed,
-        "mean_reward": rollouts.rewards.nanmean().item(),
-        "prompts_with_both_signs": int(mixed.sum()),
-        "tokens": int(rollouts.mask.sum()),
-        "trained_parameters": sum(parameter.numel() for parameter in probe.parameters),
-    }
-    return sampled | {name: MEASUREMENTS[name](subject) for name in names}
+    yield "seed", training.seed + seed
+    yield "mean_reward", rollouts.rewards.nanmean().item()
+    yield "prompts_with_both_signs", int(mixed.sum())
+    yield "tokens", int(rollouts.mask.sum())
+    yield "trained_parameters", sum(parameter.numel() for parameter in probe.parameters)
+    for name in names:
+        try:
+            yield name, MEASUREMENTS[name](subject)
+        except ValueError as error:
+            if len(names) == 1:
+                raise
+            yield name, {NOT_MEASURED: str(error)}
 
 
 def _facts(settings: Settings) -> dict[str, Any]:

@@ -44,8 +44,8 @@ class UpdateProbe:
             Rollouts a forward pass.
 
     Raises:
-        `ValueError`: If no parameter requires gradients, or the model's output layer is not a linear function of its
-            hidden states.
+        `ValueError`: If no parameter requires gradients or some that do are of half precision, or the model's logits
+            are not a linear function of its hidden states.
     """
 
     def __init__(
@@ -61,6 +61,12 @@ class UpdateProbe:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self.parameters:
             raise ValueError("No parameter of the model requires gradients, so there is no update to probe.")
+        half = {str(parameter.dtype) for parameter in self.parameters if parameter.dtype.itemsize < 4}
+        if half:
+            raise ValueError(
+                f"The model's trained parameters are {', '.join(sorted(half))}, whose rounding swallows small updates. "
+                "Load it with dtype='float32', or call model.float()."
+            )
         self.optimizer = optimizer or SGD(self.parameters, lr=learning_rate)
         self.learning_rate = self.optimizer.param_groups[0]["lr"]
         self.head = LMHead.of(model)

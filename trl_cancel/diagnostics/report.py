@@ -10,6 +10,7 @@ from .figures import COLOURS, new_figure
 from .page import Page
 
 
+NOT_MEASURED = "not_measured"  # stands in place of the numbers, with the reason
 Seeds = list[dict[str, Any]]  # what the measurement has found, by seed
 # Table 1 of 2605.08666: boost rates by condition, for updates of the output layer alone and of all parameters.
 PAPER_MASKING = {
@@ -32,9 +33,13 @@ def write_report(page: Page, results: dict[str, Any]) -> None:
             What `trl-cancel probe` writes as JSON: a list `seeds` of measurements by name.
     """
     for name, write in SECTIONS.items():
-        measured = [seed[name] for seed in results["seeds"] if name in seed]
+        found = [seed[name] for seed in results["seeds"] if name in seed]
+        measured = [of_seed for of_seed in found if NOT_MEASURED not in of_seed]
         if measured:
             write(page, measured)
+        for of_seed in found:
+            if NOT_MEASURED in of_seed:
+                page.text(f"{name.capitalize()}: not measured for one seed. {of_seed[NOT_MEASURED]}")
 
 
 def shifts_section(page: Page, seeds: Seeds) -> None:
