@@ -9,6 +9,8 @@ import pytest
 
 from trl_cancel import CancelGRPOTrainer
 from trl_cancel.cli import main
+from trl_cancel.cli.probe import MEASUREMENTS
+from trl_cancel.cli.probing import probe_settings
 from trl_cancel.cli.settings import Parser
 from trl_cancel.playground import CHECKPOINT
 from trl_cancel.playground.data import load_prompts
@@ -63,6 +65,9 @@ def test_command_is_one(command, monkeypatch, capsys):
         assert main([name, *arguments]) == 0
     elif name == "train":
         assert Parser("test", "").read(arguments)
+    elif name == "probe":
+        assert arguments[0] in ("all", *MEASUREMENTS)
+        probe_settings("", arguments[1:]).run.check()
     else:
         flags = re.findall(r"--\w+", command)
         with pytest.raises(SystemExit):
