@@ -133,6 +133,7 @@ IDENTICAL = {
     "everything-off": {**OFF_POLICY, **ROWS["everything-off"], "beta": 0.1},
     "group-weights": ROWS["group-weights"],
     "rounds": ROWS["rounds"],
+    "half-precision": {**OFF_POLICY, "bf16": True},
     "evaluation": {**OFF_POLICY, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4},
 }
 
