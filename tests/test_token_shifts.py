@@ -4,11 +4,13 @@ import pytest
 import torch
 import trl
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 from trl_cancel import TokenShiftCallback
 from trl_cancel.diagnostics.callbacks import without_dropout
 from trl_cancel.playground.data import load_prompts
+from trl_cancel.playground.tokenizer import build_tokenizer
+from trl_cancel.playground.warm_start import build_model
 
 from .methods import METHODS, SHIFT_METRICS, settings_of
 from .runs import OFF_POLICY, assert_same_weights, build, noisy_reward, repeatable, train, weights_of, without
@@ -133,6 +135,7 @@ IDENTICAL = {
     "everything-off": {**OFF_POLICY, **ROWS["everything-off"], "beta": 0.1},
     "group-weights": ROWS["group-weights"],
     "rounds": ROWS["rounds"],
+    "half-precision": {**OFF_POLICY, "bf16": True},
     "evaluation": {**OFF_POLICY, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4},
 }
 
@@ -152,6 +155,25 @@ def test_measuring_changes_nothing(tiny_model, row):
     measured = [entry["step"] for entry in runs[1].logs if logged_shifts(entry)]
     assert measured == [2, 4]
     assert not any(logged_shifts(entry) for entry in runs[0].logs)
+
+
+def test_measuring_changes_nothing_in_4_bit(tmp_path):
+    """Not even the quantized weights, which a CPU may pack for good when they are not training."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    tokenizer, sizes = build_tokenizer(), {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    build_model(tokenizer, **sizes, head_dim=64, intermediate_size=64).save_pretrained(tmp_path)
+    arguments = {"peft_config": ADAPTER, "processing_class": tokenizer}
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    runs = []
+    for steps in (0, 1):
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=quantization, dtype=torch.float32, device_map="cpu"
+        )
+        runs.append(train(model, **OFF_POLICY, token_shift_steps=steps, arguments=arguments))
+    assert_same_weights(runs[1].weights, runs[0].weights)
+    assert [without(entry, ("shift/",)) for entry in runs[1].logs] == runs[0].logs
+    assert all(entry["shift/mean_magnitude"] > 1e-4 for entry in runs[1].logs[:-1])
 
 
 def test_with_all_else_off_it_trains_as_trl_does(tiny_model):
@@ -213,7 +235,7 @@ def test_modes_of_modules_are_kept():
     model[1][0].eval()
     before = [module.training for module in model.modules()]
     with without_dropout(model):
-        assert not any(module.training for module in model.modules())
+        assert not any(module.training for module in model.modules() if not isinstance(module, torch.nn.Linear))
     assert [module.training for module in model.modules()] == before == [True, True, True, False, True]
 
 

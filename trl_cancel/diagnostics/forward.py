@@ -84,13 +84,14 @@ def pieces(count: int, width: int) -> Iterator[slice]:
 @contextmanager
 def without_dropout(model: torch.nn.Module) -> Iterator[None]:
     """
-    Evaluation mode for a while; after it, each module is in the mode in which it was.
+    Evaluation mode for a while, but for linear layers; after it, each module is in the mode in which it was.
 
     Args:
         model (`torch.nn.Module`):
             The model.
     """
-    modes = {module: module.training for module in model.modules()}
+    # Linear layers have no dropout, and 4-bit ones on a CPU pack their weights for good when they are not training.
+    modes = {module: module.training for module in model.modules() if not isinstance(module, torch.nn.Linear)}
     try:
         for module in modes:
             module.training = False  # not `eval()`, in which some adapters merge their weights
