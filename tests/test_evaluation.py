@@ -3,12 +3,14 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from trl_cancel.evaluation import mean_with_interval, score_samples
 from trl_cancel.playground import CHECKPOINT
 from trl_cancel.playground.data import load_prompts
 from trl_cancel.playground.reward import answer_reward
+from trl_cancel.states import LMHead
 
 from .runs import load
 
@@ -98,3 +100,21 @@ def test_interval_covers_the_truth():
         _, low, high = mean_with_interval(scores, num_resamples=400, seed=trial)
         hits += low <= 0.4 <= high
     assert 0.88 < hits / 200 < 0.99
+
+
+def test_a_4_bit_model_on_a_cpu_can_still_be_trained(tiny_model):
+    """Its linear layers would pack their weights for good in evaluation mode, and pass no gradients on any more."""
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=quantization, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.5, init_lora_weights=False))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model.train()
+    score_samples(model, tokenizer, load_prompts("train", 2), lambda completion_ids, **_: [0.0] * len(completion_ids))
+    LMHead.of(model)
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert all(modes.values())
+    ids = torch.arange(8).unsqueeze(0)
+    model(input_ids=ids, labels=ids).loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained
+    assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in trained)

@@ -13,6 +13,7 @@ from trl import apply_chat_template
 from trl.data_utils import is_conversational
 
 from .intervals import mean_with_interval as mean_with_interval
+from .states import without_dropout
 
 
 RewardFunction = Callable[..., list[float | None]]
@@ -96,16 +97,11 @@ def rewards_of(
 
 @contextmanager
 def sampling(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Evaluation mode, no gradients and a seed of its own, all undone at the end."""
-    was_training = model.training
+    """No dropout, no gradients and a seed of its own, all undone at the end."""
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad():
+    with torch.random.fork_rng(devices), torch.no_grad(), without_dropout(model):
         torch.manual_seed(seed)
-        model.eval()
-        try:
-            yield
-        finally:
-            model.train(was_training)
+        yield
 
 
 def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> list[list[int]]:

@@ -196,13 +196,8 @@ class LMHead:
         config = getattr(model.config, "text_config", model.config)
         softcap = getattr(config, "final_logit_softcapping", None)
         tokens = torch.arange(8, device=model.device).unsqueeze(0) % config.vocab_size
-        training = model.training
-        model.eval()
-        try:
-            with _outputs_of(layer) as outputs:
-                logits = model(input_ids=tokens).logits.double()
-        finally:
-            model.train(training)
+        with without_dropout(model), _outputs_of(layer) as outputs:
+            logits = model(input_ids=tokens).logits.double()
         raw = outputs[-1].double()
         if softcap is None:
             uncapped, measured = logits, raw
@@ -307,6 +302,27 @@ class LMHead:
 
 
 @contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """
+    Evaluation mode for a while, but for linear layers, which train; after it, each module is in the mode in which it
+    was.
+
+    Args:
+        model (`nn.Module`):
+            The model.
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:  # not `eval()`, in which some adapters merge their weights
+            # Linear layers have no dropout, and 4-bit ones on a CPU pack their weights for good unless they train.
+            module.training = isinstance(module, nn.Linear)
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
 def _outputs_of(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Collects what a layer gives."""
     outputs: list[torch.Tensor] = []
@@ -365,14 +381,9 @@ def _measured_rows(layer: Any, token_ids: torch.Tensor) -> tuple[torch.Tensor, t
     """The same, where a layer keeps its weight to itself (quantized, or changed by more than a sum): unit vectors."""
     floating = next((weight for weight in layer.parameters() if weight.is_floating_point()), torch.empty(0))
     units = torch.eye(layer.in_features, dtype=floating.dtype, device=token_ids.device)
-    training = layer.training
-    layer.eval()  # no dropout
-    try:
-        with torch.no_grad():
-            bias = layer(torch.zeros_like(units[:1]))[0, token_ids]
-            columns = [layer(some)[:, token_ids] - bias for some in units.split(UNIT_VECTORS)]
-    finally:
-        layer.train(training)
+    with torch.no_grad(), without_dropout(layer):
+        bias = layer(torch.zeros_like(units[:1]))[0, token_ids]
+        columns = [layer(some)[:, token_ids] - bias for some in units.split(UNIT_VECTORS)]
     return torch.cat(columns).T, bias
 
 

@@ -143,8 +143,11 @@ def test_an_adapter(tmp_path):
     )
 
 
-def test_a_new_adapter(tmp_path):
-    assert probe("shifts", tmp_path, use_peft=True, probe_prompts=3) == 0
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_a_new_adapter(tmp_path, load_in_4bit):
+    assert probe("shifts", tmp_path, use_peft=True, load_in_4bit=load_in_4bit, probe_prompts=3) == 0
+    (seed,) = json.loads((tmp_path / "probe.json").read_text())["seeds"]
+    assert seed["shifts"]["variants"]["grpo, AdamW"]["all"]["mean_magnitude"] > 1e-6
 
 
 def fails(subject):

@@ -7,8 +7,8 @@ from transformers import TrainerCallback
 
 from ..metrics import StepMetrics
 from ..rollouts import Rows
+from ..states import without_dropout
 from ..update_weights import loss_mask
-from .forward import without_dropout
 from .shifts import THRESHOLD, TokenShifts, token_shifts
 
 

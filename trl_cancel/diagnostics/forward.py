@@ -1,7 +1,6 @@
 """Hidden states and log-probabilities of rollouts by the model that is trained, in bounded memory."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,23 +78,3 @@ def pieces(count: int, width: int) -> Iterator[slice]:
     """Slices of `count` tokens, each so small that `width` numbers for each of its tokens fit into memory."""
     size = max(1, HELD_LOGITS // width)
     return (slice(first, min(first + size, count)) for first in range(0, count, size))
-
-
-@contextmanager
-def without_dropout(model: torch.nn.Module) -> Iterator[None]:
-    """
-    Evaluation mode for a while, but for linear layers; after it, each module is in the mode in which it was.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model.
-    """
-    # Linear layers have no dropout, and 4-bit ones on a CPU pack their weights for good when they are not training.
-    modes = {module: module.training for module in model.modules() if not isinstance(module, torch.nn.Linear)}
-    try:
-        for module in modes:
-            module.training = False  # not `eval()`, in which some adapters merge their weights
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -13,9 +13,9 @@ import torch
 from torch.optim import SGD, Optimizer
 
 from ..rollouts import Rollouts
-from ..states import LMHead, StateStore
+from ..states import LMHead, StateStore, without_dropout
 from .coupling import head_gradient, predicted_shifts
-from .forward import final_states, log_probs, without_dropout
+from .forward import final_states, log_probs
 from .variants import Variant
 
 
