@@ -11,6 +11,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -74,8 +75,12 @@ def residual(seed: Seed, run: str) -> float:
     return seed["residual"]["runs"][run]["mean_residual"]
 
 
-def asymmetry(seed: Seed, variant: str) -> float:
-    return seed["energy"]["variants"][variant]["asymmetry"]
+def asymmetry(seed: Seed, variant: str, measure: str = "asymmetry") -> float:
+    return seed["energy"]["variants"][variant][measure]
+
+
+def mean_of(seed: Seed, variant: str) -> float:
+    return statistics.mean(prompt[variant] for prompt in seed["displacement"]["prompts"])
 
 
 def overlap(seed: Seed, k: str) -> float:
@@ -90,6 +95,7 @@ D = "(d) DFPO lowers asymmetry and residual off policy"
 E = "(e) Symmetric clipping and query preservation lower the residual"
 F = "(f) GWHES finds the prompts with the least displacement better than chance"
 G = "(g) Boosted tokens are worth more than suppressed ones"
+MASKED = ("random", "same", "low", "same and low")
 PERCENT = "{:.1%}"
 CLAIMS = [
     Claim(
@@ -120,9 +126,23 @@ CLAIMS = [
     ),
     Claim(
         B,
-        "effects of one sign in the output layer and in the full model, same and low (above 75%)",
-        lambda seed: seed["coupling"]["masking"]["same and low"]["agreement"],
-        0.75,
+        "boost rates of all weights and of the output layer: 5% minus their largest difference",
+        lambda seed: 0.05 - max(abs(boost(seed, name) - boost(seed, name, "head")) for name in MASKED),
+        0,
+        PERCENT,
+    ),
+    Claim(
+        B,
+        "tokens that both updates shift the same way (above 50%)",
+        lambda seed: seed["coupling"]["head_and_full"]["sign_agreement"],
+        0.5,
+        PERCENT,
+    ),
+    Claim(
+        B,
+        "share of all coupling between equal tokens of low confidence (above 50%)",
+        lambda seed: seed["coupling"]["pairs"][0]["share_of_coupling"],
+        0.5,
         PERCENT,
     ),
     Claim(
@@ -131,6 +151,11 @@ CLAIMS = [
         lambda seed: seed["displacement"]["below_positive_only"],
         0.5,
         PERCENT,
+    ),
+    Claim(
+        C,
+        "Δ(x) under positive-only minus that under GRPO, mean over prompts, nats",
+        lambda seed: mean_of(seed, "positive_only") - mean_of(seed, "grpo"),
     ),
     Claim(
         C,
@@ -145,6 +170,11 @@ CLAIMS = [
         lambda seed: seed["displacement"]["nthr_gain"] - seed["displacement"]["random_gain"],
     ),
     Claim(D, "asymmetry of GSPO minus DFPO (min)", lambda seed: asymmetry(seed, "gspo") - asymmetry(seed, "dfpo")),
+    Claim(
+        D,
+        "the same at equal size of the pushes",
+        lambda seed: asymmetry(seed, "gspo", "relative_asymmetry") - asymmetry(seed, "dfpo", "relative_asymmetry"),
+    ),
     *(
         Claim(
             D, f"residual of GSPO minus {name}", lambda seed, name=name: residual(seed, "gspo") - residual(seed, name)

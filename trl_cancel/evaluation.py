@@ -1,6 +1,6 @@
 """Sampling answers from a model and scoring them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,11 +88,22 @@ def rewards_of(
             The data set's row behind each completion; columns other than `prompt` are passed on.
         ids (`list[list[int]]`):
             Token ids of the completions, without padding.
+
+    Raises:
+        `ValueError`: If it does not return one reward for each.
     """
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     prompts = columns.pop("prompt")
     answers = as_answers(tokenizer, ids, prompts)
-    return reward(prompts=prompts, completions=answers, completion_ids=ids, **columns)
+    scores = reward(prompts=prompts, completions=answers, completion_ids=ids, **columns)
+    if not isinstance(scores, Sized) or len(scores) != len(ids):
+        found = f"{len(scores)} rewards" if isinstance(scores, Sized) else type(scores).__name__
+        name = getattr(reward, "__name__", type(reward).__name__)
+        raise ValueError(
+            f"The reward function {name} returned {found} for {len(ids)} completions; it must return a list with one "
+            "number or None for each (and cannot be async here)."
+        )
+    return [None if score is None else float(score) for score in scores]
 
 
 @contextmanager

@@ -272,7 +272,8 @@ class LMHead:
             `torch.Tensor` of shape `(N, V)`.
         """
         if isinstance(self.layer, nn.Module):
-            return self._finish(self.layer(hidden))
+            floating = next((weight for weight in self.layer.parameters() if weight.is_floating_point()), hidden)
+            return self._finish(self.layer(hidden.to(floating.dtype)))
         weight, bias = (
             (self.layer, None) if isinstance(self.layer, torch.Tensor) else (self.layer.weight, self.layer.bias)
         )

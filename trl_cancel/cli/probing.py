@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..diagnostics.probe import UpdateProbe
 from ..diagnostics.report import NOT_MEASURED, write_report
 from ..diagnostics.sampling import sample_rollouts
 from ..diagnostics.shifts import THRESHOLD
+from ..evaluation import RewardFunction
 from . import UsageError
 from .settings import Parser, RunArguments, Settings
 from .training import check_model_path, check_writable, console, find_rewards, load_data
@@ -90,7 +91,8 @@ def run_probe(settings: Settings, names: list[str], pages: Any) -> None:
     """
     run: Any = settings.run
     run.check()
-    check_writable(run.probe_output)
+    folder = Path(run.probe_output).expanduser()
+    check_writable(run.probe_output, "probe_output")
     results: dict[str, Any] = {"facts": _facts(settings), "seeds": []}
     for seed in range(run.probe_seeds):
         if not settings.training.disable_tqdm:
@@ -99,14 +101,28 @@ def run_probe(settings: Settings, names: list[str], pages: Any) -> None:
         try:
             for name, value in measurements(settings, names, seed):
                 found[name] = value
+        except ValueError as error:
+            if run.probe_seeds == 1:
+                raise
+            found[NOT_MEASURED] = str(error)
         finally:
-            if not found.keys().isdisjoint(names):
+            if NOT_MEASURED in found or not found.keys().isdisjoint(names):
                 results["seeds"].append(found)
-                index = _write(results, Path(run.probe_output), pages)
-        for name in names:
-            if NOT_MEASURED in found[name]:
-                console.print(f"{name}: not measured: {found[name][NOT_MEASURED]}")
+                index = _write(results, folder, pages)
+        for name, reason in _not_measured(found):
+            console.print(f"{name}: {reason}", markup=False)
+    if all(NOT_MEASURED in found for found in results["seeds"]):
+        raise ValueError(results["seeds"][-1][NOT_MEASURED])
     console.print(f"Report: {index}. Numbers: {index.parent / 'probe.json'}.")
+
+
+def _not_measured(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What could not be measured in a seed, and why."""
+    if NOT_MEASURED in found:
+        yield "not measured", found[NOT_MEASURED]
+    for name, value in found.items():
+        if isinstance(value, dict) and NOT_MEASURED in value:
+            yield f"{name}: not measured", value[NOT_MEASURED]
 
 
 def _rows(settings: Settings) -> list[dict[str, Any]]:
@@ -121,6 +137,30 @@ def _rows(settings: Settings) -> list[dict[str, Any]]:
             f"has {len(rows)}."
         )
     return rows
+
+
+def _reward(settings: Settings) -> RewardFunction:
+    """The reward functions as one, which adds them up with their weights, as TRL does."""
+    functions = find_rewards(settings)
+    if not all(map(callable, functions)):
+        raise UsageError("reward_funcs: the probe needs reward functions, not reward_model_name_or_path.")
+    weights = settings.training.reward_weights or [1.0] * len(functions)
+    if len(weights) != len(functions):
+        raise UsageError(f"reward_weights={weights}: there are {len(functions)} reward functions.")
+    if weights == [1.0]:
+        return functions[0]
+
+    def weighted_sum(**columns: Any) -> list[float | None]:
+        scores = [function(**columns) for function in functions]
+        return [_weighted(of_one, weights) for of_one in zip(*scores, strict=True)]
+
+    return weighted_sum
+
+
+def _weighted(scores: Sequence[float | None], weights: Sequence[float]) -> float | None:
+    """The weighted sum of the rewards that are known."""
+    known = [weight * score for score, weight in zip(scores, weights, strict=True) if score is not None]
+    return sum(known) if known else None
 
 
 def load_model(settings: Settings) -> tuple[Any, Any]:
@@ -175,9 +215,7 @@ def measurements(settings: Settings, names: list[str], seed: int) -> Iterator[tu
     run: Any = settings.run
     training, progress = settings.training, not settings.training.disable_tqdm
     own = _rows(settings)[seed * run.probe_prompts : (seed + 1) * run.probe_prompts]
-    reward = find_rewards(settings)[0]
-    if not callable(reward):
-        raise UsageError("reward_funcs: the probe needs a reward function, not reward_model_name_or_path.")
+    reward = _reward(settings)
     model, tokenizer = load_model(settings)
     length = training.max_completion_length or 256
     rollouts = sample_rollouts(
@@ -191,9 +229,10 @@ def measurements(settings: Settings, names: list[str], seed: int) -> Iterator[tu
         seed=training.seed + seed,
         description="Rollouts" if progress else None,
     )
-    mixed = rollouts.by_group(rollouts.advantages).ne(0).any(1)
+    advantages = rollouts.by_group(rollouts.advantages)
+    mixed = (advantages > 0).any(1) & (advantages < 0).any(1)  # equal rewards may differ from their mean by rounding
     if not mixed.any():
-        raise UsageError(
+        raise ValueError(
             f"All {training.num_generations} rollouts of every prompt got equal rewards, so there is no update to "
             "measure. Take prompts that the model solves now and then, or raise probe_prompts or num_generations."
         )

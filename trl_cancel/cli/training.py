@@ -165,17 +165,17 @@ def _run(settings: Settings) -> None:
         trainer.end()
 
 
-def check_writable(folder: str) -> None:
+def check_writable(folder: str, setting: str = "output_dir") -> None:
     """Makes sure that the output folder can be written, without creating it yet."""
     if not folder.strip():
-        raise UsageError("output_dir is empty: name a folder.")
+        raise UsageError(f"{setting} is empty: name a folder.")
     path = Path(folder).expanduser().resolve()
     existing = next(parent for parent in [path, *path.parents] if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise UsageError(f"output_dir={folder}: cannot write to {existing}: {error.strerror}.") from error
+        raise UsageError(f"{setting}={folder}: cannot write to {existing}: {error.strerror}.") from error
 
 
 def find_checkpoint(settings: Settings) -> str | None:

@@ -4,7 +4,8 @@ JSON.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..credit import nthr_scores
 from ..evaluation import RewardFunction
+from ..rollouts import Rollouts
 from .coupling import coupling_kernel, prediction_errors, sign_agreement
 from .displacement import gwhes, likelihood_displacement, top_k_overlap
-from .energy import asymmetry_by_group, energy_by_frequency, output_row_energy
+from .energy import asymmetry_by_group, energy_by_frequency, gradient_asymmetry, output_row_energy
 from .masking import CONDITIONS, boost_rate, masking_effects
 from .off_policy import logps_after_one_use, off_policy_steps
 from .probe import UpdateProbe
@@ -109,9 +111,16 @@ class Subject:
         return {
             "prompt": self.prompt(row),
             "advantage": rollouts.advantages[row].item(),
-            "tokens": self.tokenizer.batch_decode([[token] for token in ids]),
+            "tokens": self._texts(ids),
             **{name: of_tokens[row][active].tolist() for name, of_tokens in values.items()},
         }
+
+    def _texts(self, ids: list[int]) -> list[str]:
+        """The text of each token as it stands in its response: some tokenizers drop the space of a single one."""
+        texts = [str(self.tokenizer.decode(ids[:length])) for length in range(len(ids) + 1)]
+        added = [text[len(before) :] for before, text in itertools.pairwise(texts)]
+        whole = texts[-1] == "".join(added)
+        return added if whole else self.tokenizer.batch_decode([[token] for token in ids])
 
     def prompt(self, row: int) -> str:
         """The last thing that the prompt of a rollout says."""
@@ -259,6 +268,13 @@ def measure_displacement(subject: Subject) -> dict[str, Any]:
     rollouts, size = probe.rollouts, probe.rollouts.num_generations
     weights = {name: probe.weights(variant) for name, variant in DISPLACED.items()}
     prompts = []
+
+    def displacement(gradient: Sequence[torch.Tensor], rows: torch.Tensor, positive: torch.Tensor) -> float:
+        with probe.restored():
+            probe.step(gradient)
+            after = probe.log_probs(rows)
+        return likelihood_displacement(probe.before[rows], after, rollouts.mask[rows], positive).item()
+
     for first in subject.watch(range(0, len(rollouts.mask), size), "Displacement"):
         rows = torch.arange(first, first + size)
         positive = rollouts.advantages[rows] > 0
@@ -266,9 +282,13 @@ def measure_displacement(subject: Subject) -> dict[str, Any]:
             continue
         prompt: dict[str, Any] = {"prompt": subject.prompt(first), "right": int(positive.sum())}
         for name in DISPLACED:
-            with probe.updated(weights[name], rows):
-                after = probe.log_probs(rows)
-            prompt[name] = likelihood_displacement(probe.before[rows], after, rollouts.mask[rows], positive).item()
+            own = torch.zeros_like(weights[name])
+            own[rows] = weights[name][rows]
+            gradient = probe.gradient(own)
+            prompt[name] = displacement(gradient, rows, positive)
+            if name == "grpo":
+                tenth = displacement([part / 10 for part in gradient], rows, positive)
+                prompt["linearity"] = prompt[name] / (10 * tenth) if tenth else float("nan")
         states = rollouts.states[first : first + size]
         prompt["gwhes"] = gwhes(
             states, rollouts.completion_ids[rows], rollouts.mask[rows], positive, probe.head, rollouts.temperature
@@ -277,6 +297,7 @@ def measure_displacement(subject: Subject) -> dict[str, Any]:
     of = {name: torch.tensor([prompt[name] for prompt in prompts]) for name in (*DISPLACED, "gwhes")}
     return {
         "prompts": prompts,
+        "linearity": torch.tensor([prompt["linearity"] for prompt in prompts]).nanmedian().item(),
         "below_positive_only": _fraction(of["grpo"] < of["positive_only"]),
         "nthr_above_grpo": _fraction(of["nthr"] > of["grpo"]),
         "nthr_above_random": _fraction(of["nthr"] > of["nthr_random"]),
@@ -310,9 +331,22 @@ def measure_energy(subject: Subject) -> dict[str, Any]:
         weights = probe.weights(variant, logps)
         energies = output_row_energy(weights[active], logps[active], probe.hidden.float())
         energy, tokens = energy_by_frequency(energies, probe.token_ids)
-        asymmetry = asymmetry_by_group(weights.sum(1) / lengths, probe.rollouts.group_ids).mean()
-        variants[variant] = {"energy": energy.tolist(), "tokens": tokens.tolist(), "asymmetry": asymmetry.item()}
+        pushes = weights.sum(1) / lengths
+        variants[variant] = {
+            "energy": energy.tolist(),
+            "tokens": tokens.tolist(),
+            "asymmetry": asymmetry_by_group(pushes, probe.rollouts.group_ids).mean().item(),
+            "relative_asymmetry": _relative_asymmetry(probe.rollouts, pushes),
+        }
     return {"variants": variants}
+
+
+def _relative_asymmetry(rollouts: Rollouts, pushes: torch.Tensor) -> float:
+    """Asymmetry with the pushes of each group scaled to the size of its advantages; mean over groups that have any."""
+    pushes, advantages = rollouts.by_group(pushes), rollouts.by_group(rollouts.advantages)
+    pushing = (pushes != 0).any(1)
+    scale = advantages[pushing].abs().sum(1, keepdim=True) / pushes[pushing].abs().sum(1, keepdim=True)
+    return _mean(gradient_asymmetry(scale * pushes[pushing], torch.ones_like(pushes[pushing])))
 
 
 def measure_residual(subject: Subject) -> dict[str, Any]:

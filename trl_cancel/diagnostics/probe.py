@@ -189,15 +189,19 @@ class UpdateProbe:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Undoes at its end whatever happens to weights, gradients, the optimizer, modes and random numbers."""
-        weights = [parameter.detach().clone() for parameter in self.parameters]
-        gradients = [parameter.grad for parameter in self.parameters]
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        optimized = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        moving = dict.fromkeys([*self.parameters, *optimized])
+        values = [(tensor, tensor.detach().clone()) for tensor in [*moving, *self.model.buffers()]]
+        gradients = [(parameter, parameter.grad) for parameter in dict.fromkeys([*moving, *self.model.parameters()])]
+        for parameter, _ in gradients:  # nothing is to follow an old one, or to add to it
+            parameter.grad = None
         state = {
             parameter: {name: _copy(value) for name, value in entries.items()}
             for parameter, entries in self.optimizer.state.items()
         }
         groups = [
-            {name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups
+            {name: (value, _copy(value)) for name, value in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
         ]
         modes = [(module, module.training) for module in self.model.modules()]
         python, numpy = random.getstate(), np.random.get_state()
@@ -209,15 +213,16 @@ class UpdateProbe:
             random.setstate(python)
             np.random.set_state(numpy)
             with torch.no_grad():
-                for parameter, value, gradient in zip(self.parameters, weights, gradients, strict=True):
-                    parameter.copy_(value)
-                    parameter.grad = gradient
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+                for tensor, value in values:
+                    tensor.copy_(value)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
             self.optimizer.state.clear()
             self.optimizer.state.update(state)
-            for group, values in zip(self.optimizer.param_groups, groups, strict=True):
-                group.update(values)
+            for group, saved in zip(self.optimizer.param_groups, groups, strict=True):
+                for name in group.keys() - saved.keys() - {"params"}:
+                    del group[name]
+                group.update({name: _put_back(*entry) for name, entry in saved.items()})
             for module, training in modes:
                 module.training = training
 
@@ -307,3 +312,8 @@ class UpdateProbe:
 
 def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+
+
+def _put_back(value: Any, before: Any) -> Any:
+    """The value as it was; a tensor stays the same object, which others may hold too."""
+    return value.copy_(before) if isinstance(value, torch.Tensor) else before

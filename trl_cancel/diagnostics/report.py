@@ -1,6 +1,7 @@
 """The measurements as one page that is read from top to bottom: figures, tables and coloured responses."""
 
 from collections.abc import Callable, Sequence
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -40,6 +41,9 @@ def write_report(page: Page, results: dict[str, Any]) -> None:
         for of_seed in found:
             if NOT_MEASURED in of_seed:
                 page.text(f"{name.capitalize()}: not measured for one seed. {of_seed[NOT_MEASURED]}")
+    for seed in results["seeds"]:
+        if NOT_MEASURED in seed:
+            page.text(f"One seed was not measured. {seed[NOT_MEASURED]}")
 
 
 def shifts_section(page: Page, seeds: Seeds) -> None:
@@ -123,6 +127,19 @@ def coupling_section(page: Page, seeds: Seeds) -> None:
         "they are the same and both among the fifth that the model is least sure of: the taller, the stronger.",
         alt="Bars of the mean coupling of pairs of tokens by kind",
     )
+    page.table(
+        ["pairs", "mean |K|", "share of all coupling"],
+        [
+            [
+                label.replace("\n", " "),
+                *(
+                    _interval([seed["pairs"][index] for seed in seeds], name, form=form)
+                    for name, form in (("mean_magnitude", "{:.3g}"), ("share_of_coupling", "{:.1%}"))
+                ),
+            ]
+            for index, label in enumerate(labels)
+        ],
+    )
     conditions = list(seeds[0]["masking"])
     page.table(
         ["left out", "output layer", "paper", "all weights", "paper"],
@@ -165,8 +182,8 @@ def displacement_section(page: Page, seeds: Seeds) -> None:
     """Likelihood displacement by prompt."""
     page.section(
         "Likelihood displacement",
-        "One update on the rollouts of a single prompt should raise the likelihood of its right responses. Pushing the "
-        "wrong ones down can undo much of it; NTHR takes that push off the tokens which would do most harm.",
+        "A prompt's own part of the update should raise the likelihood of its right responses. Pushing the wrong ones "
+        "down can undo some of it; NTHR takes that push off the tokens which would do most harm.",
     )
     prompts = sorted(seeds[0]["prompts"], key=lambda prompt: prompt["grpo"])
     figure, axes = new_figure(7.2, 3.4)
@@ -203,6 +220,10 @@ def displacement_section(page: Page, seeds: Seeds) -> None:
             ],
             ["prompts where NTHR raises them more than GRPO", _percent(seeds, "nthr_above_grpo")],
             ["prompts where NTHR raises them more than its random control", _percent(seeds, "nthr_above_random")],
+            [
+                "Δ(x) over ten times that of a tenth of the step, median (1: first order)",
+                _interval(seeds, "linearity"),
+            ],
             ["what NTHR gains over GRPO, nats", _interval(seeds, "nthr_gain")],
             ["what its random control gains, nats", _interval(seeds, "random_gain")],
         ],
@@ -242,16 +263,18 @@ def energy_section(page: Page, seeds: Seeds) -> None:
         alt="Stacked bars of the share of energy by frequency of the tokens and by variant",
     )
     page.table(
-        ["variant", "energy of the most frequent quarter", "asymmetry"],
+        ["variant", "energy of the most frequent quarter", "asymmetry", "at equal size"],
         [
             [
                 variant,
                 _percent([{"energy": seed["variants"][variant]["energy"][0]} for seed in seeds], "energy"),
                 _interval(seeds, "variants", variant, "asymmetry"),
+                _interval(seeds, "variants", variant, "relative_asymmetry"),
             ]
             for variant in variants
         ],
-        caption="Asymmetry: variance of weight times advantage within a group, mean over groups.",
+        caption="Asymmetry: variance of weight times advantage within a group, mean over groups; and the same with the "
+        "pushes of each group scaled to the size of its advantages, so that small weights alone do not lower it.",
     )
 
 
@@ -395,7 +418,7 @@ def _responses(
         page.tokens(
             response["tokens"],
             response[name],
-            caption=f"A {kind} response to “{response['prompt']}”: {label}.",
+            caption=f"A {kind} response to “{shorten(response['prompt'], 200)}”: {label}.",
             limit=limit,
             legend=legend,
             diverging=diverging,

@@ -69,8 +69,9 @@ def sample_rollouts(
             ids += continuations(model, tokenizer, batch, max_completion_length, temperature)
             progress.update(len(batch))
     rewards = torch.tensor(
-        [float("nan") if value is None else value for value in rewards_of(reward, tokenizer, examples, ids)]
-    ).to(model.device)
+        [float("nan") if value is None else value for value in rewards_of(reward, tokenizer, examples, ids)],
+        device=model.device,
+    )
     prompt_ids, prompt_mask = _padded(prompts, tokenizer, "left", model.device)
     completion_ids, mask = _padded(ids, tokenizer, "right", model.device)
     return Rollouts(

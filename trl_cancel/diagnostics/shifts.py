@@ -91,14 +91,17 @@ def token_shifts(
 
     def ratios(rollouts: torch.Tensor) -> Ratios:
         chosen = shifts[active & rollouts.unsqueeze(1)].double()
-        boosted, suppressed = (chosen > threshold).double().mean(), (chosen < -threshold).double().mean()
+
+        def fraction(kind: torch.Tensor) -> float:
+            return kind.double().mean().item()
+
         return Ratios(
-            boosted.item(),
-            suppressed.item(),
-            (1 - boosted - suppressed).item(),
-            chosen.mean().item(),
-            chosen.abs().mean().item(),
-            len(chosen),
+            boosted=fraction(chosen > threshold),
+            suppressed=fraction(chosen < -threshold),
+            stable=fraction(chosen.abs() <= threshold),  # nan is none of these
+            mean=chosen.mean().item(),
+            mean_magnitude=chosen.abs().mean().item(),
+            tokens=len(chosen),
         )
 
     return TokenShifts(

@@ -1,10 +1,10 @@
 """The variants of an update that are compared: the methods by name, as weights of tokens."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 
 from ..configs import CancelGRPOConfig
 from ..methods import METHODS
@@ -31,7 +31,7 @@ class Variant:
             Fields of [`CancelGRPOConfig`] that differ from the method's, e.g. `nthr_eta=0`.
 
     Raises:
-        `ValueError`: If there is no such method, or its settings cannot be honoured.
+        `ValueError`: If there is no such method or setting.
     """
 
     def __init__(self, name: str, **settings: Any):
@@ -39,6 +39,13 @@ class Variant:
         if method not in METHODS:
             known = [*METHODS, *ALIASES]
             raise ValueError(f"variant {name!r} is not one of {', '.join(known)}.")
+        for setting, value in settings.items():
+            field = CancelGRPOConfig.__dataclass_fields__.get(setting)
+            if field is None:
+                raise ValueError(f"{setting} is not a setting of CancelGRPOConfig.")
+            choices = field.metadata.get("choices")
+            if choices and value not in choices:
+                raise ValueError(f"{setting}={value!r} is not one of {', '.join(map(repr, choices))}.")
         self.name, self.settings = name, {**METHODS[method].settings, **settings}
 
     def __repr__(self) -> str:
@@ -75,7 +82,7 @@ class Variant:
         Returns:
             `torch.Tensor` of shape `(B, T)`.
         """
-        weighing = UpdateWeights(self._args(rollouts), UpdateMonitor(Accelerator(), groups_are_local=True))
+        weighing = UpdateWeights(self._args(rollouts), UpdateMonitor(cast(Any, None), groups_are_local=True))
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
         rows = {
             "completion_mask": rollouts.mask,
@@ -91,14 +98,10 @@ class Variant:
             weights = cast(torch.Tensor, weighing.of_surrogate(rows, ratios, advantages))
         return weights * advantages * rollouts.mask
 
-    def _args(self, rollouts: Rollouts) -> CancelGRPOConfig:
-        size = rollouts.num_generations
-        return CancelGRPOConfig(
-            num_generations=size,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=1,
-            use_cpu=True,  # nothing runs by this configuration
-            bf16=False,
-            report_to="none",
-            **self.settings,
-        )
+    def _args(self, rollouts: Rollouts) -> Any:
+        """The fields of a configuration. Making one would set up accelerate anew, also under a trainer at work."""
+        fields = CancelGRPOConfig.__dataclass_fields__
+        args: Any = SimpleNamespace(**{name: field.default for name, field in fields.items()} | self.settings)
+        args.clip_range = CancelGRPOConfig.clip_range.fget(args)  # type: ignore[attr-defined]
+        args.layout = SimpleNamespace(num_generations=rollouts.num_generations)
+        return args
