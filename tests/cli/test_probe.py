@@ -182,6 +182,43 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch):
     assert (tmp_path / "energy.png").exists()
 
 
+def half(completion_ids, **columns):
+    return [0.5 * (sum(ids) % 2) for ids in completion_ids]
+
+
+def constant(completion_ids, **columns):
+    return [0.1] * len(completion_ids)
+
+
+def test_several_rewards_are_added_up(tmp_path):
+    rewards = ["tests.cli.test_probe.half", "trl_cancel.playground.reward.answer_reward"]
+    means = []
+    for functions, weights in ((rewards[:1], [1.0]), (rewards[1:], [1.0]), (rewards, [4.0, 0.5])):
+        arguments = ["--reward_funcs", *functions, "--reward_weights", *map(str, weights)]
+        settings = {**QUICK, "probe_output": tmp_path, "probe_prompts": 4}
+        assert main(["probe", "energy", *flags(**settings), *arguments]) == 0
+        means.append(json.loads((tmp_path / "probe.json").read_text())["seeds"][0]["mean_reward"])
+    assert means[2] == pytest.approx(4 * means[0] + 0.5 * means[1])
+
+
+def test_a_seed_without_mixed_rewards_is_noted(tmp_path, capsys, monkeypatch):
+    from trl_cancel.cli import probing
+
+    sample, seeds = probing.sample_rollouts, []
+
+    def sampled(model, tokenizer, rows, reward, **settings):
+        seeds.append(settings["seed"])
+        return sample(model, tokenizer, rows, constant if len(seeds) == 1 else reward, **settings)
+
+    monkeypatch.setattr(probing, "sample_rollouts", sampled)
+    assert probe("energy", tmp_path, probe_seeds=2) == 0
+    first, second = json.loads((tmp_path / "probe.json").read_text())["seeds"]
+    assert "equal rewards" in first["not_measured"]
+    assert second["energy"]
+    assert "equal rewards" in (tmp_path / "index.html").read_text()
+    assert "not measured: All 8 rollouts" in capsys.readouterr().out
+
+
 MISTAKES = {
     "no measurement": ([], "name a measurement first: all, shifts"),
     "unknown": (["shift"], "'shift' is not a measurement; use all, shifts"),
@@ -197,8 +234,10 @@ MISTAKES = {
     ),
     "group": (["shifts", *flags(**{**QUICK, "num_generations": 1})], "num_generations"),
     "length": (["shifts", *flags(**{**QUICK, "max_completion_length": 1})], "equal rewards"),
+    "constant": (["shifts", *flags(**QUICK, reward_funcs="tests.cli.test_probe.constant")], "equal rewards"),
+    "weights": (["shifts", *flags(**QUICK, reward_weights="1 2")], "reward_weights"),
     "few groups": (["residual", *flags(**{**QUICK, "probe_prompts": 2})], "num_steps=4 needs at least as many groups"),
-    "folder": (["shifts", *flags(**QUICK, probe_output="/dev/null/x")], "/dev/null"),
+    "folder": (["shifts", *flags(**QUICK, probe_output="/dev/null/x")], "probe_output=/dev/null/x"),
 }
 
 

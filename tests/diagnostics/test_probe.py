@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, TrainerCallback
 
@@ -280,6 +281,46 @@ def test_restores_everything(tiny_model, lora, fails):
     assert torch.equal(probe.log_probs(), probe.before)
 
 
+def test_restores_what_others_hold(tiny_model):
+    """Gradients, buffers, the optimizer's settings and its other parameters: whatever is done to them meanwhile."""
+    model = load(tiny_model)
+    rollouts = rollouts_of(model, tiny_model)
+    model.register_buffer("counter", torch.zeros(2))
+    model.model.layers[0].eval()
+    frozen, stranger = model.lm_head.weight.requires_grad_(False), torch.nn.Parameter(torch.zeros(3))
+    rate = torch.tensor(1e-2)
+    optimizer = torch.optim.AdamW([*model.parameters(), stranger], lr=rate)
+    for parameter in [*model.parameters(), stranger]:
+        parameter.grad = torch.ones_like(parameter)
+    probe = UpdateProbe(model, rollouts, optimizer)
+    before = state_of(model, optimizer), frozen.clone(), stranger.clone(), stranger.grad.clone()
+    with probe.updated(probe.weights("grpo")):
+        probe.model(input_ids=torch.arange(5).unsqueeze(0), labels=torch.arange(5).unsqueeze(0)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.param_groups[0]["lr"].mul_(2)
+        optimizer.param_groups[0]["initial_lr"] = 1.0
+        model.counter += 1
+        model.train()
+    assert_same(before[0], state_of(model, optimizer))
+    assert torch.equal(frozen, before[1])
+    assert torch.equal(stranger, before[2])
+    assert torch.equal(stranger.grad, before[3])
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert rate.item() == pytest.approx(1e-2)
+    assert model.counter.tolist() == [0, 0]
+
+
+def test_leaves_a_trainer_at_work_alone(tiny_model):
+    """Accelerate's state belongs to the process."""
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    model = load(tiny_model)
+    probe = UpdateProbe(model, rollouts_of(model, tiny_model))
+    for name in ("grpo", "dfpo", "delta"):
+        probe.weights(name)
+    assert accelerator.mixed_precision == "bf16"
+
+
 def test_restores_an_optimizer_that_has_not_begun(probed):
     probed.optimizer = torch.optim.AdamW(probed.parameters, lr=1e-3)
     probed.shifts("grpo")
@@ -315,6 +356,10 @@ def test_half_precision_is_refused(tiny_model):
 def test_an_unknown_variant_is_refused(probed):
     with pytest.raises(ValueError, match="'grop' is not one of grpo"):
         probed.shifts("grop")
+    with pytest.raises(ValueError, match="nthr_et is not a setting"):
+        Variant("nthr", nthr_et=0.0)
+    with pytest.raises(ValueError, match="'minimum' is not one of"):
+        Variant("dfpo", group_weights="minimum")
 
 
 # The masking experiment
@@ -337,12 +382,14 @@ def test_masking_effects_against_updates_of_their_own(probed, monkeypatch):
     assert torch.equal(left_out[0], weights)
     usual, parts, measured = probed.shifts("grpo"), iter(left_out[1:]), iter(candidates)
     usual_head = probed.head_shifts(probed.head_step(weights))
+    everything = [tuple(place) for place in probed.active.nonzero().tolist()]
     for candidate in range(3):
-        where = next(measured)
+        where, count = next(measured), None
         for name, (same, _) in CONDITIONS.items():
             assert next(measured) == where
             part = next(parts)
             removed = (part != 0).nonzero()
+            count = len(removed) if count is None else count
             assert (part[part != 0] == weights[part != 0]).all()
             assert (probed.rollouts.advantages[removed[:, 0]] > 0).all()
             with probed.updated(weights - part):
@@ -351,6 +398,8 @@ def test_masking_effects_against_updates_of_their_own(probed, monkeypatch):
             # The model's normalisation layers compute in float32, so passes over other batches differ by rounding.
             assert full[where].item() == pytest.approx(effects.full[name][candidate].item(), abs=1e-6)
             assert head[where].item() == pytest.approx(effects.head[name][candidate].item(), rel=1e-6, abs=1e-12)
+            assert where not in {everything.index(tuple(place)) for place in removed.tolist()}
+            assert len(removed) == count
             if same:
                 ids = probed.rollouts.completion_ids[removed[:, 0], removed[:, 1]]
                 assert (ids == probed.token_ids[where]).all()

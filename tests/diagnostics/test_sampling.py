@@ -50,6 +50,34 @@ def test_rollouts(parts):
     assert torch.equal(again.completion_ids, rollouts.completion_ids)
 
 
+@pytest.mark.parametrize("kind", [int, bool])
+def test_rewards_of_any_number_type(parts, kind):
+    def reward(prompts, completions, completion_ids, **columns):
+        return [kind(sum(ids) % 2) for ids in completion_ids]
+
+    rollouts = sample_rollouts(*parts, reward, num_generations=4, max_completion_length=6)
+    assert rollouts.rewards.dtype == torch.float32
+    assert set(rollouts.rewards.flatten().tolist()) == {0.0, 1.0}
+
+
+async def patient(prompts, completions, completion_ids, **columns):
+    return [0.0] * len(completion_ids)
+
+
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda completion_ids, **columns: [1.0], "returned 1 rewards for 12 completions"),
+        (lambda completion_ids, **columns: None, "returned NoneType for 12"),
+        (patient, "patient returned coroutine"),
+    ],
+)
+def test_rewards_that_are_none(parts, reward, message):
+    with pytest.raises(ValueError, match=message):
+        sample_rollouts(*parts, reward, num_generations=4, max_completion_length=6)
+
+
 @pytest.mark.parametrize(("setting", "value"), [("num_generations", 1), ("temperature", 0.0)])
 def test_what_makes_no_groups_is_refused(parts, setting, value):
     with pytest.raises(ValueError, match=f"{setting}={value}"):

@@ -51,3 +51,8 @@ def test_a_masked_nan_does_no_harm():
 def test_a_negative_threshold_is_refused():
     with pytest.raises(ValueError, match="threshold=-1"):
         token_shifts(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1), -1)
+
+
+def test_what_is_not_a_number_is_not_stable():
+    found = token_shifts(torch.zeros(1, 2), torch.tensor([[1.0, float("nan")]]), torch.ones(1, 2), torch.ones(1))
+    assert (found.all.boosted, found.all.suppressed, found.all.stable) == (0.5, 0.0, 0.0)
