@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoTokenizer, TrainerCallback
 
 from tests.runs import build, load, noisy_reward, weights_of
@@ -344,6 +344,13 @@ def test_a_frozen_model_is_refused(tiny_model):
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="requires gradients"):
         UpdateProbe(model, rollouts)
+
+
+def test_prompt_tuning_is_refused(tiny_model):
+    model = load(tiny_model)
+    rollouts = rollouts_of(model, tiny_model)
+    with pytest.raises(ValueError, match="PROMPT_TUNING adapters add tokens"):
+        UpdateProbe(get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)), rollouts)
 
 
 def test_half_precision_is_refused(tiny_model):

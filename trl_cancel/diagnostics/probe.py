@@ -44,8 +44,8 @@ class UpdateProbe:
             Rollouts a forward pass.
 
     Raises:
-        `ValueError`: If no parameter requires gradients or some that do are of half precision, or the model's logits
-            are not a linear function of its hidden states.
+        `ValueError`: If no parameter requires gradients or some that do are of half precision, if an adapter adds
+            tokens to the prompt, or if the model's logits are not a linear function of its hidden states.
     """
 
     def __init__(
@@ -61,6 +61,11 @@ class UpdateProbe:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self.parameters:
             raise ValueError("No parameter of the model requires gradients, so there is no update to probe.")
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(
+                f"{model.active_peft_config.peft_type.value} adapters add tokens to the prompt, which the probe does "
+                "not make; it works with LoRA and its kin, and with all parameters trained."
+            )
         half = {str(parameter.dtype) for parameter in self.parameters if parameter.dtype.itemsize < 4}
         if half:
             raise ValueError(
