@@ -25,7 +25,9 @@ LORA = {"peft_config": LoraConfig(r=2, target_modules="all-linear")}
 MANY = load_pictures((1, 3, 2, 1))
 
 
-# One family in the default suite, all in the slow one.
+# One or two families in the default suite, all in the slow one.
+SLOW = ("gemma", "idefics")
+TWO_AND_ALL = [pytest.param(family, marks=[pytest.mark.slow] * (family in SLOW)) for family in FAMILIES]
 ONE_AND_ALL = ["qwen", *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES if family != "qwen")]
 
 
@@ -133,7 +135,7 @@ def test_off_is_off(family, settings):
     assert_same_weights(ours.weights, theirs.weights)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TWO_AND_ALL)
 def test_images_stay_with_their_rollouts(monkeypatch, family):
     watch = Watch(monkeypatch)
     run(family)
@@ -162,7 +164,7 @@ def test_images_stay_with_weighted_groups(monkeypatch, family, settings):
     assert watch.losses == 4 * settings.get("gradient_accumulation_steps", 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TWO_AND_ALL)
 def test_rounds_of_other_images(monkeypatch, family):
     """One small image, then none, then many; each prompt in its round has images or none does, as TRL wants it."""
     watch = Watch(monkeypatch)

@@ -36,6 +36,14 @@ ROWS = {
     "lora": {**OFF_POLICY, "arguments": {"peft_config": ADAPTER}},
 }
 
+SLOW = (
+    "accumulated",
+    "several-steps-a-generation",
+    "temperature",
+    "everything-off",
+    "truncated",
+)  # others have it too
+
 
 def mostly_noisy_reward(prompts, completion_ids, **kwargs):
     """Some prompts have no advantages, so that micro-batches without either sign occur."""
@@ -108,7 +116,7 @@ def logged_shifts(entry):
     return {name: value for name, value in entry.items() if name.startswith("shift/")}
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", [pytest.param(row, marks=[pytest.mark.slow] * (row in SLOW)) for row in ROWS])
 def test_logs_what_two_plain_passes_say(tiny_model, row):
     settings = {**LONG, **ROWS[row], "token_shift_steps": 1}
     arguments = {"reward_funcs": mostly_noisy_reward, **settings.pop("arguments", {})}
