@@ -26,6 +26,7 @@ from .batching import balanced_order, query_preserved_permutation
 from .configs import CancelGRPOConfig, DelTAConfig, DFPOConfig, GRPOFixConfig, NTHRConfig
 from .credit import Credit
 from .diagnostics.callbacks import TokenShiftCallback
+from .evaluation import Evaluation
 from .explanation import explain
 from .monitor import UpdateMonitor
 from .prompts import FreshPrompts
@@ -162,6 +163,7 @@ class CancelGRPOTrainer(GRPOTrainer):
             args.delta = 1 + args.clip_range[1]
         self._layout = args.layout
         self._credits = TokenCredits(args, credits)
+        self.evaluations: list[Evaluation] = []  # for the model card, in order
         if trl_kwargs.get("environment_factory") is None:  # an environment may bring the prompts
             evaluated = trl_args[0] if trl_args else trl_kwargs.get("eval_dataset")
             _check_dataset("train_dataset", train_dataset)

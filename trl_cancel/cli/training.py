@@ -27,7 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import get_dataset, get_peft_config, get_quantization_config
 
 from .. import playground
-from ..evaluation import mean_with_interval, score_samples
+from ..evaluation import Estimate, mean_with_interval, score_samples
 from ..trainers import CancelGRPOTrainer
 from . import UsageError
 from .settings import Settings
@@ -38,7 +38,6 @@ console = Console(highlight=False, soft_wrap=True)
 RESIDUAL = "cancel/shared_prefix_residual"
 # Logged values shown at the end of a run.
 LOGGED = {"reward": "reward while training", "completions/mean_length": "tokens a rollout", "entropy": "entropy"}
-Estimate = tuple[float, float, float]  # mean, and the ends of its 95% interval
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import apply_chat_template
 from trl.data_utils import is_conversational
 
-from .intervals import mean_with_interval as mean_with_interval
-from .states import without_dropout
+from ..intervals import mean_with_interval as mean_with_interval
+from ..states import without_dropout
 
 
 RewardFunction = Callable[..., list[float | None]]
