@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .credit import Credit
     from .diagnostics.callbacks import TokenShiftCallback
     from .explanation import explain
+    from .precision import Precision, best_precision
     from .rollouts import Rollouts
     from .trainers import CancelGRPOTrainer, DelTATrainer, DFPOTrainer, GRPOFixTrainer, NTHRTrainer
     from .trainers import CancelGRPOTrainer as GRPOTrainer
@@ -36,8 +37,10 @@ _HOME = {
     "GRPOTrainer": ("trainers", "CancelGRPOTrainer"),
     "NTHRConfig": ("configs", "NTHRConfig"),
     "NTHRTrainer": ("trainers", "NTHRTrainer"),
+    "Precision": ("precision", "Precision"),
     "Rollouts": ("rollouts", "Rollouts"),
     "TokenShiftCallback": ("diagnostics.callbacks", "TokenShiftCallback"),
+    "best_precision": ("precision", "best_precision"),
     "explain": ("explanation", "explain"),
 }
 
@@ -55,8 +58,10 @@ __all__ = [
     "GRPOTrainer",
     "NTHRConfig",
     "NTHRTrainer",
+    "Precision",
     "Rollouts",
     "TokenShiftCallback",
+    "best_precision",
     "explain",
 ]
 

@@ -29,6 +29,7 @@ from .diagnostics.callbacks import TokenShiftCallback
 from .evaluation import Evaluation
 from .explanation import explain
 from .monitor import UpdateMonitor
+from .precision import emulates_bfloat16, hold_trained_weights_in_float32
 from .prompts import FreshPrompts
 from .rollouts import ABOUT_IMAGES, Rollouts, Rows, generator_of, take_rows
 from .rounds import Choice, GroupPool, Scored
@@ -184,6 +185,8 @@ class CancelGRPOTrainer(GRPOTrainer):
 
         super().__init__(model, reward_funcs, args, train_dataset, *trl_args, **trl_kwargs)
 
+        if args.fp16 and not self.is_deepspeed_enabled:  # which scales gradients by itself
+            hold_trained_weights_in_float32(cast(torch.nn.Module, self.model).named_parameters())
         self.epsilon_low, self.epsilon_high = args.clip_range
         self._monitor = UpdateMonitor(self.accelerator, self._layout.groups_are_local)
         self._update_weights = UpdateWeights(self.args, self._monitor)
@@ -193,13 +196,13 @@ class CancelGRPOTrainer(GRPOTrainer):
             self._make_room_for_rounds()
         if self.args.token_shift_steps:
             self.add_callback(TokenShiftCallback(self, self.args.token_shift_steps))
-        self._say_what_cannot_act()
+        self._say_what_falls_short()
         if self._credits.of_states:
             self._check_sharding()
             if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
                 self._lm_head()  # an unsuitable model is refused now; one that is yet to be sharded, later
 
-    def _say_what_cannot_act(self) -> None:
+    def _say_what_falls_short(self) -> None:
         idle = ["symmetric_clip=True"] if self.args.symmetric_clip else []
         if self._weighs_groups and self._has_nothing_to_weigh:
             idle.append(f"group_weights={self.args.group_weights!r}")
@@ -208,6 +211,11 @@ class CancelGRPOTrainer(GRPOTrainer):
                 f"{' and '.join(idle)} changes nothing here: each generation batch is used for one optimizer step, so "
                 "all ratios are 1. It acts with num_iterations > 1 or with steps_per_generation greater than "
                 "gradient_accumulation_steps."
+            )
+        if self.args.bf16 and emulates_bfloat16(self.accelerator.device):
+            logger.warning(
+                "bf16=True, TRL's default, is emulated by this GPU, many times slower than float16. Set fp16=True; "
+                "trl_cancel.best_precision() tells what suits the device."
             )
 
     def _check_sharding(self) -> None:

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -12,6 +12,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 
 from ..configs import CancelGRPOConfig
 from ..methods import METHODS, complete_settings
+from ..precision import Precision, best_precision
 from . import OneLineErrors, UsageError
 
 
@@ -46,12 +47,13 @@ class RunArguments(GRPOScriptArguments):
 
 @dataclass
 class Settings:
-    """The settings of one run, by who reads them."""
+    """The settings of one run, by who reads them; and the precision, where it was left to the device."""
 
     run: RunArguments
     training: CancelGRPOConfig
     model: ModelConfig
     mixture: DatasetMixtureConfig
+    precision: Precision | None = None
 
 
 class Parser(OneLineErrors, TrlParser):
@@ -89,9 +91,22 @@ class Parser(OneLineErrors, TrlParser):
             chosen = {name: value for name, value in complete_settings(flag).items() if name not in given}
             arguments += [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
         try:
-            return Settings(*self.parse_args_and_config(arguments))
+            return self._parse(arguments, yaml_settings)
         except (TypeError, ValueError) as error:
             raise UsageError(str(error)) from error
+
+    def _parse(self, arguments: list[str], yaml_settings: dict[str, Any]) -> Settings:
+        """The settings, with the precision that suits the device unless they name one."""
+        given = _flag_names(arguments) | yaml_settings.keys()
+        if given & {"bf16", "fp16"}:
+            return Settings(*self.parse_args_and_config(arguments))
+        self.set_defaults_with_config(**{name: value for name, value in yaml_settings.items() if name != "env"})
+        precision = best_precision(use_cpu=self.parse_known_args(arguments)[0].use_cpu)
+        self.set_defaults(bf16=precision.bf16, fp16=precision.fp16)
+        settings = replace(Settings(*self.parse_args_and_config(arguments)), precision=precision)
+        if settings.model.use_peft and "dtype" not in given:
+            settings.model.dtype = precision.name  # of the weights that are not trained
+        return settings
 
     def _check_names(self, arguments: list[str], yaml_settings: dict[str, Any]) -> None:
         known = {action.dest for action in self._actions} | {"env", "config"}

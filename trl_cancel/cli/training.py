@@ -144,6 +144,8 @@ def _run(settings: Settings) -> None:
     rewards = find_rewards(settings)
     trainer = build_trainer(settings, dataset, rewards)
     test = pick_test_problems(settings, dataset)
+    if settings.precision and trainer.is_world_process_zero():
+        console.print(f"Precision: {settings.precision.reason}")
 
     before = evaluate(trainer, test, rewards[0], settings, "Before")
     started = time.perf_counter()
