@@ -1,7 +1,7 @@
 """Short training runs on tiny models, for tests that compare trainers."""
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ def noisy_reward(completion_ids, **kwargs):
 class Run:
     """A finished run: its trainer, its final weights and what it logged."""
 
-    trainer: trl.GRPOTrainer
+    trainer: Any
     weights: dict[str, torch.Tensor]
     logs: list[dict[str, Any]]
 
@@ -79,6 +79,18 @@ def train(*args: Any, resume: Any = None, **kwargs: Any) -> Run:
     trainer = build(*args, **kwargs)
     trainer.train(resume_from_checkpoint=resume)
     return Run(trainer, weights_of(trainer.model), [repeatable(entry) for entry in trainer.state.log_history])
+
+
+def trained_by_trl(model: str, **settings: Any) -> Run:
+    """What [`train`] returns for TRL's own trainer; equal settings are run once a session."""
+    key = (model, repr(sorted(settings.items(), key=str)))
+    if key not in _RUNS_OF_TRL:
+        run = train(model, trl.GRPOTrainer, **settings)
+        _RUNS_OF_TRL[key] = replace(run, trainer=None)  # which holds the model and more
+    return _RUNS_OF_TRL[key]
+
+
+_RUNS_OF_TRL: dict[Any, Run] = {}
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-import trl
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoModelForCausalLM
 
 from trl_cancel.configs import _OWN_FIELDS
 
 from .methods import METHODS, settings_of
-from .runs import assert_same_weights, build, train
+from .runs import assert_same_weights, build, train, trained_by_trl
 
 
 def of_trl(settings):
@@ -24,7 +23,7 @@ def row(request):
 
 def test_neutral_setting_is_trl(tiny_model, row):
     settings = settings_of(row, **row.neutral)
-    theirs = train(tiny_model, trl.GRPOTrainer, **of_trl(settings))
+    theirs = trained_by_trl(tiny_model, **of_trl(settings))
     ours = train(tiny_model, **settings, arguments={"credits": row.neutral_credits()})
     for log, expected in zip(ours.logs, theirs.logs, strict=True):
         ours_of_trl = {name: log[name] for name in expected}
@@ -35,7 +34,7 @@ def test_neutral_setting_is_trl(tiny_model, row):
         torch.testing.assert_close(ours.weights[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_trains(tiny_model, row):
+def test_trains_and_acts(tiny_model, row):
     run = train(tiny_model, **settings_of(row), arguments={"credits": row.credits()})
     before = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
     assert any((run.weights[name] != value).any() for name, value in before.items())
@@ -43,14 +42,9 @@ def test_trains(tiny_model, row):
     logged = {name for entry in run.logs for name in entry}
     assert logged >= set(row.metrics)
     assert run.trainer.explain()
-
-
-def test_acts(tiny_model, row):
-    """Turned on, it must compute something else than TRL does on the same data."""
-    settings = settings_of(row)
-    ours = train(tiny_model, **settings, arguments={"credits": row.credits()})
-    theirs = train(tiny_model, trl.GRPOTrainer, **of_trl(settings))
-    assert any((ours.weights[name] != value).any() for name, value in theirs.weights.items())
+    # Turned on, it must compute something else than TRL does on the same data.
+    theirs = trained_by_trl(tiny_model, **of_trl(settings_of(row)))
+    assert any((run.weights[name] != value).any() for name, value in theirs.weights.items())
 
 
 def test_resumed_run_equals_the_uninterrupted_one(tiny_model, row, tmp_path):
