@@ -33,8 +33,8 @@ trainer = GRPOTrainer(
         num_generations=8,
         per_device_train_batch_size=8,
         gradient_accumulation_steps=4,
-        # Answers that are cut off earn nothing. Watch completions/clipped_ratio; the default of 256 is far too short
-        # for a model that thinks.
+        # Answers that are cut off earn nothing. Watch completions/clipped_ratio; TRL's default of 512 is too short for
+        # a model that thinks.
         max_completion_length=arguments.max_completion_length,
         learning_rate=arguments.learning_rate,
         max_steps=arguments.max_steps,
