@@ -58,8 +58,22 @@ PLACES = (
     "model_init_kwargs",
     "hub_",
 )
-METRICS = ("reward", "rewards/", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio")
-METRICS += ("entropy", "kl", "cancel/", "group_weights/", "symmetric_clip/", "nthr/", "delta/", "balance/", "shift/")
+METRICS = (
+    "reward",
+    "rewards/",
+    "frac_reward_zero_std",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "entropy",
+    "kl",
+    "cancel/",
+    "group_weights/",
+    "symmetric_clip/",
+    "nthr/",
+    "delta/",
+    "balance/",
+    "shift/",
+)
 LIBRARIES = {"trl-cancel": "trl-cancel", "PEFT": "peft", "bitsandbytes": "bitsandbytes", "vLLM": "vllm"}
 ADAPTER_SETTINGS = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

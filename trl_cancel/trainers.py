@@ -249,7 +249,7 @@ class CancelGRPOTrainer(GRPOTrainer):
         kept = [tag for tag in type(self)._tag_names if tag not in of_classes or tag in CancelGRPOTrainer._tag_names]
         return list(dict.fromkeys([*kept, *tags_of(self.active_methods)]))
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]
         self,
         model_name: str | None = None,
         dataset_name: str | list[str] | None = None,
@@ -306,7 +306,7 @@ class CancelGRPOTrainer(GRPOTrainer):
             [`~trl_cancel.hub.PushError`]: If the upload fails. The model is saved by then, and the message says how to
                 push it later.
         """
-        base = hub_id(get_config_model_id(self.model.config))
+        base = hub_id(get_config_model_id(cast(Any, self.model).config))
         if base and self._base_license is None and self.is_world_process_zero():
             self._base_license = hub.license_of(base, self.args.hub_token)
         try:
