@@ -76,7 +76,7 @@ METRICS = (
 )
 LIBRARIES = {"trl-cancel": "trl-cancel", "PEFT": "peft", "bitsandbytes": "bitsandbytes", "vLLM": "vllm"}
 ADAPTER_SETTINGS = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def complete_model_card(

@@ -4,7 +4,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 from huggingface_hub.utils import _http, close_session
 from transformers.utils import hub as transformers_hub
 
@@ -39,6 +39,7 @@ def talk_to(url, monkeypatch, folder):
         monkeypatch.setattr(constants, name, value)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hf_api.api, "endpoint", url)  # behind the functions of the package
     monkeypatch.setattr(transformers_hub, "_hf_api", None)
     monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
     close_session()
