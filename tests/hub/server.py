@@ -1,7 +1,7 @@
 """
 A stand-in for the Hub: what the real client asks for when it makes a repository, uploads files, commits and downloads.
 
-Large files go by LFS, in one part or several, as the client sends them without hf_xet. Faults can be injected: a refused
+Large files go by Xet, or by LFS in one part or several, as the client chooses. Faults can be injected: a refused
 token, a repository that may not be written, answers of an overloaded server, connections that are cut before or in the
 middle of a request.
 """
@@ -18,6 +18,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+
+from .xet import Storage
 
 
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
@@ -85,6 +87,7 @@ class StandIn:
         self.tokens, self.part_size = tokens, part_size
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}  # large files by their SHA-256
+        self.xet = Storage()
         self.parts: dict[tuple[str, int], bytes] = {}
         self.faults: list[Fault] = []
         self.requests: list[str] = []
@@ -121,7 +124,7 @@ class StandIn:
         """Everything that was uploaded, for a search."""
         files = [content for repo in self.repos.values() for content in repo.files.values()]
         messages = [json.dumps(repo.commits).encode() for repo in self.repos.values()]
-        return b"\n".join([*files, *messages, *self.objects.values()])
+        return b"\n".join([*files, *messages, *self.objects.values(), *self.xet.blocks.values()])
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -296,9 +299,9 @@ class _Handler(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                if value["oid"] not in self.hub.objects:
+                if value["oid"] not in self.hub.objects and value["oid"] not in self.hub.xet.hashes:
                     raise Refusal(400, f"{value['path']}: its content was not uploaded")
-                files[value["path"]] = self.hub.objects[value["oid"]]
+                files[value["path"]] = self.hub.objects.get(value["oid"], Pointer(value["oid"].encode()))
             else:
                 raise Refusal(400, f"the stand-in cannot commit a {line['key']}")
         kept = self._repo(repo)
@@ -325,11 +328,57 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in kept.files:
             raise Refusal(404, "Entry not found", "EntryNotFound")
         content = kept.files[path]
-        self._answer(content, headers={"X-Repo-Commit": kept.head, "ETag": f'"{_oid(content, path.endswith(LARGE))}"'})
+        if isinstance(content, Pointer):
+            sha256 = content.decode()
+            terms = self.hub.xet.files[self.hub.xet.hashes[sha256]]
+            headers = {
+                "X-Repo-Commit": kept.head,
+                "X-Linked-Etag": f'"{sha256}"',
+                "X-Linked-Size": str(sum(term.size for term in terms)),
+                "X-Xet-Hash": self.hub.xet.hashes[sha256],
+                "X-Xet-Refresh-Route": f"{self.hub.url}/api/models/{repo}/xet-read-token/main",
+            }
+            return self._answer(b"", headers=headers)
+        return self._answer(content, headers={"X-Repo-Commit": kept.head, "ETag": f'"{_oid(content, path.endswith(LARGE))}"'})
+
+    # Xet
+
+    def xet_token(self, repo: str, kind: str) -> None:
+        self._may_write(repo) if kind == "write" else self._repo(repo)
+        answer = {"casUrl": self.hub.url, "accessToken": "for-xet", "exp": 2**32}
+        names = {"casUrl": "X-Xet-Cas-Url", "accessToken": "X-Xet-Access-Token", "exp": "X-Xet-Token-Expiration"}
+        self._answer(answer, headers={header: str(answer[name]) for name, header in names.items()})
+
+    def put_block(self, block: str) -> None:
+        self.hub.xet.blocks[block] = self.body
+        self.hub.uploaded.append((block, len(self.body)))
+        self._answer({"was_inserted": True})
+
+    def put_shard(self) -> None:
+        self.hub.xet.add_shard(self.body)
+        self._answer({"result": 1})
+
+    def reconstruct(self, name: str) -> None:
+        self._answer(self.hub.xet.reconstruction(name, f"{self.hub.url}/xet/blocks"))
+
+    def get_block(self, block: str) -> None:
+        first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        content = self.hub.xet.blocks[block]
+        place = {"Content-Range": f"bytes {first}-{last}/{len(content)}"}
+        self._answer(content[first : last + 1], 206, place)
+
+    def ignore(self) -> None:
+        self._answer({})
+
+
+class Pointer(bytes):
+    """The SHA-256 of a file that lies in Xet, in the place of its content."""
 
 
 def _oid(content: bytes, large: bool) -> str:
     """How the Hub identifies a file: a large one by its SHA-256, another as git does."""
+    if isinstance(content, Pointer):
+        return content.decode()
     return (
         hashlib.sha256(content).hexdigest()
         if large
@@ -352,5 +401,11 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", f"/api/models/{REPO}/commit/main", _Handler.commit),
     ("GET", f"/api/models/{REPO}(/revision/[^/]+)?", _Handler.info),
     ("GET", f"/api/models/{REPO}/tree/[^/]+(/.*)?", _Handler.tree),
+    ("GET", f"/api/models/{REPO}/xet-(?P<kind>write|read)-token/main", _Handler.xet_token),
+    ("POST", "/v1/xorbs/default/(?P<block>[0-9a-f]{64})", _Handler.put_block),
+    ("POST", "/v1/shards", _Handler.put_shard),
+    ("GET", "/v1/reconstructions/(?P<name>[0-9a-f]{64})", _Handler.reconstruct),
+    ("GET", "/xet/blocks/(?P<block>[0-9a-f]{64})", _Handler.get_block),
+    ("POST", "/v1/telemetry", _Handler.ignore),
     ("GET|HEAD", f"/{REPO}/resolve/[^/]+/(?P<path>.+)", _Handler.resolve),
 ]
