@@ -339,7 +339,9 @@ class _Handler(BaseHTTPRequestHandler):
                 "X-Xet-Refresh-Route": f"{self.hub.url}/api/models/{repo}/xet-read-token/main",
             }
             return self._answer(b"", headers=headers)
-        return self._answer(content, headers={"X-Repo-Commit": kept.head, "ETag": f'"{_oid(content, path.endswith(LARGE))}"'})
+        return self._answer(
+            content, headers={"X-Repo-Commit": kept.head, "ETag": f'"{_oid(content, path.endswith(LARGE))}"'}
+        )
 
     # Xet
 
