@@ -249,7 +249,7 @@ def test_model_card_names_the_package(tiny_model, tmp_path):
     run.trainer.create_model_card("a-model")
     card = (tmp_path / "README.md").read_text()
     assert "trl-cancel" in card
-    assert "2605.08666" in card
+    assert "2605.08666" not in card  # on policy, query_preserved changes nothing
 
 
 def test_images_stay_with_their_rollouts(tiny_model):

@@ -75,6 +75,8 @@ METHODS = {
     "_get_per_token_logps_and_entropies": ["self", "model", "input_ids", "attention_mask", "logits_to_keep"],
     # Saves the progress when something fails in the middle of a run.
     "_save_checkpoint": ["self", "model", "trial"],
+    # Pushes a checkpoint in the background (transformers); a push that fails is reported.
+    "_push_from_checkpoint": ["self", "checkpoint_folder"],
     # The loss itself, public in name, whose inputs are rewritten.
     "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
 }
@@ -92,6 +94,7 @@ ATTRIBUTES = {
     "temperature": "temperature of the policy",
     "is_fsdp_enabled": "whether the model is sharded by FSDP",
     "is_deepspeed_enabled": "whether the model is sharded by DeepSpeed",
+    "_tag_names": "tags of the model and its card",
     "_tokenizer": "tokenizer, also where the processing class is a processor of several kinds of input",
 }
 # Number of values that a method returns, where the override unpacks them.

@@ -321,6 +321,20 @@ class CancelGRPOConfig(GRPOConfig):
             raise
         self.check()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings without the token: transformers pickles them next to every model that it saves and pushes."""
+        return {**self.__dict__, "hub_token": None}
+
+    def __copy__(self) -> "CancelGRPOConfig":
+        clone = object.__new__(type(self))
+        clone.__dict__.update(self.__dict__)
+        return clone
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CancelGRPOConfig":
+        clone = object.__new__(type(self))
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return clone
+
     @classmethod
     def adopt(cls, args: GRPOConfig) -> "CancelGRPOConfig":
         """
@@ -362,6 +376,14 @@ class CancelGRPOConfig(GRPOConfig):
     def chooses_groups(self) -> bool:
         """Whether generation goes on until the groups are as asked for."""
         return self.reward_balance > 0 or self.filter_zero_variance
+
+    @property
+    def has_nothing_to_weigh(self) -> bool:
+        """Whether all that group weights could transform is 1."""
+        samples_elsewhere = self.use_vllm and self.vllm_importance_sampling_correction
+        corrects_sequences = self.vllm_importance_sampling_mode.startswith("sequence")
+        transforms_correction = samples_elsewhere and corrects_sequences and self.group_weights_include_sampling_ratio
+        return self.layout.is_on_policy and not transforms_correction
 
     @property
     def clip_range(self) -> tuple[float, float]:

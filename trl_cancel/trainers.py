@@ -14,6 +14,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from trl import GRPOConfig, GRPOTrainer
 
+from . import hub, papers
 from ._upstream import (
     disable_gradient_checkpointing,
     get_config_model_id,
@@ -22,12 +23,14 @@ from ._upstream import (
     unsplit_pixel_values_by_grid,
     unwrap_model_for_generation,
 )
+from .active_methods import active_methods, tags_of
 from .batching import balanced_order, query_preserved_permutation
 from .configs import CancelGRPOConfig, DelTAConfig, DFPOConfig, GRPOFixConfig, NTHRConfig
 from .credit import Credit
 from .diagnostics.callbacks import TokenShiftCallback
 from .evaluation import Evaluation
 from .explanation import explain
+from .model_card import complete_model_card, datasets_of, hub_id
 from .monitor import UpdateMonitor
 from .precision import emulates_bfloat16, hold_trained_weights_in_float32
 from .prompts import FreshPrompts
@@ -39,57 +42,6 @@ from .update_weights import UpdateWeights, loss_mask
 
 
 logger = get_logger(__name__)
-
-# What the model card cites.
-CANCELLATION = {
-    "title": "The Cancellation Hypothesis in Critic-Free RL: From Outcome Rewards to Token Credits",
-    "id": "2605.08666",
-    # docstyle-ignore
-    "citation": (
-        "@article{cancellation2026,\n"
-        "    title  = {{The Cancellation Hypothesis in Critic-Free RL: From Outcome Rewards to Token Credits}},\n"
-        "    year   = 2026,\n"
-        "    eprint = {arXiv:2605.08666},\n"
-        "}"
-    ),
-}
-DESIGN_CONDITIONS = {
-    "title": "Design Conditions for Intra-Group Learning of Sequence-Level Rewards: Token Gradient Cancellation",
-    "id": "2604.13088",
-    # docstyle-ignore
-    "citation": (
-        "@article{designconditions2026,\n"
-        "    title  = {{Design Conditions for Intra-Group Learning of Sequence-Level Rewards: Token Gradient "
-        "Cancellation}},\n"
-        "    year   = 2026,\n"
-        "    eprint = {arXiv:2604.13088},\n"
-        "}"
-    ),
-}
-NEGATIVE_GRADIENT = {
-    "title": "On the Effect of Negative Gradient in Group Relative Deep Reinforcement Optimization",
-    "id": "2505.18830",
-    # docstyle-ignore
-    "citation": (
-        "@article{negativegradient2025,\n"
-        "    title  = {{On the Effect of Negative Gradient in Group Relative Deep Reinforcement Optimization}},\n"
-        "    year   = 2025,\n"
-        "    eprint = {arXiv:2505.18830},\n"
-        "}"
-    ),
-}
-DISCRIMINATIVE_CREDIT = {
-    "title": "DelTA: Discriminative Token Credit Assignment for RLVR",
-    "id": "2605.21467",
-    # docstyle-ignore
-    "citation": (
-        "@article{delta2026,\n"
-        "    title  = {{DelTA: Discriminative Token Credit Assignment for RLVR}},\n"
-        "    year   = 2026,\n"
-        "    eprint = {arXiv:2605.21467},\n"
-        "}"
-    ),
-}
 
 
 class CancelGRPOTrainer(GRPOTrainer):
@@ -138,7 +90,7 @@ class CancelGRPOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "grpo", "trl-cancel"]
     _name = "GRPO (trl-cancel)"
-    _paper = CANCELLATION
+    _paper = papers.CANCELLATION.for_trl
 
     _config_class: type[CancelGRPOConfig] = CancelGRPOConfig
     args: CancelGRPOConfig
@@ -165,6 +117,10 @@ class CancelGRPOTrainer(GRPOTrainer):
         self._layout = args.layout
         self._credits = TokenCredits(args, credits)
         self.evaluations: list[Evaluation] = []  # for the model card, in order
+        self.dataset_names: list[str] = datasets_of(train_dataset)  # for the model card
+        self.active_methods = active_methods(args, self._credits.own)
+        self._tag_names = self._tags()
+        self._base_license: str | None = None
         if trl_kwargs.get("environment_factory") is None:  # an environment may bring the prompts
             evaluated = trl_args[0] if trl_args else trl_kwargs.get("eval_dataset")
             _check_dataset("train_dataset", train_dataset)
@@ -238,12 +194,7 @@ class CancelGRPOTrainer(GRPOTrainer):
 
     @property
     def _has_nothing_to_weigh(self) -> bool:
-        """Whether all that group weights could transform is 1."""
-        return self._layout.is_on_policy and not (
-            self._uses_sampling_correction
-            and self.args.group_weights_include_sampling_ratio
-            and self.args.vllm_importance_sampling_mode.startswith("sequence")
-        )
+        return self.args.has_nothing_to_weigh
 
     @property
     def _differentiates_weights(self) -> bool:
@@ -297,6 +248,103 @@ class CancelGRPOTrainer(GRPOTrainer):
             error.add_note(
                 f"The progress up to step {step} is saved in {folder}; continue with resume_from_checkpoint=True."
             )
+
+    # The model card and the Hub
+
+    def _tags(self) -> list[str]:
+        """The tags of the class, with those of the methods that the configuration has on instead of the class's."""
+        of_classes = {tag for trainer in NAMED_TRAINERS for tag in trainer._tag_names}
+        kept = [tag for tag in type(self)._tag_names if tag not in of_classes or tag in CancelGRPOTrainer._tag_names]
+        return list(dict.fromkeys([*kept, *tags_of(self.active_methods)]))
+
+    def create_model_card(  # type: ignore[override]
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """
+        Writes the model card into the output folder: the methods and settings that were on and the papers behind them,
+        the last evaluation, metrics of the training, and how to load the model. Done at every checkpoint and push; a
+        card that cannot be written is reported and stops nothing.
+
+        Args:
+            model_name (`str`, *optional*):
+                Name of the model.
+            dataset_name (`str` or `list[str]`, *optional*):
+                Training data on the Hub; `trainer.dataset_names` if not given.
+            tags (`str` or `list[str]`, *optional*):
+                Further tags.
+        """
+        if dataset_name:
+            self.dataset_names = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name)
+        try:
+            super().create_model_card(model_name=model_name, tags=tags)
+            if self.is_world_process_zero():
+                complete_model_card(self, model_name, self.dataset_names, self._base_license)
+        except Exception as error:
+            logger.warning(f"The model card could not be written: {type(error).__name__}: {error}")
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """
+        Makes the repository, before the training where `push_to_hub=True`, and makes sure that it can be written.
+
+        Args:
+            token (`str`, *optional*):
+                Token; that of the configuration if not given.
+            private (`bool`, *optional*):
+                Whether a new repository is private.
+
+        Raises:
+            [`~trl_cancel.hub.PushError`]: If the token, the name or a permission is refused, or the Hub cannot be
+                reached.
+        """
+        try:
+            super().init_hf_repo(token=token, private=private)
+        except Exception as error:
+            raise hub.no_access(error, self.args.hub_model_id) from error
+        if self.is_world_process_zero():
+            hub.check_write(str(self.hub_model_id), token or self.args.hub_token)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Saves the model, writes its card and pushes both, as [`~transformers.Trainer.push_to_hub`] does.
+
+        Raises:
+            [`~trl_cancel.hub.PushError`]: If the upload fails. The model is saved by then, and the message says how to
+                push it later.
+        """
+        base = hub_id(get_config_model_id(cast(Any, self.model).config))
+        if base and self._base_license is None and self.is_world_process_zero():
+            self._base_license = hub.license_of(base, self.args.hub_token)
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        except Exception as error:
+            if isinstance(error, hub.PushError) or not hub.comes_from_hub(error):
+                raise
+            raise self._push_failed(error) from error
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Pushes in the background during the training, which goes on whatever becomes of it."""
+        pushing: Any = getattr(self, "push_in_progress", None)
+        before = list(pushing.jobs) if pushing else []
+        try:
+            super()._push_from_checkpoint(checkpoint_folder)
+        except Exception as error:
+            logger.warning(str(self._push_failed(error)))
+            return
+        pushing = getattr(self, "push_in_progress", None)
+        for job in pushing.jobs if pushing else []:
+            if job not in before:
+                job.add_done_callback(self._report_push)
+
+    def _report_push(self, job: Any) -> None:
+        error = None if job.cancelled() else job.exception()
+        if error is not None:
+            logger.warning(f"{self._push_failed(error)} (the training goes on)")
+
+    def _push_failed(self, error: Exception) -> hub.PushError:
+        return hub.push_failed(error, str(self.args.output_dir), str(self.hub_model_id or self.args.hub_model_id))
 
     # Generation: credit, then micro-batches of whole groups
 
@@ -695,7 +743,7 @@ class DFPOTrainer(CancelGRPOTrainer):
 
     _tag_names = ["trl", "grpo", "trl-cancel", "dfpo"]
     _name = "DFPO (trl-cancel)"
-    _paper = DESIGN_CONDITIONS
+    _paper = papers.DESIGN_CONDITIONS.for_trl
     _config_class = DFPOConfig
 
 
@@ -707,7 +755,7 @@ class GRPOFixTrainer(CancelGRPOTrainer):
 
     _tag_names = ["trl", "grpo", "trl-cancel", "grpo-fix"]
     _name = "GRPO-fix (trl-cancel)"
-    _paper = DESIGN_CONDITIONS
+    _paper = papers.DESIGN_CONDITIONS.for_trl
     _config_class = GRPOFixConfig
 
 
@@ -720,7 +768,7 @@ class NTHRTrainer(CancelGRPOTrainer):
 
     _tag_names = ["trl", "grpo", "trl-cancel", "nthr"]
     _name = "NTHR (trl-cancel)"
-    _paper = NEGATIVE_GRADIENT
+    _paper = papers.NEGATIVE_GRADIENT.for_trl
     _config_class = NTHRConfig
 
 
@@ -733,8 +781,11 @@ class DelTATrainer(CancelGRPOTrainer):
 
     _tag_names = ["trl", "grpo", "trl-cancel", "delta"]
     _name = "DelTA (trl-cancel)"
-    _paper = DISCRIMINATIVE_CREDIT
+    _paper = papers.DISCRIMINATIVE_CREDIT.for_trl
     _config_class = DelTAConfig
+
+
+NAMED_TRAINERS = (DFPOTrainer, GRPOFixTrainer, NTHRTrainer, DelTATrainer)
 
 
 class _ForwardDone(Exception):

@@ -13,11 +13,16 @@ COMMANDS = {
     "probe": "measure what one update does to each token",
     "explain": "say what a configuration does, without training",
     "compare": "curves and a table of several training runs, from their logs",
+    "push": "push what a run has left on disk to the Hub, for instance after an upload that failed",
 }
 
 
 class UsageError(Exception):
     """A mistake of the user's: printed as one line, without a traceback, with exit status 2."""
+
+
+class Failure(Exception):
+    """Something outside that failed, the network say: printed as one line, without a traceback, with exit status 1."""
 
 
 class OneLineErrors:
@@ -36,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             Arguments without the program's name; those of the process if not given.
 
     Returns:
-        `int`: Exit status: 0, or 2 for a mistake of the user's.
+        `int`: Exit status: 0, 2 for a mistake of the user's, or 1 for something outside that failed.
     """
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
@@ -50,9 +55,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return import_module(f".{name}", __package__).run(arguments)
-    except UsageError as error:
+    except (UsageError, Failure) as error:
         print(f"trl-cancel {name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UsageError) else 1
 
 
 def _help() -> str:

@@ -28,8 +28,9 @@ from trl import get_dataset, get_peft_config, get_quantization_config
 
 from .. import playground
 from ..evaluation import Estimate, mean_with_interval, score_samples
+from ..hub import PushError, check_token
 from ..trainers import CancelGRPOTrainer
-from . import UsageError
+from . import Failure, UsageError
 from .settings import Settings
 
 
@@ -138,6 +139,7 @@ def no_empty_folder(folder: str) -> Iterator[None]:
 
 
 def _run(settings: Settings) -> None:
+    check_hub(settings)
     checkpoint = find_checkpoint(settings)
     check_evaluation(settings)
     dataset = load_data(settings)
@@ -153,17 +155,39 @@ def _run(settings: Settings) -> None:
     seconds = time.perf_counter() - started
     after = evaluate(trainer, test, rewards[0], settings, "After")
 
-    trainer.save_model(settings.training.output_dir)
     trainer.save_state()
     results = Results(before, after, *_training_means(trainer), trainer.state.global_step, seconds)
     trainer.save_metrics("train", asdict(results))
     if trainer.is_world_process_zero():
         console.print(results.table())
-        console.print(f"Model saved to {settings.training.output_dir}.")
-    if settings.training.push_to_hub:
-        trainer.push_to_hub(dataset_name=settings.run.dataset_name)
+    _save(trainer)
     if hasattr(trainer, "end"):  # transformers 5.18: ends trackers and process groups
         trainer.end()
+
+
+def _save(trainer: CancelGRPOTrainer) -> None:
+    """Saves the model and its card, and pushes both if that is wanted."""
+    folder = trainer.args.output_dir
+    try:
+        if trainer.args.push_to_hub:
+            trainer.push_to_hub()  # saves first
+        else:
+            trainer.save_model(folder)
+            trainer.create_model_card()
+    except PushError as error:
+        raise Failure(str(error)) from error
+    if trainer.is_world_process_zero():
+        pushed = f" and pushed to {trainer.hub_model_id}" if trainer.args.push_to_hub else ""
+        console.print(f"Model saved to {folder}{pushed}.")
+
+
+def check_hub(settings: Settings) -> None:
+    """Asks the Hub for the token's owner, where the model is to be pushed, before anything is loaded."""
+    if settings.training.push_to_hub:
+        try:
+            check_token(settings.training.hub_token)
+        except PushError as error:
+            raise (UsageError if error.refused else Failure)(str(error)) from error
 
 
 def check_writable(folder: str, setting: str = "output_dir") -> None:
@@ -305,6 +329,8 @@ def build_trainer(settings: Settings, dataset: Any, rewards: list[Any]) -> Cance
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
         )
+    except PushError as error:
+        raise (UsageError if error.refused else Failure)(str(error)) from error
     except OSError as error:  # what transformers raises for a path or Hub id that holds no model
         reason = str(error).splitlines()[0]
         raise UsageError(
@@ -317,6 +343,8 @@ def build_trainer(settings: Settings, dataset: Any, rewards: list[Any]) -> Cance
         if "requires" not in str(error):  # as of a tracker that is not installed
             raise
         raise UsageError(f"report_to={training.report_to}: {error}") from error
+    mixed = [dataset.path for dataset in settings.mixture.datasets]
+    trainer.dataset_names = mixed or [str(settings.run.dataset_name)]
     if not training.disable_tqdm and trainer.is_world_process_zero():
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)

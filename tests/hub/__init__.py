@@ -1,0 +1,1 @@
+"""Pushing to a stand-in for the Hub."""
