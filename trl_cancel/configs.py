@@ -788,8 +788,8 @@ class NTHRConfig(CancelGRPOConfig):
 @dataclass
 class DelTAConfig(CancelGRPOConfig):
     r"""
-    [`CancelGRPOConfig`] with the settings of DelTA, *Discriminative Token Credit Assignment for RLVR*
-    ([2605.21467](https://huggingface.co/papers/2605.21467)).
+    [`CancelGRPOConfig`] with the settings of DelTA, *Discriminative Token Credit Assignment for Reinforcement
+    Learning from Verifiable Rewards* ([2605.21467](https://huggingface.co/papers/2605.21467)).
 
     Parameters:
         delta_credit (`bool`, *optional*, defaults to `True`):

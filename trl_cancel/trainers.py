@@ -775,7 +775,7 @@ class NTHRTrainer(CancelGRPOTrainer):
 class DelTATrainer(CancelGRPOTrainer):
     """
     [`CancelGRPOTrainer`] with [`DelTAConfig`]: tokens that tell good rollouts from bad ones carry more of the advantage
-    (DelTA, *Discriminative Token Credit Assignment for RLVR*,
+    (DelTA, *Discriminative Token Credit Assignment for Reinforcement Learning from Verifiable Rewards*,
     [2605.21467](https://huggingface.co/papers/2605.21467)).
     """
 
