@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Iterator, Sequence
+from math import lcm
 
 from trl import GRPOConfig
 
@@ -37,6 +38,7 @@ def explain(config: GRPOConfig, credits: Sequence[Credit] = ()) -> str:
         "Group weights": list(_group_weights(config)),
         "Credit": list(_credit(config, token_credits)),
         "Forward passes": [_passes(config, token_credits)],
+        "Checkpoints": list(_checkpoints(config)),
         "Leaks": list(_leaks(config)) or ["Nothing in these settings breaks cancellation."],
     }
     return "\n".join(
@@ -72,6 +74,32 @@ def _generation(config: CancelGRPOConfig) -> Iterator[str]:
         f"Up to {config.max_generation_rounds} rounds of as many, from fresh prompts, until there are "
         f"{' and '.join(wanted)}; then the groups that came first are kept, as far as that will do. Each round costs a "
         "generation and TRL's passes for it. See balance/*."
+    )
+
+
+def _checkpoints(config: CancelGRPOConfig) -> Iterator[str]:
+    remark = within_generation(config)
+    if remark is not None:
+        yield remark
+
+
+def within_generation(config: CancelGRPOConfig) -> str | None:
+    """
+    Says so if checkpoints fall within generation batches, which they do not hold.
+
+    Args:
+        config ([`CancelGRPOConfig`]):
+            The configuration.
+    """
+    updates, every = config.layout.updates_per_generation, config.save_steps
+    if config.save_strategy != "steps" or every < 1 or every % updates == 0:
+        return None
+    whole = lcm(config.layout.gradient_accumulation_steps, config.layout.micro_steps_per_generation)
+    period = whole // config.layout.gradient_accumulation_steps
+    return (
+        f"save_steps={every:g} saves within generation batches ({updates:g} optimizer steps each): a run that resumes there "
+        f"generates another instead of the rest, so it differs from one without interruption. Multiples of {period}, "
+        f"such as save_steps={max(1, round(every / period)) * period}, avoid that."
     )
 
 

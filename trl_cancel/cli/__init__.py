@@ -20,6 +20,10 @@ class UsageError(Exception):
     """A mistake of the user's: printed as one line, without a traceback, with exit status 2."""
 
 
+class RunFailed(Exception):
+    """A run ended for a reason that one line tells: printed without a traceback, with exit status 1."""
+
+
 class OneLineErrors:
     """Makes a parser report mistakes as [`UsageError`], without printing how it is used."""
 
@@ -36,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
             Arguments without the program's name; those of the process if not given.
 
     Returns:
-        `int`: Exit status: 0, or 2 for a mistake of the user's.
+        `int`: Exit status: 0; 1 if a run failed, for want of disk space say; 2 for a mistake of the user's; 130 after
+        Ctrl-C.
     """
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
@@ -50,9 +55,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return import_module(f".{name}", __package__).run(arguments)
-    except UsageError as error:
+    except (UsageError, RunFailed) as error:
         print(f"trl-cancel {name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print(f"trl-cancel {name}: interrupted.", file=sys.stderr)
+        return 130
 
 
 def _help() -> str:

@@ -23,13 +23,13 @@ from transformers import (
     ProgressCallback,
     TrainerCallback,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from trl import get_dataset, get_peft_config, get_quantization_config
 
-from .. import playground
+from .. import checkpoints, playground
 from ..evaluation import Estimate, mean_with_interval, score_samples
+from ..rewards import RewardError
 from ..trainers import CancelGRPOTrainer
-from . import UsageError
+from . import RunFailed, UsageError
 from .settings import Settings
 
 
@@ -120,10 +120,14 @@ def run_training(settings: Settings) -> None:
 
     Raises:
         `UsageError`: If a setting cannot work; nothing has been written then.
+        `RunFailed`: If the disk is full, or a reward function returns what cannot be used.
     """
     check_writable(str(settings.training.output_dir))
-    with no_empty_folder(str(settings.training.output_dir)):
-        _run(settings)
+    try:
+        with no_empty_folder(str(settings.training.output_dir)):
+            _run(settings)
+    except (checkpoints.SavingError, RewardError) as error:
+        raise RunFailed(" ".join([str(error), *getattr(error, "__notes__", [])])) from error
 
 
 @contextmanager
@@ -151,10 +155,11 @@ def _run(settings: Settings) -> None:
     seconds = time.perf_counter() - started
     after = evaluate(trainer, test, rewards[0], settings, "After")
 
-    trainer.save_model(settings.training.output_dir)
-    trainer.save_state()
     results = Results(before, after, *_training_means(trainer), trainer.state.global_step, seconds)
-    trainer.save_metrics("train", asdict(results))
+    with checkpoints.saved_or_said(Path(str(settings.training.output_dir))):
+        trainer.save_model(settings.training.output_dir)
+        trainer.save_state()
+        trainer.save_metrics("train", asdict(results))
     if trainer.is_world_process_zero():
         console.print(results.table())
         console.print(f"Model saved to {settings.training.output_dir}.")
@@ -178,20 +183,16 @@ def check_writable(folder: str, setting: str = "output_dir") -> None:
 
 
 def find_checkpoint(settings: Settings) -> str | None:
-    """The checkpoint to go on from: `resume_from_checkpoint` names it, or is true for the latest one."""
-    wanted, folder = settings.training.resume_from_checkpoint, str(settings.training.output_dir)
-    if wanted is None or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() != "true":
-        if not Path(str(wanted), "trainer_state.json").exists():
-            raise UsageError(f"resume_from_checkpoint={wanted}: no checkpoint there.")
-        return str(wanted)
-    latest = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-    if latest is None:
-        raise UsageError(
-            f"resume_from_checkpoint={wanted}: output_dir={folder} holds no checkpoint. Leave it out to start anew."
-        )
-    return latest
+    """
+    The checkpoint to go on from: `resume_from_checkpoint` names it, is true for the last whole one, or `auto` for that
+    if there is one.
+    """
+    wanted: Any = settings.training.resume_from_checkpoint
+    words = {"true": True, "false": None, "auto": checkpoints.AUTO}
+    try:
+        return checkpoints.find_checkpoint(words.get(str(wanted).lower(), wanted), str(settings.training.output_dir))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def check_evaluation(settings: Settings) -> None:
