@@ -206,7 +206,9 @@ def test_failure_to_save_does_not_hide_the_reason(tiny_model, tmp_path, monkeypa
     monkeypatch.setattr(
         trainer, "_save_checkpoint", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full"))
     )
-    monkeypatch.setattr(trl.GRPOTrainer, "train", lambda self, resume: (_ for _ in ()).throw(RuntimeError("the reason")))
+    monkeypatch.setattr(
+        trl.GRPOTrainer, "train", lambda self, resume: (_ for _ in ()).throw(RuntimeError("the reason"))
+    )
     with pytest.raises(RuntimeError, match="the reason") as raised:
         trainer.train()
     assert raised.value.__notes__ == ["The progress could not be saved: disk full"]

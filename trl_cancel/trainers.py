@@ -304,7 +304,8 @@ class CancelGRPOTrainer(GRPOTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As [`~transformers.Trainer.save_model`]; says what is kept if the disk is full."""
-        with saved_or_said(Path(output_dir or str(self.args.output_dir))):
+        folder = Path(output_dir or str(self.args.output_dir))
+        with nullcontext() if _internal_call else saved_or_said(folder):  # within a checkpoint, that is what failed
             super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial):
