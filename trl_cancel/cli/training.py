@@ -151,7 +151,10 @@ def _run(settings: Settings) -> None:
 
     before = evaluate(trainer, test, rewards[0], settings, "Before")
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        ProgressBar.close_of(trainer)
     seconds = time.perf_counter() - started
     after = evaluate(trainer, test, rewards[0], settings, "After")
 
@@ -406,6 +409,13 @@ class ProgressBar(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
+
+    @classmethod
+    def close_of(cls, trainer: CancelGRPOTrainer) -> None:
+        """Ends the line of the bar where a training has ended early, so that what is said next has its own."""
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, cls) and callback.bar is not None:
+                callback.bar.close()
 
 
 def use_one_thread() -> None:
