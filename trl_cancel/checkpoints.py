@@ -9,6 +9,7 @@ several nodes would have to agree on who does it.
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -20,13 +21,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)  # accelerate's is not ready before a configuration is made
 
 AUTO = "auto"
 MARKER = ".incomplete"
