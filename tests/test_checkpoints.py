@@ -44,6 +44,9 @@ OF_PLACE = {
 }
 
 
+QUICK = ("round", "optimizer", "rotation")  # which stand for the others in the default suite
+
+
 def finished(model, trainer=CancelGRPOTrainer, resume=None, **settings):
     reward = settings.pop("reward", noisy_reward)
     evaluated = {"eval_dataset": load_prompts("test", 4)} if "eval_strategy" in settings else {}
@@ -73,7 +76,9 @@ def assert_ends_alike(run, other):
     assert run.logs[:-1] == other.logs[:-1]  # the last one is of the time that the whole run took
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place", [place if place in QUICK else pytest.param(place, marks=pytest.mark.slow) for place in PLACES]
+)
 def test_killed_run_resumes_as_if_undisturbed(tiny_model, tmp_path, undisturbed, place):
     settings = OF_PLACE.get(place, SAVING)
     killed(place, tiny_model, finished, **settings, output_dir=str(tmp_path))
@@ -96,6 +101,7 @@ def test_a_new_run_in_an_old_folder_is_not_mixed_with_it(tiny_model, tmp_path, u
     assert_ends_alike(resumed, undisturbed(SAVING))
 
 
+@pytest.mark.slow
 def test_checkpoints_of_trl_resume(tiny_model, tmp_path, caplog):
     """Whole ones; one that TRL was killed in is passed over by its files."""
     for place in ("model", "state"):
@@ -157,6 +163,7 @@ def test_none_is_told_or_passed_over(tiny_model, tmp_path):
         build(tiny_model, output_dir=str(tmp_path)).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_a_search_for_the_best_keeps_the_best(tiny_model, tmp_path):
     """Rotation waits for the new checkpoint, and spares the best one, as transformers' own."""
     settings = {**SAVING, **EVALUATED, "eval_steps": 2, "save_steps": 2, "save_total_limit": 2}
@@ -187,7 +194,9 @@ def signalling(number, at=5):
     return reward
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_signal_saves_and_ends(tiny_model, tmp_path, undisturbed, capfd, caplog, number, status):
     before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
     with pytest.raises(SystemExit if number == signal.SIGTERM else KeyboardInterrupt) as ended:
@@ -201,6 +210,7 @@ def test_signal_saves_and_ends(tiny_model, tmp_path, undisturbed, capfd, caplog,
     assert_ends_alike(resumed, undisturbed(SAVING))
 
 
+@pytest.mark.slow
 def test_a_process_that_is_told_to_end_ends_with_143(tiny_model, tmp_path):
     def run():
         finished(tiny_model, **SAVING, output_dir=str(tmp_path), reward=signalling(signal.SIGTERM))
@@ -209,6 +219,7 @@ def test_a_process_that_is_told_to_end_ends_with_143(tiny_model, tmp_path):
     assert last_whole(tmp_path).name == "checkpoint-5"
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(tiny_model, tmp_path):
     def twice(completion_ids, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -230,6 +241,7 @@ def test_a_second_signal_ends_at_once(tiny_model, tmp_path):
     assert folders(tmp_path) == ["checkpoint-3"]
 
 
+@pytest.mark.slow
 def test_signals_are_left_to_others(tiny_model, tmp_path):
     """To a handler that is there already, to Python if asked to, and outside the main thread."""
     seen = []
@@ -253,6 +265,7 @@ def test_signals_are_left_to_others(tiny_model, tmp_path):
     assert ended[0].trainer.state.global_step == 3
 
 
+@pytest.mark.slow
 def test_a_signal_within_a_generation_batch_is_said(tiny_model, tmp_path, caplog):
     settings = {**OFF_POLICY, "save_strategy": "steps", "save_steps": 8, "output_dir": str(tmp_path)}
     with pytest.raises(SystemExit):
@@ -299,7 +312,9 @@ def assert_full_disk_is_told(error, output, kept="checkpoint-3"):
     assert f"{kept} is whole" in text
 
 
-@pytest.mark.parametrize("limit", [2_000, 30_000], ids=["model", "optimizer"])
+@pytest.mark.parametrize(
+    "limit", [pytest.param(2_000, marks=pytest.mark.slow, id="model"), pytest.param(30_000, id="optimizer")]
+)
 def test_full_disk(tiny_model, tmp_path, undisturbed, monkeypatch, limit):
     """The system refuses to write files beyond a size: one of the first, or only the largest."""
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]

@@ -125,6 +125,7 @@ def test_none_is_left_to_trl(tiny_model, caplog):
         ]
         assert_same_weights(runs[0].weights, runs[1].weights)
         assert runs[0].logs[1]["reward"] == runs[1].logs[1]["reward"]
+    assert "All reward functions returned None" in caplog.text
 
 
 def test_a_spoiled_reward_ends_the_run(tiny_model, tmp_path):

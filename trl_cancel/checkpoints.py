@@ -34,8 +34,9 @@ MARKER = ".incomplete"
 MARKER_OF_TRANSFORMERS = "checkpoint-is-incomplete.txt"
 STATE = "trainer_state.json"  # the last file that transformers writes
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
-# PyTorch and safetensors raise errors of their own, without a number.
-STORAGE_MESSAGES = re.compile(r"PytorchStreamWriter|unexpected pos|No space left|I/O error|os error \d+")
+# PyTorch and safetensors raise errors of their own, with the number in the text at best.
+OF_PYTORCH = re.compile(r"PytorchStreamWriter|unexpected pos")
+OF_SAFETENSORS = re.compile(r"\(os error (\d+)\)")
 
 
 class SavingError(RuntimeError):
@@ -208,7 +209,9 @@ def is_storage_error(error: BaseException) -> bool:
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in STORAGE_ERRORS:
             return True
-        if STORAGE_MESSAGES.search(str(cause)):
+        if OF_PYTORCH.search(str(cause)):
+            return True
+        if {int(number) for number in OF_SAFETENSORS.findall(str(cause))} & STORAGE_ERRORS:
             return True
         cause = cause.__cause__ or cause.__context__
     return False
@@ -264,14 +267,18 @@ def _remove_broken(folder: Path) -> None:
 
 def _flush(folder: Path) -> None:
     """Waits until the files are on the disk; a full one may tell only now."""
+    if os.name == "nt":  # where only what is open for writing can be waited for
+        return
     for path in [*folder.rglob("*"), folder]:
-        if path.is_dir() and os.name == "nt":
-            continue  # folders cannot be opened there
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that knows no such thing
+            if error.errno not in (
+                errno.EINVAL,
+                errno.ENOTSUP,
+                errno.ENOSYS,
+            ):  # a file system that knows no such thing
                 raise
         finally:
             os.close(descriptor)

@@ -59,6 +59,7 @@ def signalled(number, at, monkeypatch):
     spoil(monkeypatch, at, action)
 
 
+@pytest.mark.slow
 def test_stopped_and_taken_up_by_the_same_command(tmp_path, monkeypatch, capfd):
     """As a job that a scheduler ends and queues again: SIGTERM, status 143; then Ctrl-C, 130; then it runs out."""
     assert train(tmp_path / "whole") == 0
