@@ -318,7 +318,8 @@ class CancelGRPOTrainer(GRPOTrainer):
         # With several processes, the others would not take part in saving.
         if not step or self.args.save_strategy == "no" or self.accelerator.num_processes > 1:
             return
-        if isinstance(error, SavingError) or self._signals.noted:  # it would fail again; or nobody wants to wait
+        hurried = isinstance(error, KeyboardInterrupt) and self._signals.noted  # by a second signal
+        if hurried or isinstance(error, SavingError):
             return
         try:
             if why_broken(folder / f"checkpoint-{step}"):
