@@ -92,13 +92,15 @@ def test_killed_run_resumes_as_if_undisturbed(tiny_model, tmp_path, undisturbed,
 
 
 def test_a_new_run_in_an_old_folder_is_not_mixed_with_it(tiny_model, tmp_path, undisturbed):
-    """A half checkpoint over an older whole one of the same name: every file is there, of two runs."""
-    finished(tiny_model, **SAVING, output_dir=str(tmp_path), seed=1)
-    killed("optimizer", tiny_model, finished, **SAVING, output_dir=str(tmp_path))
-    shutil.rmtree(tmp_path / "checkpoint-7")
+    """A checkpoint over an older whole one, killed before its last file: every file is there, of two runs."""
+    finished(tiny_model, **{**SAVING, "max_steps": 6}, output_dir=str(tmp_path), seed=1)
+    killed("before state", tiny_model, finished, **SAVING, output_dir=str(tmp_path))
     assert last_whole(tmp_path) == tmp_path / "checkpoint-3"
+    (tmp_path / "checkpoint-99").mkdir()
+    (tmp_path / "checkpoint-99.incomplete").touch()
     resumed = finished(tiny_model, resume=True, **SAVING, output_dir=str(tmp_path))
     assert_ends_alike(resumed, undisturbed(SAVING))
+    assert folders(tmp_path) == ["checkpoint-3", "checkpoint-6", "checkpoint-7"], "what is broken goes"
 
 
 @pytest.mark.slow
