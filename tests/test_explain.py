@@ -63,6 +63,8 @@ def test_sizes():
         ({"num_iterations": 2, "beta": 0.1}, "Forward passes", "one for the old log-probs, since updates are off-policy and one for the reference"),
         ({"token_shift_steps": 1}, "Forward passes", "adds two without gradients over the rollouts of each optimizer step, before"),
         ({"token_shift_steps": 10}, "Forward passes", "one optimizer step in 10, before it and after it, for shift/*"),
+        ({"num_iterations": 2, "save_strategy": "steps", "save_steps": 3}, "Checkpoints", "save_steps=3 saves within generation batches (2 optimizer steps each)"),
+        ({"num_iterations": 2, "save_strategy": "steps", "save_steps": 5}, "Checkpoints", "Multiples of 2, such as save_steps=4, avoid that."),
         ({}, "Leaks", "Nothing in these settings breaks cancellation."),
         ({"num_iterations": 2}, "Leaks", "loss_type='dapo' treats one ratio differently by sign"),
         ({"num_iterations": 2, "symmetric_clip": True}, "Leaks", "Nothing in these settings"),
@@ -139,3 +141,10 @@ def test_loss_is_zero_where_it_says_so(tiny_model, settings):
     assert all(abs(entry["loss"]) < 1e-6 for entry in steps[::every])
     assert all(entry["grad_norm"] > 0 for entry in steps)
     assert every == 1 or any(abs(entry["loss"]) > 1e-6 for entry in steps)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"save_steps": 4}, {"save_steps": 3, "num_iterations": 1}, {"save_strategy": "no", "save_steps": 3}]
+)
+def test_checkpoints_between_generations_are_not_spoken_of(settings):
+    assert "Checkpoints" not in told(**{"num_iterations": 2, "save_strategy": "steps", **settings})

@@ -184,7 +184,8 @@ def test_failing_reward_leaves_a_checkpoint_that_resumes(tiny_model, tmp_path):
     settings = {"output_dir": str(tmp_path), "max_steps": 6, "save_strategy": "steps", "save_steps": 500}
     with pytest.raises(RuntimeError, match="the grader is down") as raised:
         train(tiny_model, **settings, arguments={"reward_funcs": failing_reward})
-    assert "progress up to step 3 is saved" in raised.value.__notes__[0]
+    assert raised.value.__notes__[0] == "Raised by the reward function 'failing_reward'."
+    assert "progress up to step 3 is saved" in raised.value.__notes__[1]
     resumed = train(tiny_model, **settings, resume=True)
     assert resumed.trainer.state.global_step == 6
     assert [entry["step"] for entry in resumed.logs] == [1, 2, 3, 4, 5, 6, 6]
@@ -205,7 +206,9 @@ def test_failure_to_save_does_not_hide_the_reason(tiny_model, tmp_path, monkeypa
     monkeypatch.setattr(
         trainer, "_save_checkpoint", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full"))
     )
-    monkeypatch.setattr(trl.GRPOTrainer, "train", lambda self: (_ for _ in ()).throw(RuntimeError("the reason")))
+    monkeypatch.setattr(
+        trl.GRPOTrainer, "train", lambda self, resume: (_ for _ in ()).throw(RuntimeError("the reason"))
+    )
     with pytest.raises(RuntimeError, match="the reason") as raised:
         trainer.train()
     assert raised.value.__notes__ == ["The progress could not be saved: disk full"]

@@ -46,6 +46,8 @@ try:
     from trl.trainer.utils import (
         # Name of the base model, for the default output folder: the same as TRL's own default.
         get_config_model_id,
+        # Whether a reward function is to be awaited.
+        is_async_callable,
         # Pads rollouts of different rounds, or processes, to one length.
         pad,
         # Cut a batch into micro-batches, with the images of vision-language models kept by their rollouts.
@@ -73,10 +75,12 @@ METHODS = {
     "_prepare_inputs": ["self", "generation_batch"],
     # The forward pass of the loss: the loss reads `advantages` and `old_per_token_logps` only after it.
     "_get_per_token_logps_and_entropies": ["self", "model", "input_ids", "attention_mask", "logits_to_keep"],
-    # Saves the progress when something fails in the middle of a run.
+    # Writes a checkpoint: after each so many steps, and when something fails in the middle of a run.
     "_save_checkpoint": ["self", "model", "trial"],
     # Pushes a checkpoint in the background (transformers); a push that fails is reported.
     "_push_from_checkpoint": ["self", "checkpoint_folder"],
+    # Folder of the checkpoints, which differs between the trials of a search.
+    "_get_output_dir": ["self", "trial"],
     # The loss itself, public in name, whose inputs are rewritten.
     "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
 }
@@ -90,6 +94,7 @@ ATTRIBUTES = {
     "epsilon_low": "clipping range used by the loss, set for symmetric clipping",
     "epsilon_high": "clipping range used by the loss",
     "importance_sampling_level": "token or sequence, read by the loss after its forward pass",
+    "reward_funcs": "reward functions, checked while they are called",
     "reward_func_names": "names of the columns of the rewards",
     "temperature": "temperature of the policy",
     "is_fsdp_enabled": "whether the model is sharded by FSDP",
@@ -152,6 +157,7 @@ __all__ = [
     "check_trl_version",
     "disable_gradient_checkpointing",
     "get_config_model_id",
+    "is_async_callable",
     "pad",
     "split_pixel_values_by_grid",
     "split_tensor_dict",

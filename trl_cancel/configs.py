@@ -13,6 +13,7 @@ from .credit.controls import SIGNS
 from .credit.delta import ASSIGNMENTS, PROXIES
 from .credit.group_weights import TRANSFORMATIONS, TRUST_REGIONS
 from .credit.nthr import ETAS, SELECTIONS
+from .secrets import KeepsSecrets, without_secrets
 
 
 # Loss types whose surrogate is TRL's clipped one, min(rA, clip(r)A).
@@ -21,7 +22,7 @@ LOSS_TYPES = (*CLIPPED_LOSSES, "cispo", "sapo", "vespo")
 
 
 @dataclass
-class CancelGRPOConfig(GRPOConfig):
+class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
     r"""
     Configuration class for the [`CancelGRPOTrainer`].
 
@@ -134,6 +135,12 @@ class CancelGRPOConfig(GRPOConfig):
             Every so many optimizer steps, log which tokens the step boosts and which it suppresses (`shift/*`), which
             takes two forward passes over its rollouts; 0 for never. Changes nothing in training. Source: Appendix C of
             [2605.08666](https://huggingface.co/papers/2605.08666).
+
+        > Parameters that control the saving
+
+        save_on_signal (`bool`, *optional*, defaults to `True`):
+            On SIGTERM or SIGINT, finish the optimizer step, save a checkpoint (unless `save_strategy="no"`) and end the
+            training; a second signal acts at once. Signals that something else handles already are left to it.
 
     Raises:
         `ValueError`: If settings contradict each other; the message names them and what would work.
@@ -311,6 +318,13 @@ class CancelGRPOConfig(GRPOConfig):
             "(`shift/*`), which takes two forward passes over its rollouts; 0 for never. Changes nothing in training."
         },
     )
+    save_on_signal: bool = field(
+        default=True,
+        metadata={
+            "help": "On SIGTERM or SIGINT, finish the optimizer step, save a checkpoint and end the training; a second "
+            "signal acts at once."
+        },
+    )
 
     def __post_init__(self):
         self._check_sizes()  # before TRL divides by them
@@ -366,6 +380,10 @@ class CancelGRPOConfig(GRPOConfig):
                 setattr(adopted, setting.name, setting.default)  # this package's fields have plain defaults
         adopted.check()
         return adopted
+
+    def to_dict(self) -> dict[str, Any]:
+        """As TRL's, which trackers are given; without secrets in dictionaries either, such as `model_init_kwargs`."""
+        return {name: without_secrets(value) for name, value in super().to_dict().items()}
 
     @property
     def layout(self) -> BatchLayout:

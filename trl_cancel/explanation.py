@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Iterator, Sequence
+from math import lcm
 
 from trl import GRPOConfig
 
@@ -42,6 +43,7 @@ def explain(config: GRPOConfig, credits: Sequence[Credit] = ()) -> str:
         "Precision": list(_precision(config)),
         "Forward passes": [_passes(config, token_credits)],
         "Evaluation": list(_evaluation(config)),
+        "Checkpoints": list(_checkpoints(config)),
         "Leaks": list(_leaks(config)) or ["Nothing in these settings breaks cancellation."],
     }
     return "\n".join(
@@ -110,6 +112,32 @@ def _completions(config: CancelGRPOConfig) -> str:
     else:
         fate = "one that is cut off is rewarded for what is there and trained on like any other"
     return f"{limit} (max_completion_length={length}); {fate}. See completions/clipped_ratio."
+
+
+def _checkpoints(config: CancelGRPOConfig) -> Iterator[str]:
+    remark = within_generation(config)
+    if remark is not None:
+        yield remark
+
+
+def within_generation(config: CancelGRPOConfig) -> str | None:
+    """
+    Says so if checkpoints fall within generation batches, which they do not hold.
+
+    Args:
+        config ([`CancelGRPOConfig`]):
+            The configuration.
+    """
+    updates, every = config.layout.updates_per_generation, config.save_steps
+    if config.save_strategy != "steps" or every < 1 or every % updates == 0:
+        return None
+    whole = lcm(config.layout.gradient_accumulation_steps, config.layout.micro_steps_per_generation)
+    period = whole // config.layout.gradient_accumulation_steps
+    return (
+        f"save_steps={every:g} saves within generation batches ({updates:g} optimizer steps each): a run that resumes there "
+        f"generates another instead of the rest, so it differs from one without interruption. Multiples of {period}, "
+        f"such as save_steps={max(1, round(every / period)) * period}, avoid that."
+    )
 
 
 def _optimizer_step(config: CancelGRPOConfig) -> str:

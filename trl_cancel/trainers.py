@@ -25,18 +25,21 @@ from ._upstream import (
 )
 from .active_methods import active_methods, tags_of
 from .batching import balanced_order, query_preserved_permutation
+from .checkpoints import SavingError, agree_on_checkpoint, rotated_when_whole, saved_or_said, why_broken
 from .configs import CancelGRPOConfig, DelTAConfig, DFPOConfig, GRPOFixConfig, NTHRConfig
 from .credit import Credit
 from .diagnostics.callbacks import TokenShiftCallback
 from .evaluation import Evaluation
-from .explanation import explain
+from .explanation import explain, within_generation
 from .model_card import complete_model_card, datasets_of, hub_id
 from .monitor import UpdateMonitor
 from .precision import emulates_bfloat16, hold_trained_weights_in_float32
 from .prompts import FreshPrompts
+from .rewards import check_models, checked
 from .rollouts import ABOUT_IMAGES, Rollouts, Rows, generator_of, take_rows
 from .rounds import Choice, GroupPool, Scored
 from .states import CPU_SHARE, GIB, LMHead, StateStore
+from .stopping import StopOnSignal
 from .token_credits import TokenCredits, credited, makes_old_logps
 from .update_weights import UpdateWeights, loss_mask
 
@@ -146,6 +149,8 @@ class CancelGRPOTrainer(GRPOTrainer):
         self.epsilon_low, self.epsilon_high = args.clip_range
         self._monitor = UpdateMonitor(self.accelerator, self._layout.groups_are_local)
         self._update_weights = UpdateWeights(self.args, self._monitor)
+        self._signals = StopOnSignal(self.accelerator)
+        self.add_callback(self._signals)
         if self.args.chooses_groups:
             self._fresh_prompts = FreshPrompts(self.train_dataset, self.args.seed)
             self.add_callback(self._fresh_prompts)
@@ -173,6 +178,9 @@ class CancelGRPOTrainer(GRPOTrainer):
                 "bf16=True, TRL's default, is emulated by this GPU, many times slower than float16. Set fp16=True; "
                 "trl_cancel.best_precision() tells what suits the device."
             )
+        remark = within_generation(self.args)
+        if remark is not None:
+            logger.warning(remark)
 
     def _check_sharding(self) -> None:
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
@@ -222,25 +230,58 @@ class CancelGRPOTrainer(GRPOTrainer):
         """What the configuration does: sizes, how far off policy, what is kept together, what is added and why."""
         return explain(self.args, credits=self._credits.own)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    # Saving and stopping
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
         Trains as [`~transformers.Trainer.train`] does. If something fails in the middle, a reward function say, the
         progress so far is saved as a checkpoint that `resume_from_checkpoint=True` continues from (in a single
         process, unless `save_strategy="no"`).
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint; `True` for the last whole one in `output_dir`; `"auto"` for that, or a new start where
+                there is none.
+            *args, **kwargs:
+                Further arguments of [`~transformers.Trainer.train`].
+
+        Raises:
+            `ValueError`: If there is no whole checkpoint to go on from.
+            [`~trl_cancel.checkpoints.SavingError`]: If the disk is full.
+            [`~trl_cancel.rewards.RewardError`]: If a reward function returns what cannot be used.
+            `SystemExit`, `KeyboardInterrupt`: If SIGTERM or SIGINT has ended the training; see `save_on_signal`.
         """
-        try:
-            return super().train(*args, **kwargs)
-        except (Exception, KeyboardInterrupt) as error:
-            self._save_progress(error)
-            raise
+        checkpoint = agree_on_checkpoint(resume_from_checkpoint, str(self.args.output_dir), self.accelerator)
+        with self._signals.listening(self.args.save_on_signal):
+            try:
+                result = super().train(checkpoint, *args, **kwargs)
+            except (Exception, KeyboardInterrupt) as error:
+                self._save_progress(error)
+                raise
+        self._signals.end(self.args, self.state.global_step)
+        return result
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As [`~transformers.Trainer.save_model`]; says what is kept if the disk is full."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        with nullcontext() if _internal_call else saved_or_said(folder):  # within a checkpoint, that is what failed
+            super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        with rotated_when_whole(folder, self):
+            super()._save_checkpoint(model, trial)
 
     def _save_progress(self, error: BaseException) -> None:
         step, folder = self.state.global_step, Path(str(self.args.output_dir))
         # With several processes, the others would not take part in saving.
         if not step or self.args.save_strategy == "no" or self.accelerator.num_processes > 1:
             return
+        hurried = isinstance(error, KeyboardInterrupt) and self._signals.noted  # by a second signal
+        if hurried or isinstance(error, SavingError):
+            return
         try:
-            if not (folder / f"checkpoint-{step}" / "trainer_state.json").exists():
+            if why_broken(folder / f"checkpoint-{step}"):
                 self._save_checkpoint(self.model, trial=None)
         except Exception as saving:
             error.add_note(f"The progress could not be saved: {saving}")
@@ -349,7 +390,13 @@ class CancelGRPOTrainer(GRPOTrainer):
     # Generation: credit, then micro-batches of whole groups
 
     def _calculate_rewards(self, *args, **kwargs):
-        rewards = super()._calculate_rewards(*args, **kwargs)
+        functions, names = self.reward_funcs, self.reward_func_names
+        self.reward_funcs = [checked(function, name) for function, name in zip(functions, names, strict=True)]
+        try:
+            rewards = super()._calculate_rewards(*args, **kwargs)
+        finally:
+            self.reward_funcs = functions
+        check_models(rewards, functions, names)
         self._rewards = rewards
         return rewards
 

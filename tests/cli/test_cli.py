@@ -289,7 +289,7 @@ def broken(**_):
 
 def test_resume_and_what_it_needs(tmp_path, capsys):
     settings = {**QUICK, "eval_problems": 0, "output_dir": tmp_path / "out", "save_strategy": "steps", "save_steps": 2}
-    for wanted, said in (("true", "holds no checkpoint"), ("nowhere", "no checkpoint there")):
+    for wanted, said in (("true", "holds no whole checkpoint"), ("nowhere", "there is no such folder")):
         assert main(["train", *flags(**settings, resume_from_checkpoint=wanted)]) == 2
         assert said in capsys.readouterr().err
     assert main(["train", *flags(**settings)]) == 0

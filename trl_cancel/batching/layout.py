@@ -98,9 +98,14 @@ class BatchLayout:
         return self.groups_fit_micro_batches or self.micro_batches_together == 1
 
     @property
+    def micro_steps_per_generation(self) -> int:
+        """Micro-batches that are trained on with each generation batch, those of later iterations included."""
+        return self.steps_per_generation * self.num_iterations
+
+    @property
     def updates_per_generation(self) -> float:
         """Optimizer steps made with each generation batch."""
-        return self.steps_per_generation * self.num_iterations / self.gradient_accumulation_steps
+        return self.micro_steps_per_generation / self.gradient_accumulation_steps
 
     @property
     def is_on_policy(self) -> bool:

@@ -22,7 +22,7 @@ class UsageError(Exception):
 
 
 class Failure(Exception):
-    """Something outside that failed, the network say: printed as one line, without a traceback, with exit status 1."""
+    """What ends a run without being a mistake of the user's, a full disk say: one line, exit status 1."""
 
 
 class OneLineErrors:
@@ -41,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
             Arguments without the program's name; those of the process if not given.
 
     Returns:
-        `int`: Exit status: 0, 2 for a mistake of the user's, or 1 for something outside that failed.
+        `int`: Exit status: 0; 1 for something outside that failed, the network or a disk say; 2 for a mistake of the
+        user's; 130 after Ctrl-C.
     """
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
@@ -58,6 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, Failure) as error:
         print(f"trl-cancel {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print(f"trl-cancel {name}: interrupted.", file=sys.stderr)
+        return 130
 
 
 def _help() -> str:

@@ -23,12 +23,12 @@ from transformers import (
     ProgressCallback,
     TrainerCallback,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from trl import get_dataset, get_peft_config, get_quantization_config
 
-from .. import playground
+from .. import checkpoints, playground
 from ..evaluation import Estimate, mean_with_interval, score_samples
 from ..hub import PushError, check_token
+from ..rewards import RewardError
 from ..trainers import CancelGRPOTrainer
 from . import Failure, UsageError
 from .settings import Settings
@@ -121,10 +121,14 @@ def run_training(settings: Settings) -> None:
 
     Raises:
         `UsageError`: If a setting cannot work; nothing has been written then.
+        `Failure`: If the disk is full, or a reward function returns what cannot be used.
     """
     check_writable(str(settings.training.output_dir))
-    with no_empty_folder(str(settings.training.output_dir)):
-        _run(settings)
+    try:
+        with no_empty_folder(str(settings.training.output_dir)):
+            _run(settings)
+    except (checkpoints.SavingError, RewardError) as error:
+        raise Failure(" ".join([str(error), *getattr(error, "__notes__", [])])) from error
 
 
 @contextmanager
@@ -151,16 +155,20 @@ def _run(settings: Settings) -> None:
 
     before = evaluate(trainer, test, rewards[0], settings, "Before")
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        ProgressBar.close_of(trainer)
     seconds = time.perf_counter() - started
     after = evaluate(trainer, test, rewards[0], settings, "After")
 
-    trainer.save_state()
     results = Results(before, after, *_training_means(trainer), trainer.state.global_step, seconds)
-    trainer.save_metrics("train", asdict(results))
-    if trainer.is_world_process_zero():
-        console.print(results.table())
-    _save(trainer)
+    with checkpoints.saved_or_said(Path(str(settings.training.output_dir))):
+        trainer.save_state()
+        trainer.save_metrics("train", asdict(results))
+        if trainer.is_world_process_zero():
+            console.print(results.table())
+        _save(trainer)
     if hasattr(trainer, "end"):  # transformers 5.18: ends trackers and process groups
         trainer.end()
 
@@ -204,20 +212,16 @@ def check_writable(folder: str, setting: str = "output_dir") -> None:
 
 
 def find_checkpoint(settings: Settings) -> str | None:
-    """The checkpoint to go on from: `resume_from_checkpoint` names it, or is true for the latest one."""
-    wanted, folder = settings.training.resume_from_checkpoint, str(settings.training.output_dir)
-    if wanted is None or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() != "true":
-        if not Path(str(wanted), "trainer_state.json").exists():
-            raise UsageError(f"resume_from_checkpoint={wanted}: no checkpoint there.")
-        return str(wanted)
-    latest = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-    if latest is None:
-        raise UsageError(
-            f"resume_from_checkpoint={wanted}: output_dir={folder} holds no checkpoint. Leave it out to start anew."
-        )
-    return latest
+    """
+    The checkpoint to go on from: `resume_from_checkpoint` names it, is true for the last whole one, or `auto` for that
+    if there is one.
+    """
+    wanted: Any = settings.training.resume_from_checkpoint
+    words = {"true": True, "false": None, "auto": checkpoints.AUTO}
+    try:
+        return checkpoints.find_checkpoint(words.get(str(wanted).lower(), wanted), str(settings.training.output_dir))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def check_evaluation(settings: Settings) -> None:
@@ -435,6 +439,13 @@ class ProgressBar(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
+
+    @classmethod
+    def close_of(cls, trainer: CancelGRPOTrainer) -> None:
+        """Ends the line of the bar where a training has ended early, so that what is said next has its own."""
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, cls) and callback.bar is not None:
+                callback.bar.close()
 
 
 def use_one_thread() -> None:

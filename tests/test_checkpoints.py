@@ -1,0 +1,340 @@
+"""Kills, signals and full disks: what is left is whole or known not to be, and a resumed run ends as if undisturbed."""
+
+import os
+import resource
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import trl
+
+from trl_cancel import CancelGRPOTrainer
+from trl_cancel.checkpoints import SavingError, find_checkpoint, last_whole, why_broken
+from trl_cancel.playground.data import load_prompts
+
+from .kills import PLACES, killed, status_of
+from .runs import OFF_POLICY, assert_same_weights, build, noisy_reward, train
+
+
+def hardly_ever(completion_ids, **kwargs):
+    """A reward with which all rounds of a generation are needed."""
+    return [float(sum(ids) % 23 == 0) for ids in completion_ids]
+
+
+SAVING = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3}
+# Several updates a generation, and rounds of generation; saved between generations.
+ROUNDS = {
+    **SAVING,
+    "max_steps": 8,
+    "save_steps": 4,
+    "steps_per_generation": 2,
+    "num_iterations": 2,
+    "gradient_accumulation_steps": 1,
+    "per_device_train_batch_size": 8,
+    "filter_zero_variance": True,
+    "reward": hardly_ever,
+}
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
+OF_PLACE = {
+    "round": ROUNDS,
+    "rotation": {**SAVING, "save_total_limit": 1},
+    "evaluation": {**SAVING, **EVALUATED},
+}
+
+
+QUICK = ("round", "optimizer", "rotation")  # which stand for the others in the default suite
+
+
+def finished(model, trainer=CancelGRPOTrainer, resume=None, **settings):
+    reward = settings.pop("reward", noisy_reward)
+    evaluated = {"eval_dataset": load_prompts("test", 4)} if "eval_strategy" in settings else {}
+    return train(model, trainer, resume=resume, **settings, arguments={"reward_funcs": reward, **evaluated})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model, tmp_path_factory):
+    """A function: the run with some settings that nothing disturbs."""
+    runs = {}
+
+    def of(settings):
+        key = str(sorted(settings.items(), key=str))
+        if key not in runs:
+            runs[key] = finished(tiny_model, **settings, output_dir=str(tmp_path_factory.mktemp("undisturbed")))
+        return runs[key]
+
+    return of
+
+
+def folders(output):
+    return sorted(path.name for path in Path(output).glob("checkpoint-*"))
+
+
+def assert_ends_alike(run, other):
+    assert_same_weights(run.weights, other.weights)
+    assert run.logs[:-1] == other.logs[:-1]  # the last one is of the time that the whole run took
+
+
+@pytest.mark.parametrize(
+    "place", [place if place in QUICK else pytest.param(place, marks=pytest.mark.slow) for place in PLACES]
+)
+def test_killed_run_resumes_as_if_undisturbed(tiny_model, tmp_path, undisturbed, place):
+    settings = OF_PLACE.get(place, SAVING)
+    killed(place, tiny_model, finished, **settings, output_dir=str(tmp_path))
+    assert folders(tmp_path), "or there is nothing to resume from"
+    resumed = finished(tiny_model, resume=True, **settings, output_dir=str(tmp_path))
+    assert_ends_alike(resumed, undisturbed(settings))
+    assert not list(tmp_path.glob("*.incomplete"))
+    assert all(why_broken(path) is None for path in tmp_path.glob("checkpoint-*"))
+    if place == "rotation":
+        assert folders(tmp_path) == ["checkpoint-7"]
+
+
+def test_a_new_run_in_an_old_folder_is_not_mixed_with_it(tiny_model, tmp_path, undisturbed):
+    """A checkpoint over an older whole one, killed before its last file: every file is there, of two runs."""
+    finished(tiny_model, **{**SAVING, "max_steps": 6}, output_dir=str(tmp_path), seed=1)
+    killed("before state", tiny_model, finished, **SAVING, output_dir=str(tmp_path))
+    assert last_whole(tmp_path) == tmp_path / "checkpoint-3"
+    (tmp_path / "checkpoint-99").mkdir()
+    (tmp_path / "checkpoint-99.incomplete").touch()
+    resumed = finished(tiny_model, resume=True, **SAVING, output_dir=str(tmp_path))
+    assert_ends_alike(resumed, undisturbed(SAVING))
+    assert folders(tmp_path) == ["checkpoint-3", "checkpoint-6", "checkpoint-7"], "what is broken goes"
+
+
+@pytest.mark.slow
+def test_checkpoints_of_trl_resume(tiny_model, tmp_path, caplog):
+    """Whole ones; one that TRL was killed in is passed over by its files."""
+    for place in ("model", "state"):
+        killed(place, tiny_model, trl_finished, **SAVING, output_dir=str(tmp_path / place))
+        assert folders(tmp_path / place) == ["checkpoint-3", "checkpoint-6"]
+        resumed = finished(tiny_model, resume=True, **SAVING, output_dir=str(tmp_path / place))
+        assert (
+            f"checkpoint-6 is left out: trainer_state.json is {'missing' if place == 'model' else 'cut off'}"
+            in caplog.text
+        )
+        assert resumed.trainer.state.global_step == 7
+
+
+def trl_finished(model, **settings):
+    return finished(model, trl.GRPOTrainer, **settings)
+
+
+# Which checkpoint is taken
+
+
+@pytest.fixture
+def saved(tiny_model, tmp_path):
+    """An output folder with checkpoints 1, 2 and 3."""
+    finished(tiny_model, max_steps=3, save_strategy="steps", save_steps=1, output_dir=str(tmp_path))
+    return tmp_path
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size - 2)
+
+
+BREAKS = {
+    "it was not written to the end": lambda folder: folder.with_name(f"{folder.name}.incomplete").touch(),
+    "trainer_state.json is missing": lambda folder: (folder / "trainer_state.json").unlink(),
+    "trainer_state.json is cut off": lambda folder: cut(folder / "trainer_state.json"),
+    "model.safetensors cut off": lambda folder: cut(folder / "model.safetensors"),
+    "optimizer.pt cut off": lambda folder: cut(folder / "optimizer.pt"),
+    "there is no such folder": shutil.rmtree,
+}
+
+
+def test_broken_checkpoints_are_told(saved):
+    for reason, damage in BREAKS.items():
+        damage(saved / "checkpoint-3")
+        assert why_broken(saved / "checkpoint-3") == reason
+        with pytest.raises(ValueError, match=rf"checkpoint-3 is not a whole checkpoint: {reason}\. .*checkpoint-2"):
+            find_checkpoint(str(saved / "checkpoint-3"), saved)
+        assert find_checkpoint(True, saved) == find_checkpoint("auto", saved) == str(saved / "checkpoint-2")
+        shutil.rmtree(saved / "checkpoint-3", ignore_errors=True)
+        (saved / "checkpoint-3.incomplete").unlink(missing_ok=True)
+        shutil.copytree(saved / "checkpoint-2", saved / "checkpoint-3")
+        assert why_broken(saved / "checkpoint-3") is None
+
+
+def test_none_is_told_or_passed_over(tiny_model, tmp_path):
+    assert find_checkpoint("auto", tmp_path / "nothing") is None
+    assert find_checkpoint(False, tmp_path) is find_checkpoint(None, tmp_path) is None
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        build(tiny_model, output_dir=str(tmp_path)).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.slow
+def test_a_search_for_the_best_keeps_the_best(tiny_model, tmp_path):
+    """Rotation waits for the new checkpoint, and spares the best one, as transformers' own."""
+    settings = {**SAVING, **EVALUATED, "eval_steps": 2, "save_steps": 2, "save_total_limit": 2}
+    settings |= {"metric_for_best_model": "reward", "greater_is_better": True, "load_best_model_at_end": True}
+    ours = finished(tiny_model, **settings, output_dir=str(tmp_path / "ours"))
+    trls = trl_finished(tiny_model, **settings, output_dir=str(tmp_path / "trl"))
+    assert folders(tmp_path / "ours") == folders(tmp_path / "trl")
+    best = [Path(run.trainer.state.best_model_checkpoint).name for run in (ours, trls)]
+    assert best[0] == best[1] in folders(tmp_path / "ours")
+    assert ours.trainer.args.save_total_limit == 2
+    assert_same_weights(ours.weights, trls.weights)
+
+
+# Signals
+
+
+def signalling(number, at=5):
+    """A reward function that sends its own process a signal at a call, or at each of several."""
+    calls, at = [], at if isinstance(at, tuple) else (at,)
+
+    def reward(completion_ids, **kwargs):
+        calls.append(1)
+        if len(calls) in at:
+            os.kill(os.getpid(), number)
+        return noisy_reward(completion_ids)
+
+    reward.__name__ = "noisy_reward"  # metrics bear the name
+    return reward
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
+def test_signal_saves_and_ends(tiny_model, tmp_path, undisturbed, capfd, caplog, number, status):
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.raises(SystemExit if number == signal.SIGTERM else KeyboardInterrupt) as ended:
+        finished(tiny_model, **SAVING, output_dir=str(tmp_path), reward=signalling(number))
+    assert getattr(ended.value, "code", 130) == status
+    assert f"{number.name}: stopping after this optimizer step" in capfd.readouterr().err
+    assert f"Stopped by {number.name} after step 5" in caplog.text
+    assert {each: signal.getsignal(each) for each in before} == before
+    assert last_whole(tmp_path) == tmp_path / "checkpoint-5"
+    resumed = finished(tiny_model, resume=True, **SAVING, output_dir=str(tmp_path))
+    assert_ends_alike(resumed, undisturbed(SAVING))
+
+
+@pytest.mark.slow
+def test_a_process_that_is_told_to_end_ends_with_143(tiny_model, tmp_path):
+    def run():
+        finished(tiny_model, **SAVING, output_dir=str(tmp_path), reward=signalling(signal.SIGTERM))
+
+    assert status_of(run) == 143
+    assert last_whole(tmp_path).name == "checkpoint-5"
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once(tiny_model, tmp_path):
+    def twice(completion_ids, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(7)
+
+    def run():
+        finished(tiny_model, **SAVING, output_dir=str(tmp_path), reward=twice)
+
+    assert status_of(run) == -signal.SIGTERM
+
+    def interrupted(completion_ids, trainer_state, **kwargs):
+        for _ in range(2 * (trainer_state.global_step == 4)):
+            os.kill(os.getpid(), signal.SIGINT)
+        return noisy_reward(completion_ids)
+
+    with pytest.raises(KeyboardInterrupt):
+        finished(tiny_model, **SAVING, output_dir=str(tmp_path), reward=interrupted)
+    assert folders(tmp_path) == ["checkpoint-3"]
+
+
+@pytest.mark.slow
+def test_signals_are_left_to_others(tiny_model, tmp_path):
+    """To a handler that is there already, to Python if asked to, and outside the main thread."""
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *args: seen.append(args[0]))
+    try:
+        for settings in ({}, {"save_on_signal": False}):
+            run = finished(
+                tiny_model, **SAVING, **settings, output_dir=str(tmp_path), reward=signalling(signal.SIGTERM)
+            )
+            assert run.trainer.state.global_step == 7
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM] * 2
+    unsaved = {**SAVING, "save_on_signal": False, "save_strategy": "no"}
+    with pytest.raises(KeyboardInterrupt):
+        finished(tiny_model, **unsaved, output_dir=str(tmp_path), reward=signalling(signal.SIGINT))
+    ended = []
+    thread = threading.Thread(target=lambda: ended.append(finished(tiny_model, output_dir=str(tmp_path))))
+    thread.start()
+    thread.join()
+    assert ended[0].trainer.state.global_step == 3
+
+
+@pytest.mark.slow
+def test_a_signal_within_a_generation_batch_is_said(tiny_model, tmp_path, caplog):
+    settings = {**OFF_POLICY, "save_strategy": "steps", "save_steps": 8, "output_dir": str(tmp_path)}
+    with pytest.raises(SystemExit):
+        finished(tiny_model, **settings, reward=signalling(signal.SIGTERM, 1))
+    assert "generates another instead of the rest of it" in caplog.text
+    assert finished(tiny_model, resume=True, **settings).trainer.state.global_step == 8
+
+
+def test_nothing_is_saved_where_nothing_is_to_be(tiny_model, tmp_path, caplog):
+    with pytest.raises(SystemExit):
+        finished(tiny_model, output_dir=str(tmp_path), reward=signalling(signal.SIGTERM, 1))
+    assert not folders(tmp_path)
+    assert "Nothing was saved" in caplog.text
+
+
+def test_jit_checkpoints_of_transformers_are_left_alone(tiny_model, tmp_path):
+    """They take SIGTERM before; their checkpoint is whole too, and their mark of one that is not is understood."""
+    before = signal.getsignal(signal.SIGTERM)
+    settings = {**SAVING, "output_dir": str(tmp_path)}
+    try:
+        trainer = build(tiny_model, **settings, enable_jit_checkpoint=True)
+        handler = signal.getsignal(signal.SIGTERM)
+        assert handler != before
+        with trainer._signals.listening():
+            assert signal.getsignal(signal.SIGTERM) == handler
+        trainer.state.global_step = 3
+        callback = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "JITCheckpointCallback")
+        trainer.create_optimizer_and_scheduler(10)
+        callback.jit_manager.execute_jit_checkpoint()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert why_broken(tmp_path / "checkpoint-3") is None
+    (tmp_path / "checkpoint-3/checkpoint-is-incomplete.txt").touch()
+    assert why_broken(tmp_path / "checkpoint-3") == "it was not written to the end"
+
+
+# Full disks
+
+
+def assert_full_disk_is_told(error, output, kept="checkpoint-3"):
+    text = str(error)
+    assert str(output) in text
+    assert "free on the disk" in text
+    assert f"{kept} is whole" in text
+
+
+@pytest.mark.parametrize(
+    "limit", [pytest.param(2_000, marks=pytest.mark.slow, id="model"), pytest.param(30_000, id="optimizer")]
+)
+def test_full_disk(tiny_model, tmp_path, undisturbed, monkeypatch, limit):
+    """The system refuses to write files beyond a size: one of the first, or only the largest."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    save = trl.GRPOTrainer._save_checkpoint
+
+    def saving(trainer, *args, **kwargs):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit if trainer.state.global_step == 6 else hard, hard))
+        try:
+            save(trainer, *args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trl.GRPOTrainer, "_save_checkpoint", saving)
+        with pytest.raises(SavingError) as raised:
+            finished(tiny_model, **SAVING, output_dir=str(tmp_path))
+    assert_full_disk_is_told(raised.value, tmp_path / "checkpoint-6")
+    assert not getattr(raised.value, "__notes__", [])
+    assert folders(tmp_path) == ["checkpoint-3"]
+    resumed = finished(tiny_model, resume=True, **SAVING, output_dir=str(tmp_path))
+    assert_ends_alike(resumed, undisturbed(SAVING))

@@ -1,0 +1,319 @@
+"""
+Checkpoints that are whole, or known not to be.
+
+While a checkpoint is written, an empty file `checkpoint-N.incomplete` lies beside its folder; it is taken away when
+every file of every process is on the disk. A process that is killed leaves it behind. A folder that is renamed when it
+is finished would say the same, but not every file system of a cluster or a cloud can rename folders, and processes on
+several nodes would have to agree on who does it.
+"""
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import struct
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+
+logger = logging.getLogger(__name__)  # accelerate's is not ready before a configuration is made
+
+AUTO = "auto"
+MARKER = ".incomplete"
+# What transformers leaves inside a checkpoint that it could not finish on SIGTERM (`enable_jit_checkpoint`).
+MARKER_OF_TRANSFORMERS = "checkpoint-is-incomplete.txt"
+STATE = "trainer_state.json"  # the last file that transformers writes
+STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+# PyTorch and safetensors raise errors of their own, with the number in the text at best.
+OF_PYTORCH = re.compile(r"PytorchStreamWriter|unexpected pos")
+OF_SAFETENSORS = re.compile(r"\(os error (\d+)\)")
+
+
+class SavingError(RuntimeError):
+    """Something could not be saved for want of space, or because the disk refused it; says what is kept."""
+
+
+def why_broken(checkpoint: str | os.PathLike) -> str | None:
+    """
+    What is wrong with a checkpoint, or `None` if it is whole. Checkpoints written by TRL's own trainer are judged by
+    their files.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`):
+            Folder of the checkpoint.
+    """
+    checkpoint = Path(checkpoint)
+    if not checkpoint.is_dir():
+        return "there is no such folder"
+    if _marker(checkpoint).exists() or (checkpoint / MARKER_OF_TRANSFORMERS).exists():
+        return "it was not written to the end"
+    return _missing(checkpoint)
+
+
+def last_whole(folder: str | os.PathLike) -> Path | None:
+    """
+    The latest whole checkpoint in a folder; newer ones that are not whole are named in a warning.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            Output folder of a run.
+    """
+    for checkpoint in reversed(_checkpoints(Path(folder))):
+        reason = why_broken(checkpoint)
+        if reason is None:
+            return checkpoint
+        logger.warning(f"{checkpoint} is left out: {reason}.")
+    return None
+
+
+def find_checkpoint(resume: str | bool | None, folder: str | os.PathLike) -> str | None:
+    """
+    The checkpoint to go on from.
+
+    Args:
+        resume (`str` or `bool`, *optional*):
+            A checkpoint; `True` for the last whole one; `"auto"` for that, or a new start where there is none.
+        folder (`str` or `os.PathLike`):
+            Output folder of the run.
+
+    Raises:
+        `ValueError`: If there is none, or the one that is named is not whole.
+    """
+    if resume is None or resume is False:
+        return None
+    if resume is True or resume == AUTO:
+        last = last_whole(folder)
+        if last is None and resume is True:
+            raise ValueError(
+                f"resume_from_checkpoint={resume}: output_dir={folder} holds no whole checkpoint. Leave it out to start "
+                "anew, or set it to 'auto', which starts anew where there is none."
+            )
+        return None if last is None else str(last)
+    reason = why_broken(resume)
+    if reason is not None:
+        last = last_whole(Path(resume).absolute().parent)
+        instead = f"The last whole checkpoint there is {last}." if last else "There is no whole checkpoint beside it."
+        raise ValueError(f"resume_from_checkpoint={resume} is not a whole checkpoint: {reason}. {instead}")
+    return str(resume)
+
+
+def agree_on_checkpoint(resume: str | bool | None, folder: str | os.PathLike, accelerator: Accelerator) -> str | None:
+    """
+    As [`find_checkpoint`], with the answer of the main process for all: another node may see the folder otherwise.
+    """
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = find_checkpoint(resume, folder)
+        except ValueError as error:
+            answer[1] = str(error)
+    checkpoint, mistake = broadcast_object_list(answer)
+    if mistake is not None:
+        raise ValueError(mistake)
+    return checkpoint
+
+
+@contextmanager
+def written_whole(checkpoint: Path, accelerator: Accelerator) -> Iterator[None]:
+    """
+    Marks a checkpoint as incomplete until all that is written meanwhile, by all processes, is on the disk. Removes
+    what earlier attempts have left behind, and this one if it fails.
+
+    Args:
+        checkpoint (`Path`):
+            Folder of the checkpoint.
+        accelerator ([`~accelerate.Accelerator`]):
+            Processes that write to it.
+
+    Raises:
+        [`SavingError`]: If the disk is full or refuses to be written.
+    """
+    try:
+        if accelerator.is_main_process:
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            _remove_broken(checkpoint.parent)
+            _marker(checkpoint).touch()
+        accelerator.wait_for_everyone()
+        yield
+        if accelerator.is_local_main_process:
+            _flush(checkpoint)
+        accelerator.wait_for_everyone()
+    except Exception as error:
+        if accelerator.is_main_process:
+            _give_up(checkpoint, error, alone=accelerator.num_processes == 1)
+        if is_storage_error(error):
+            raise SavingError(_what_is_kept(checkpoint, error)) from error
+        raise
+    if accelerator.is_main_process:
+        _marker(checkpoint).unlink(missing_ok=True)
+
+
+@contextmanager
+def rotated_when_whole(checkpoint: Path, trainer: Trainer) -> Iterator[None]:
+    """
+    As [`written_whole`]; and the older checkpoints beyond `save_total_limit` go when this one is whole, not before.
+
+    Args:
+        checkpoint (`Path`):
+            Folder of the checkpoint.
+        trainer ([`~transformers.Trainer`]):
+            The trainer, which writes it meanwhile.
+    """
+    args: Any = trainer.args
+    limit, args.save_total_limit = args.save_total_limit, None
+    try:
+        with written_whole(checkpoint, trainer.accelerator):
+            yield
+    finally:
+        args.save_total_limit = limit
+    if args.should_save:
+        best = trainer.state.best_model_checkpoint
+        rotate_checkpoints(str(checkpoint.parent), limit, best_model_checkpoint=best, use_mtime=True)
+
+
+@contextmanager
+def saved_or_said(folder: Path) -> Iterator[None]:
+    """
+    Where a model is saved by itself: what is left half written is removed, and the error says what is kept.
+
+    Args:
+        folder (`Path`):
+            Folder of the model.
+
+    Raises:
+        [`SavingError`]: If the disk is full or refuses to be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_storage_error(error):
+            raise
+        for file in _cut_off(folder):
+            file.unlink(missing_ok=True)
+        raise SavingError(_what_is_kept(folder, error)) from error
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Whether an error, or what caused it, comes from the disk."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in STORAGE_ERRORS:
+            return True
+        if OF_PYTORCH.search(str(cause)):
+            return True
+        if {int(number) for number in OF_SAFETENSORS.findall(str(cause))} & STORAGE_ERRORS:
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def _marker(checkpoint: Path) -> Path:
+    return checkpoint.with_name(checkpoint.name + MARKER)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """By their steps."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.split("-")[1]))
+
+
+def _missing(checkpoint: Path) -> str | None:
+    try:
+        json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"{STATE} is missing"
+    except ValueError:
+        return f"{STATE} is cut off"
+    files = ", ".join(sorted(file.name for file in _cut_off(checkpoint)))
+    return f"{files} cut off" if files else None
+
+
+def _cut_off(folder: Path) -> list[Path]:
+    """Files of weights and states that end too early."""
+    checks = {".safetensors": _ends_as_announced, ".pt": zipfile.is_zipfile, ".pth": zipfile.is_zipfile}
+    return [file for file in folder.glob("*") if file.suffix in checks and not checks[file.suffix](file)]
+
+
+def _ends_as_announced(file: Path) -> bool:
+    """The header of a safetensors file, whose length comes first, tells where each tensor ends."""
+    with open(file, "rb") as stream:
+        try:
+            header = json.loads(_read(stream, *struct.unpack("<Q", _read(stream, 8))))
+        except (ValueError, struct.error):
+            return False
+        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        return stream.tell() + max(ends, default=0) == file.stat().st_size
+
+
+def _read(stream: BinaryIO, length: int) -> bytes:
+    return stream.read(min(length, 2**27))  # a header is no longer; a number that is read from noise may be
+
+
+def _remove_broken(folder: Path) -> None:
+    for marker in folder.glob(f"checkpoint-*{MARKER}"):
+        shutil.rmtree(marker.with_name(marker.name.removesuffix(MARKER)), ignore_errors=True)
+        marker.unlink(missing_ok=True)
+
+
+def _flush(folder: Path) -> None:
+    """Waits until the files are on the disk; a full one may tell only now."""
+    if os.name == "nt":  # where only what is open for writing can be waited for
+        return
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (
+                errno.EINVAL,
+                errno.ENOTSUP,
+                errno.ENOSYS,
+            ):  # a file system that knows no such thing
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def _give_up(checkpoint: Path, error: BaseException, alone: bool) -> None:
+    """Removes a half; what only could not be pushed is kept."""
+    if is_storage_error(error) or _missing(checkpoint) is not None:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    if alone:  # others may still be writing
+        _marker(checkpoint).unlink(missing_ok=True)
+
+
+def _what_is_kept(folder: Path, error: BaseException) -> str:
+    is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name) is not None
+    last = last_whole(folder.parent if is_checkpoint else folder)
+    reason = " ".join(str(error).split())
+    parts = [f"{folder} could not be saved: {reason}; {_free(folder)} free on the disk"]
+    if last is None:
+        return f"{parts[0]}. There is no earlier checkpoint."
+    size = sum(file.stat().st_size for file in last.rglob("*") if file.is_file())
+    return (
+        f"{parts[0]}, {last.name} takes {_readable(size)}. {last} is whole: make room (save_total_limit keeps fewer "
+        "checkpoints), then continue with resume_from_checkpoint=True."
+    )
+
+
+def _free(folder: Path) -> str:
+    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    return _readable(shutil.disk_usage(existing).free)
+
+
+def _readable(size: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

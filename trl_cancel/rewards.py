@@ -1,0 +1,153 @@
+"""What reward functions return, checked before TRL makes numbers of it."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import wraps
+from inspect import isawaitable
+from numbers import Real
+from typing import Any
+
+import torch
+
+from ._upstream import is_async_callable
+
+
+LARGEST = torch.finfo(torch.float32).max  # TRL keeps rewards in single precision
+
+
+class RewardError(ValueError):
+    """A reward function has returned what cannot be used."""
+
+
+def checked(function: Any, name: str) -> Any:
+    """
+    A reward function that refuses what is not one finite number, or `None`, a completion.
+
+    `None` says that the function does not apply to a completion, and is left to TRL: the other functions decide, and a
+    completion to which none applies has no advantage. `nan` would be taken for `None` without a word, and an infinite
+    reward leaves a whole group without an advantage.
+
+    Args:
+        function (`Callable` or [`~torch.nn.Module`]):
+            Function, coroutine function or reward model; the latter is returned as it is, see [`check_values`].
+        name (`str`):
+            Its name in the logs.
+
+    Returns:
+        `Callable`: Called the same way, it returns the same values, as a list.
+
+    Raises:
+        [`RewardError`]: When called, if what is returned cannot be used; the message names function, row and value.
+    """
+    if isinstance(function, torch.nn.Module):
+        return function
+    if is_async_callable(function):
+
+        @wraps(function)
+        async def call_async(*args: Any, **kwargs: Any) -> list[Any]:
+            try:
+                values = await function(*args, **kwargs)
+            except Exception as error:
+                _say_whose(error, name)
+                raise
+            return check_values(values, len(kwargs["completions"]), name)
+
+        return call_async
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> list[Any]:
+        try:
+            values = function(*args, **kwargs)
+        except Exception as error:
+            _say_whose(error, name)
+            raise
+        return check_values(values, len(kwargs["completions"]), name)
+
+    return call
+
+
+def check_values(values: Any, expected: int, name: str) -> list[Any]:
+    """
+    What a reward function has returned, as a list.
+
+    Args:
+        values (`Any`):
+            What it has returned.
+        expected (`int`):
+            Number of completions.
+        name (`str`):
+            Name of the function.
+
+    Raises:
+        [`RewardError`]: If there are too few or too many, or one of them is not a finite number or `None`.
+    """
+    source = f"The reward function {name!r}"
+    if isawaitable(values):
+        close: Callable[[], None] = getattr(values, "close", lambda: None)
+        close()  # Python would warn that nobody has waited for it
+        raise RewardError(f"{source} returned a coroutine: define it with `async def`, so that it is waited for.")
+    if values is None or isinstance(values, str | bytes | dict | set) or not hasattr(values, "__iter__"):
+        raise RewardError(
+            f"{source} returned {_shown(values)}, but a list of {expected} numbers was expected, one a completion."
+        )
+    if getattr(values, "ndim", 1) == 0:
+        raise RewardError(f"{source} returned a single number, but {expected} were expected, one a completion.")
+    values = list(values)
+    if len(values) != expected:
+        raise RewardError(
+            f"{source} returned {len(values)} values, but {expected} were expected, one a completion. Return None for "
+            "completions that it does not apply to."
+        )
+    for row, value in enumerate(values):
+        problem = None if value is None else _problem(value)
+        if problem:
+            raise RewardError(
+                f"{source} returned {_shown(value)} for completion {row} of {expected}: {problem}. Return a number, or "
+                "None where it does not apply."
+            )
+    return values
+
+
+def check_models(rewards: torch.Tensor, functions: Sequence[Any], names: Sequence[str]) -> None:
+    """
+    Refuses scores of reward models that are not finite.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B, F)`):
+            Rewards of all processes.
+        functions (`Sequence`):
+            The F reward functions, some of them models.
+        names (`Sequence[str]`):
+            Their names.
+
+    Raises:
+        [`RewardError`]: If a model's score is `nan` or infinite.
+    """
+    for column, function, name in zip(rewards.T, functions, names, strict=True):
+        if isinstance(function, torch.nn.Module) and not column.isfinite().all():
+            row = int((~column.isfinite()).nonzero()[0])
+            raise RewardError(
+                f"The reward model {name!r} scored completion {row} of {len(column)} with {column[row].item()}, which "
+                "is not a finite number. Load it in another precision, or look for inputs that are longer than it takes."
+            )
+
+
+def _say_whose(error: Exception, name: str) -> None:
+    error.add_note(f"Raised by the reward function {name!r}.")
+
+
+def _problem(value: Any) -> str | None:
+    if isinstance(value, Real):
+        number = float(value)
+    elif getattr(value, "ndim", None) == 0 and isinstance(value.item(), Real):  # a scalar of NumPy or PyTorch
+        number = float(value.item())
+    else:
+        return f"a {type(value).__name__} is not a number"
+    if math.isnan(number):
+        return "it is not a number"
+    return None if abs(number) <= LARGEST else "it is not finite in single precision"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,125 @@
+"""SIGTERM and SIGINT: the optimizer step is finished, a checkpoint saved, and the run ends."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from transformers import TrainerCallback
+
+from .configs import CancelGRPOConfig
+
+
+logger = get_logger(__name__)
+
+# Signals, and the handler that means that nobody else has asked for them.
+DEFAULTS: dict[int, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+
+
+class StopOnSignal(TrainerCallback):
+    """
+    Ends the training at the next end of an optimizer step, with a checkpoint, once any process has got SIGTERM or
+    SIGINT. An evaluation that is due at that step is left out, since there may not be time for it. A second signal
+    acts at once, as it would without this.
+
+    Signals that something else handles already (a launcher's library, `enable_jit_checkpoint`) are left to it, and so
+    are all signals of a training in another thread than the main one.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Processes that must stop together.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.received: int | None = None  # by any process, as soon as all know
+        self._own: int | None = None  # by this process
+
+    @property
+    def noted(self) -> bool:
+        """Whether this process has got a signal."""
+        return self._own is not None
+
+    @contextmanager
+    def listening(self, wanted: bool = True) -> Iterator[None]:
+        """
+        Handles the signals meanwhile.
+
+        Args:
+            wanted (`bool`, *optional*, defaults to `True`):
+                Whether to.
+        """
+        self.received = self._own = None
+        before = {}
+        if wanted and threading.current_thread() is threading.main_thread():
+            before = {number: signal.getsignal(number) for number in DEFAULTS}
+            before = {number: handler for number, handler in before.items() if handler == DEFAULTS[number]}
+        for number in before:
+            signal.signal(number, self._note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                if signal.getsignal(number) == self._note:
+                    signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self._own is not None:
+            signal.signal(number, DEFAULTS[number])
+            os.kill(os.getpid(), number)
+            return
+        self._own = number
+        if self.accelerator.is_main_process:  # not by a logger: it may have been interrupted while it held its lock
+            what = "stopping after this optimizer step, with a checkpoint; a second signal stops at once"
+            os.write(2, f"\n{signal.Signals(number).name}: {what}.\n".encode())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        numbers = torch.tensor([self._own or 0], device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            numbers = self.accelerator.gather(numbers)
+        self.received = int(numbers.max()) or None
+        if self.received is not None:
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != "no"
+            control.should_evaluate = False
+
+    def end(self, args: CancelGRPOConfig, step: int) -> None:
+        """
+        Says how to go on, if a signal has ended the training, and passes it on.
+
+        Args:
+            args ([`CancelGRPOConfig`]):
+                Configuration.
+            step (`int`):
+                Optimizer steps that are done.
+
+        Raises:
+            `SystemExit`: After SIGTERM, with the exit status that schedulers know it by, 143.
+            `KeyboardInterrupt`: After SIGINT.
+        """
+        if self.received is None:
+            return
+        logger.warning(
+            f"Stopped by {signal.Signals(self.received).name} after step {step}. {_how_to_go_on(args, step)}"
+        )
+        if self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + self.received)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.received is not None:  # saved at the end of the step
+            control.should_save = control.should_evaluate = False
+
+
+def _how_to_go_on(args: CancelGRPOConfig, step: int) -> str:
+    if args.save_strategy == "no":
+        return 'Nothing was saved: save_strategy="no".'
+    text = f"Saved as {args.output_dir}/checkpoint-{step}; continue with resume_from_checkpoint=True."
+    if step % args.layout.updates_per_generation:
+        text += " That was within a generation batch: the resumed run generates another instead of the rest of it."
+    return text
