@@ -1,5 +1,6 @@
 """Evaluations from the command line: models times data sets, answered, written, resumed and put into a table."""
 
+import hashlib
 import importlib.metadata
 import json
 import re
@@ -196,6 +197,8 @@ def run_evaluation(settings: EvalSettings) -> None:
             f"engine=vllm with {state.num_processes} processes: start one process, and let vLLM share the model "
             "between GPUs with --tensor_parallel_size."
         )
+    if run.engine == "vllm" and run.more_models:
+        raise UsageError("more_models with engine=vllm: vLLM keeps the GPU's memory; evaluate one model a command.")
     try:
         sets = data_sets(run)
         evaluations = [
@@ -251,7 +254,15 @@ def _data_set(
     reward: Callable[..., Any],
     instruction: str | None,
 ) -> DataSet:
-    facts = {"data": asdict(source), "instruction": instruction, "reward": run.reward_funcs or "Math-Verify"}
+    facts = {
+        "dataset_name": source.path,
+        "dataset_config": source.config,
+        "dataset_split": source.split,
+        "prompt_column": source.problem,
+        "solution_column": source.solution,
+        "instruction": instruction,
+        "reward_funcs": run.reward_funcs or "Math-Verify",
+    }
     return DataSet(
         name,
         facts,
@@ -267,7 +278,7 @@ def _playground(run: EvalArguments, settings: EvaluationSettings) -> DataSet:
     reward = run.reward_funcs or PLAYGROUND_REWARD
     return DataSet(
         playground.NAME,
-        {"data": playground.NAME, "reward": reward},
+        {"dataset_name": playground.NAME, "reward_funcs": reward},
         settings,
         find_reward(reward),
         lambda conversational: load_prompts("test", run.num_problems or 128),
@@ -295,33 +306,43 @@ def evaluate_model(name: str, sets: list[DataSet], settings: EvalSettings) -> li
         base = base_of(path, revision)
     except OSError as error:
         raise UsageError(_cannot_load(name, error)) from error
-    how = {"dtype": arguments.dtype, "load_in_4bit": arguments.load_in_4bit, "load_in_8bit": arguments.load_in_8bit}
-    model = {"model": name, "revision": revision, "base": base, "engine": run.engine, **how}
-    files = {"files": fingerprint(path), "base files": fingerprint(base) if base else None}
-    engine: Any = None
+    problems = [data.load(tokenizer.chat_template is not None) for data in sets]
+    made_by = [
+        {
+            "model_name_or_path": name,
+            "model_revision": revision,
+            "base model": base,
+            "fingerprint of the model": fingerprint(path),
+            "fingerprint of the base model": fingerprint(base) if base else None,
+            "dtype": arguments.dtype,
+            "load_in_4bit": arguments.load_in_4bit,
+            "load_in_8bit": arguments.load_in_8bit,
+            "engine": run.engine,
+            **data.facts,
+            "num_problems": len(rows),
+            "fingerprint of the problems": _digest(rows),
+            **_sampling(data.settings),
+        }
+        for data, rows in zip(sets, problems, strict=True)
+    ]
+    output = Path(run.output).expanduser() / folder_name(name)
+    folders = [output / folder_name(data.name) for data in sets]
+    logs: list[SampleLog | None] = [None] * len(sets)
+    if state.is_main_process:
+        logs = [SampleLog(folder, how) for folder, how in zip(folders, made_by, strict=True)]
+    chosen = EngineSettings(**{setting.name: getattr(run, setting.name) for setting in fields(EngineSettings)})
+    try:
+        engine = load_engine(path, tokenizer, arguments, chosen, state.device)
+    except OSError as error:
+        raise UsageError(_cannot_load(name, error)) from error
     evaluations = []
-    for data in sets:
-        problems = data.load(tokenizer.chat_template is not None)
-        folder = Path(run.output).expanduser() / folder_name(name) / folder_name(data.name)
-        made_by = {**model, **files, **data.facts, "problems": len(problems), **_sampling(data.settings)}
-        made_by["fingerprint of the problems"] = _digest(problems)
-        log = SampleLog(folder, made_by) if state.is_main_process else None
-        if engine is None:
-            engine_settings = EngineSettings(
-                **{setting.name: getattr(run, setting.name) for setting in fields(EngineSettings)}
-            )
-            try:
-                engine = load_engine(path, tokenizer, arguments, engine_settings, state.device)
-            except OSError as error:
-                raise UsageError(_cannot_load(name, error)) from error
-        samples = answer_problems(
-            engine, problems, data.reward, data.settings, log=log, description=f"{name} on {data.name}"
-        )
-        evaluation = summarize(samples, len(problems), data.settings, data.name)
+    for data, rows, how, folder, log in zip(sets, problems, made_by, folders, logs, strict=True):
+        label = f"{name} on {data.name}"
+        samples = answer_problems(engine, rows, data.reward, data.settings, log=log, description=label)
+        evaluations.append(summarize(samples, len(rows), data.settings, data.name))
         if state.is_main_process:
-            _write(folder / "results.json", evaluation, made_by, samples)
-            _say_what_was_odd(samples)
-        evaluations.append(evaluation)
+            _write(folder / "results.json", evaluations[-1], how, samples)
+            _say_what_was_odd(label, samples)
     return evaluations
 
 
@@ -340,8 +361,6 @@ def _sampling(settings: EvaluationSettings) -> dict[str, Any]:
 
 
 def _digest(problems: Dataset) -> str:
-    import hashlib
-
     text = json.dumps([problems["prompt"][:], problems["solution"][:]], ensure_ascii=False, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -379,14 +398,14 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _say_what_was_odd(samples: list[Sample]) -> None:
+def _say_what_was_odd(label: str, samples: list[Sample]) -> None:
     counts = Counter(
         "cut off at max_completion_length" if sample["finish_reason"] == "length" else "without a reward"
         for sample in samples
         if sample["finish_reason"] == "length" or sample["reward"] is None
     )
     for what, count in counts.items():
-        console.print(f"{count} of {len(samples)} answers {what}.", markup=False)
+        console.print(f"{label}: {count} of {len(samples)} answers {what}.", markup=False)
 
 
 def table(evaluations: list[tuple[str, Evaluation]]) -> Table:

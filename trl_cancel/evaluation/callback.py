@@ -107,8 +107,10 @@ class EvaluationCallback(TrainerCallback):
             )
         record(self.trainer, evaluation)
         logs = {f"eval_{self.name}_{metric}": mean for metric, (mean, _, _) in evaluation.metrics.items()}
+        is_log_due = self.trainer.control.should_log
         # Not TRL's, which would take this for a log of its own metrics, and forget them.
         Trainer.log(self.trainer, dict(logs))
+        self.trainer.control.should_log = is_log_due  # that of the step is still to come
         return logs
 
 

@@ -12,7 +12,7 @@ from trl_cancel.playground.data import load_prompts
 from trl_cancel.playground.reward import answer_reward
 from trl_cancel.states import LMHead
 
-from .runs import load
+from tests.runs import load
 
 
 @pytest.fixture(scope="module")
