@@ -155,7 +155,9 @@ def test_estimates(tiny, problems):
     by_problem = torch.tensor(
         [[s["reward"] for s in found if s["problem"] == p and s["sample"] is not None] for p in range(7)]
     )
-    greedy = torch.tensor([[s["reward"] for s in found if s["problem"] == p and s["sample"] is None] for p in range(7)])
+    greedy = torch.tensor(
+        [[s["reward"] for s in found if s["problem"] == p and s["sample"] is None] for p in range(7)]
+    )
     assert evaluation.metrics["greedy"] == mean_with_interval(greedy)
     assert evaluation.metrics["avg@3"][0] == pytest.approx(by_problem.mean().item())
     assert evaluation.metrics["pass@3"][0] == pytest.approx(by_problem.any(1).double().mean().item())
@@ -291,14 +293,14 @@ def test_samples_say_everything(tiny, problems, tmp_path):
 
 
 def test_other_settings_are_named(tmp_path):
-    SampleLog(tmp_path, {"temperature": 1.0, "top_k": 0})
-    SampleLog(tmp_path, {"temperature": 1.0, "top_k": 0})
+    SampleLog(tmp_path, {"temperature": 0.5})  # without samples
+    SampleLog(tmp_path, {"temperature": 1.0, "top_k": 0}).append([{"problem": 0, "sample": 0}])
+    assert SampleLog(tmp_path, {"temperature": 1.0, "top_k": 0}).samples == [{"problem": 0, "sample": 0}]
     with pytest.raises(ValueError, match=r"with top_k=0, and this one has top_k=20"):
         SampleLog(tmp_path, {"temperature": 1.0, "top_k": 20})
     with pytest.raises(ValueError, match=r"with min_p=None, and this one has min_p=0.1"):
         SampleLog(tmp_path, {"temperature": 1.0, "top_k": 0, "min_p": 0.1})
     (tmp_path / "settings.json").unlink()
-    (tmp_path / "samples.jsonl").touch()
     with pytest.raises(ValueError, match=r"no settings.json"):
         SampleLog(tmp_path, {})
 
@@ -344,7 +346,7 @@ def test_playground(problems):
     engine = TransformersEngine(load(CHECKPOINT), AutoTokenizer.from_pretrained(CHECKPOINT), 128)
     settings = EvaluationSettings(num_samples=4, max_completion_length=64)
     evaluation = evaluate(engine, load_prompts("test", 64), answer_reward, settings, name="playground")
-    mean, low, high = evaluation.metrics["avg@4"]
+    _, low, high = evaluation.metrics["avg@4"]
     assert low < 0.4 < high
     assert evaluation.metrics["greedy"][0] > 0.6
     assert evaluation.metrics["truncated"][0] < 0.02

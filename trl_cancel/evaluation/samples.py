@@ -45,7 +45,9 @@ class SampleLog:
             file.write(text)
 
     def _check(self, path: Path, settings: dict[str, Any]) -> None:
-        if path.exists():
+        if not self.path.exists() or not self.path.stat().st_size:  # settings without samples bind nobody
+            path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        elif path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
             for name in {**settings, **found}:
                 if found.get(name) != settings.get(name):
@@ -53,10 +55,8 @@ class SampleLog:
                         f"{self.path.parent} holds samples of an evaluation with {name}={found.get(name)!r}, and this "
                         f"one has {name}={settings.get(name)!r}. Use the same setting, or another output folder."
                     )
-        elif self.path.exists():
-            raise ValueError(f"{self.path} has no settings.json beside it; use another output folder.")
         else:
-            path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            raise ValueError(f"{self.path} has no settings.json beside it; use another output folder.")
 
     def _read(self) -> list[Sample]:
         """What is there, without a last line that was cut off in the middle."""
