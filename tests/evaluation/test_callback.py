@@ -80,10 +80,29 @@ def test_with_the_trainers_own_evaluation(tiny_model, tmp_path):
     assert steps_of(trainer) == [1, 2, 3]
     averages = [evaluation.metrics["avg@2"][0] for evaluation in trainer.evaluations]
     assert trainer.state.best_metric == max(averages)
+    metrics = trainer.evaluate()  # by hand, of weights that need not be those of the last step
+    assert steps_of(trainer) == [1, 2, 3, 3]
+    assert metrics["eval_set_avg@2"] == averages[-1]
     resumed = build(tiny_model, output_dir=str(tmp_path), max_steps=4, save_strategy="no")
     resumed.add_callback(EvaluationCallback(resumed, load_prompts("test", 5), even, SETTINGS, name="set"))
     resumed.train(resume_from_checkpoint=True)
     assert steps_of(resumed) == [4]  # not at its start, which is not the training's
+
+
+def test_no_step_is_evaluated_twice(tiny_model):
+    """Before the first step and after the last, and by the trainer at its start and at the end of the epoch."""
+    arguments = {"train_dataset": load_prompts("train", 2), "eval_dataset": load_prompts("tune", 4)}
+    trainer = train(
+        tiny_model,
+        {},
+        arguments=arguments,
+        eval_strategy="epoch",
+        eval_on_start=True,
+        max_steps=2,
+        num_generations_eval=2,
+        per_device_eval_batch_size=4,
+    )
+    assert steps_of(trainer) == [0, 2]
 
 
 @pytest.mark.parametrize("quantized", [False, True])

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tests.runs import load
 from trl_cancel.evaluation import (
+    ContinuousEngine,
     EvaluationSettings,
     SampleLog,
     TransformersEngine,
@@ -337,6 +338,23 @@ def test_a_judge_that_fails_says_so(monkeypatch):
 
     monkeypatch.setattr("trl_cancel.evaluation.rewards.accuracy_reward", fail)
     assert math_verify_reward(["\\boxed{1}"], ["1"]) == [None]
+
+
+@pytest.mark.slow  # on a CPU it is many times slower than plain batches
+def test_continuous_batching(tiny, problems):
+    """Greedy answers are those of plain batches; sampled ones are others, which the seed decides."""
+    model, tokenizer = tiny
+    state = torch.get_rng_state()
+    settings = EvaluationSettings(num_samples=1, max_completion_length=4, score_truncated=True)
+    expected = answers(tiny, problems.select(range(3)), settings)
+    first, second = (
+        answer_problems(ContinuousEngine(model, tokenizer), problems.select(range(3)), even, settings)
+        for _ in range(2)
+    )
+    assert first == second
+    assert [s for s in first if s["sample"] is None] == [s for s in expected if s["sample"] is None]
+    assert [(s["problem"], s["seed"]) for s in first] == [(s["problem"], s["seed"]) for s in expected]
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # The embedded model

@@ -103,8 +103,8 @@ def test_evaluation_answers_as_transformers_does(name, answers):
     ]
     assert len({sample["completion"] for sample in sampled}) > len(sampled) / 2
     assert answers[f"vllm {name} again"] == answers[f"vllm {name}"]
-    assert {sample["finish_reason"] for sample in sampled} == {"stop", "length"}
 
 
 def test_adapters_answer_differently(answers):
     assert answers["vllm model"] != answers["vllm adapter"]
+    assert {sample["finish_reason"] for sample in answers["vllm model"]} == {"stop", "length"}

@@ -74,10 +74,10 @@ class EvaluationCallback(TrainerCallback):
         self.settings = settings or EvaluationSettings()
         self.steps, self.at_start, self.at_end = steps, at_start, at_end
         self.engine = trainer_engine(trainer, batch_size)
-        self._last: int | None = None  # step of the latest evaluation
+        self._last: int | None = None  # step of the latest evaluation of a training that goes on
+        self._logged: dict[str, float] = {}  # what it logged
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._last = None
         if self.at_start and state.global_step == 0:
             self._evaluate(state.global_step)
 
@@ -88,12 +88,16 @@ class EvaluationCallback(TrainerCallback):
             self._evaluate(state.global_step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        if self.steps is None and self._last != state.global_step:
-            logged = self._evaluate(state.global_step)
+        if self.steps is None:
+            if self._last != state.global_step:
+                self._evaluate(state.global_step)
             if metrics is not None:
-                metrics.update(logged)
+                metrics.update(self._logged)
 
-    def _evaluate(self, step: int) -> dict[str, float]:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._last = None  # the weights may become others at the same step: those of the best checkpoint
+
+    def _evaluate(self, step: int) -> None:
         self._last = step
         with unchanged_random_state():
             evaluation = evaluate(
@@ -106,12 +110,11 @@ class EvaluationCallback(TrainerCallback):
                 description=None if self.trainer.args.disable_tqdm else f"Evaluation on {self.name}",
             )
         record(self.trainer, evaluation)
-        logs = {f"eval_{self.name}_{metric}": mean for metric, (mean, _, _) in evaluation.metrics.items()}
+        self._logged = {f"eval_{self.name}_{metric}": mean for metric, (mean, _, _) in evaluation.metrics.items()}
         is_log_due = self.trainer.control.should_log
         # Not TRL's, which would take this for a log of its own metrics, and forget them.
-        Trainer.log(self.trainer, dict(logs))
+        Trainer.log(self.trainer, dict(self._logged))
         self.trainer.control.should_log = is_log_due  # that of the step is still to come
-        return logs
 
 
 def record(trainer: Any, evaluation: Evaluation) -> None:
