@@ -181,6 +181,7 @@ def test_data_of_ones_own(tiny_model, tmp_path):
         (["--dataset_name", "playground", "--reward_funcs", "no.such"], "reward_funcs=no.such: not found"),
         (["--dataset_name", "playground", "--learning_rate", "1"], "learning_rate: unknown setting"),
         (["--dataset_name", "playground", "--engine", "vllm"], "pip install 'trl-cancel[vllm]'"),
+        (["--dataset_name", "playground", "--engine", "continuous"], "engine=continuous is for GPUs"),
         (["--dataset_name", "playground", "--engine", "fast"], "invalid choice: 'fast'"),
         (["--dataset_name", "playground", "--more_models", "./none"], "model_name_or_path=./none: there is no such"),
     ],

@@ -348,7 +348,12 @@ def test_continuous_batching(tiny, problems):
     settings = EvaluationSettings(num_samples=1, max_completion_length=4, score_truncated=True)
     expected = answers(tiny, problems.select(range(3)), settings)
     first, second = (
-        answer_problems(ContinuousEngine(model, tokenizer), problems.select(range(3)), even, settings)
+        answer_problems(
+            ContinuousEngine(model, tokenizer, num_blocks=8, max_batch_tokens=256),
+            problems.select(range(3)),
+            even,
+            settings,
+        )
         for _ in range(2)
     )
     assert first == second

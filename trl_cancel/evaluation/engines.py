@@ -179,10 +179,12 @@ class ContinuousEngine:
             Its tokenizer.
         batch_size (`int`, *optional*, defaults to `1024`):
             Answers that are asked for at once; how many run at a time depends on the memory.
+        **memory:
+            Arguments of [`~transformers.ContinuousBatchingConfig`], how much memory to take for example.
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1024):
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1024, **memory: Any):
+        self.model, self.tokenizer, self.batch_size, self.memory = model, tokenizer, batch_size, memory
 
     def generate(self, requests: Sequence[Request], settings: EvaluationSettings) -> list[Answer]:
         end, seed = end_tokens(self.model, self.tokenizer), requests[0].seed
@@ -201,7 +203,7 @@ class ContinuousEngine:
             found = self.model.generate_batch(
                 [request.prompt_ids for request in requests],
                 generation_config=config,
-                continuous_batching_config=ContinuousBatchingConfig(seed=seed or 0),
+                continuous_batching_config=ContinuousBatchingConfig(seed=seed or 0, **self.memory),
             )
         outputs = list(found.values())  # in the order of the requests
         failed = next((output.error for output in outputs if output.error), None)

@@ -100,6 +100,11 @@ def load_engine(
             gpu_memory_utilization=settings.gpu_memory_utilization,
             max_model_len=settings.max_model_length,
         )
+    if settings.engine == "continuous" and device.type == "cpu":
+        raise ValueError(
+            "engine=continuous is for GPUs; on a CPU it takes most of the memory and is many times slower than plain "
+            "batches. Use engine=transformers."
+        )
     loading: Any = {
         "revision": revision,
         "dtype": arguments.dtype or "auto",
