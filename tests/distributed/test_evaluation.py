@@ -1,0 +1,66 @@
+"""Processes share the problems, also of a model that is sharded over them, and find what one process finds."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from .test_two_processes import CONFIGS, ROOT
+
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, tmp_path_factory):
+    """A function: the folder that a way of starting processes has filled."""
+    made = {}
+
+    def of(how):
+        if how not in made:
+            folder = made[how] = tmp_path_factory.mktemp(how)
+            launch = [
+                "-m",
+                "accelerate.commands.launch",
+                "--config_file",
+                str(CONFIGS[how]),
+                "--main_process_port",
+                "0",
+            ]
+            command = [sys.executable, *(launch if CONFIGS[how] else []), "-m", "tests.distributed.evaluation"]
+            environment = {**os.environ, "CI": "1", **({"DS_ACCELERATOR": "cpu"} if how == "zero3" else {})}
+            done = subprocess.run(
+                [*command, tiny_model, str(folder)],
+                cwd=ROOT,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=500,
+            )
+            assert done.returncode == 0, done.stderr[-4000:]
+        return made[how]
+
+    return of
+
+
+@pytest.mark.parametrize("how", ["two", "fsdp2", "zero3"])
+def test_callback(run, how):
+    if how == "zero3":
+        pytest.importorskip("deepspeed")
+    one = json.loads((run("one") / "0.json").read_text())
+    results = [json.loads((run(how) / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert one["processes"] == 1
+    for result in results:
+        assert (result["processes"], result["sharded"]) == (2, how != "two")
+        assert len(result["metrics"]) == 3
+        assert result["metrics"] == one["metrics"]
+    assert len(results[0]["logged"]) == 3
+
+
+def test_command(run):
+    """The same file and the same numbers, whichever process answered."""
+    one, two = (next((run(how) / "out").glob("*/*")) for how in ("one", "two"))
+    assert (one / "samples.jsonl").read_bytes() == (two / "samples.jsonl").read_bytes()
+    assert (one / "results.json").read_bytes() == (two / "results.json").read_bytes()
