@@ -75,6 +75,8 @@ METHODS = {
     "_get_per_token_logps_and_entropies": ["self", "model", "input_ids", "attention_mask", "logits_to_keep"],
     # Saves the progress when something fails in the middle of a run.
     "_save_checkpoint": ["self", "model", "trial"],
+    # Loads a checkpoint; adapters keep the type in which they were trained.
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
     # The loss itself, public in name, whose inputs are rewritten.
     "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
 }

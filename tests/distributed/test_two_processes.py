@@ -4,11 +4,7 @@ the metrics are global.
 """
 
 import json
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,17 +13,10 @@ from tests.runs import assert_same_weights
 from trl_cancel.playground.tokenizer import build_tokenizer
 from trl_cancel.playground.warm_start import build_model
 
+from .engines import start
 from .scenarios import SCENARIOS, SHARDED
 
 
-ROOT = Path(__file__).parents[2]
-HERE = Path(__file__).parent
-CONFIGS = {
-    "one": None,
-    "two": ROOT / "configs/accelerate/multi_cpu.yaml",
-    "fsdp2": HERE / "fsdp2.yaml",
-    "zero3": HERE / "zero3.yaml",
-}
 GLOBAL = (
     "cancel/",
     "nthr/",
@@ -61,19 +50,8 @@ def results(model, tmp_path_factory):
 
     @cache
     def of(how):
-        launch = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS[how]), "--main_process_port", "0"]
         out = folder / how
-        command = [
-            sys.executable,
-            *(launch if CONFIGS[how] else []),
-            "-m",
-            "tests.distributed.scenarios",
-            model,
-            str(out),
-        ]
-        environment = {**os.environ, "CI": "1", **({"DS_ACCELERATOR": "cpu"} if how == "zero3" else {})}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
+        start(how, "tests.distributed.scenarios", model, out)
         return {
             name: (json.loads((out / f"{name}.json").read_text()), torch.load(out / f"{name}.pt"))
             for name in (SCENARIOS if how in ("one", "two") else SHARDED)
@@ -105,10 +83,11 @@ def test_one_process_and_a_sharded_model_agree(results, name):
     assert_agree(results, name, "fsdp2")
 
 
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
 @pytest.mark.parametrize("name", SHARDED)
-def test_one_process_and_zero3_agree(results, name):
+def test_one_process_and_deepspeed_agree(results, name, stage):
     pytest.importorskip("deepspeed")
-    assert_agree(results, name, "zero3")
+    assert_agree(results, name, stage)
 
 
 @pytest.mark.parametrize(("how", "processes", "sharded"), [("one", 1, False), ("two", 2, False), ("fsdp2", 2, True)])
@@ -142,11 +121,7 @@ def test_groups_are_whole_on_two_processes(results):
 
 def test_rounds_of_generation(model, tmp_path):
     """A resumed run equals the uninterrupted one, and a process that finds nothing does not hold up the other."""
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS["two"]), "--main_process_port", "0"]
-    command = [sys.executable, *launch, "-m", "tests.distributed.balance", model, str(tmp_path)]
-    environment = {**os.environ, "CI": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    start("two", "tests.distributed.balance", model, tmp_path)
     logs = json.loads((tmp_path / "logs.json").read_text())
     assert max(log.get("balance/rounds", 0) for log in logs["whole"][:4]) > 1
     assert logs["resumed"][4:-1] == logs["whole"][4:-1]
