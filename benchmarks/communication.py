@@ -2,11 +2,11 @@
 What this package sends between processes: `python -m benchmarks.communication`.
 
 Two processes train on the CPU, on canned rollouts, with a copy of the model each (DDP) or with one that is sharded
-(FSDP2). Counted are the bytes that one process puts into collectives which a function of this package starts; not those
-that TRL starts (rewards, texts, its metrics), nor gradients, nor the weights that FSDP gathers for a forward pass. Each
+(FSDP2, DeepSpeed ZeRO-3). Counted are the bytes that one process puts into collectives which a function of this package starts; not those
+that TRL starts (rewards, texts, its metrics), nor gradients, nor the weights that are gathered for a forward pass. Each
 is set beside the formula of `docs/scaling.md` at the sizes of the run.
 
-Writes `benchmarks/results/communication.json` and prints the table of `docs/scaling.md`. Two minutes on two cores.
+Writes `benchmarks/results/communication.json` and prints the table of `docs/scaling.md`. Three minutes on two cores.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.distributed.engines import FSDP, ROOT, allow_engines_without_gpu, canned_rollouts, start
+from tests.distributed.engines import DEEPSPEED, FSDP, ROOT, allow_engines_without_gpu, canned_rollouts, start
 from tests.runs import DEFAULTS, build
 from trl_cancel.playground.tokenizer import build_tokenizer
 from trl_cancel.playground.warm_start import build_model
@@ -35,7 +35,7 @@ from trl_cancel.playground.warm_start import build_model
 
 RESULTS = Path(__file__).parent / "results" / "communication.json"
 PACKAGE = f"{ROOT / 'trl_cancel'}/"
-ENGINES = {"DDP": "two", "FSDP2": "fsdp2"}
+ENGINES = {"DDP": "two", "FSDP2": "fsdp2", "ZeRO-3": "zero3"}
 STEPS = 4
 WIDTH = 64  # d
 LENGTH = 9  # T of the canned rollouts
@@ -114,6 +114,7 @@ STRADDLING = {"num_generations": 8, "per_device_train_batch_size": 4, "steps_per
 GROUP_WEIGHTS = {"group_weights": "min", "importance_sampling_level": "sequence", "loss_type": "grpo"}
 SPREAD = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
 AGREE = 8  # bytes: how much memory the states may take, agreed by all processes
+OF_LAMBDA = 20 + 16  # bytes: counts and sums of the credits; in how many pieces the tokens are looked at
 CASES = {
     "query-preserved mini-batches": Case({}, "0"),
     "sign controls": Case({"advantage_sign": "positive"}, "0"),
@@ -134,33 +135,33 @@ CASES = {
     "group weights, straddling groups": Case(
         {**GROUP_WEIGHTS, **STRADDLING}, "24 b a step", step=lambda n: 24 * n.b + 40, metrics=(0, 5)
     ),
-    "NTHR": Case({"nthr": True}, "metrics", generation=lambda n: AGREE, metrics=(3, 0)),
-    "NTHR, sharded": Case(
+    "NTHR": Case({"nthr": True}, "metrics", generation=lambda n: AGREE, metrics=(3, 0), engines=("DDP", "FSDP2")),
+    "NTHR, sharded output layer": Case(
         {"nthr": True},
         "V d s / P a generation",
         generation=lambda n: n.V * n.d * n.s / n.P + AGREE,
         metrics=(3, 0),
-        engines=("FSDP2",),
+        engines=("ZeRO-3",),
     ),
     "DelTA": Case(
         {"delta_credit": True},
         "8 (K + 1)(d + 4) a generation",
-        generation=lambda n: 8 * (n.K + 1) * (n.d + 4) + 20 + AGREE,  # 20: counts and sums of λ
+        generation=lambda n: 8 * (n.K + 1) * (n.d + 4) + OF_LAMBDA + AGREE,
         metrics=(4, 0),
-        engines=("DDP", "FSDP2"),
+        engines=("DDP", "FSDP2", "ZeRO-3"),
     ),
     "DelTA, top fraction": Case(
         {"delta_credit": True, "delta_top_fraction": 0.5},
         "8 (K + 1)(d + 4) + 260 a generation",
-        generation=lambda n: 8 * (n.K + 1) * (n.d + 4) + 20 + 260 + AGREE,  # bisection: 32 counts
+        generation=lambda n: 8 * (n.K + 1) * (n.d + 4) + 260 + OF_LAMBDA + AGREE,  # bisection: 32 counts
         metrics=(4, 0),
     ),
-    "DelTA, hidden gradient, sharded": Case(
+    "DelTA, hidden gradient, sharded output layer": Case(
         {"delta_credit": True, "delta_proxy": "hidden_gradient"},
         "8 (K + 1)(d + 4) + V d s / P a generation",
-        generation=lambda n: 8 * (n.K + 1) * (n.d + 4) + n.V * n.d * n.s / n.P + 20 + AGREE,
+        generation=lambda n: 8 * (n.K + 1) * (n.d + 4) + n.V * n.d * n.s / n.P + OF_LAMBDA + AGREE,
         metrics=(4, 0),
-        engines=("FSDP2",),
+        engines=("ZeRO-3",),
     ),
     "rounds of generation": Case(
         {"filter_zero_variance": True},
@@ -218,12 +219,12 @@ def bytes_put_in(schema: Any, args: Any) -> int:
 def measure(model: str, file: Path) -> None:
     """Runs every case in the processes that this one is among."""
     found = {}
-    engine = "FSDP2" if FSDP else "DDP"
+    engine = "FSDP2" if FSDP else "ZeRO-3" if DEEPSPEED else "DDP"
     for name, case in CASES.items():
         if engine not in case.engines:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            settings = {**ALL, **case.settings, "output_dir": folder}
+            settings = {**ALL, **case.settings, "output_dir": folder, "use_cpu": not DEEPSPEED}
             trainer = build(model, arguments={"rollout_func": canned_rollouts}, **settings)
             with Collectives() as collectives:
                 trainer.train()
@@ -266,7 +267,7 @@ def main(output: Path) -> None:
         for engine, how in ENGINES.items():
             start(how, "benchmarks.communication", "--measure", Path(folder) / "model", Path(folder) / "found.json")
             results[engine] = json.loads((Path(folder) / "found.json").read_text())
-    versions = {name: version(name) for name in ("trl", "transformers", "accelerate", "torch")}
+    versions = {name: version(name) for name in ("trl", "transformers", "accelerate", "torch", "deepspeed")}
     output.write_text(json.dumps({"environment": versions, **results}, indent=1) + "\n")
     print(table(results))
 

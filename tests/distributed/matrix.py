@@ -26,7 +26,7 @@ from tests.methods import METHODS, Row
 from tests.runs import DEFAULTS, OFF_POLICY, build, repeatable
 from trl_cancel.batching import BatchLayout
 
-from .engines import DEEPSPEED, allow_engines_without_gpu, canned_rollouts, whole_weights
+from .engines import DEEPSPEED, FSDP, allow_engines_without_gpu, canned_rollouts, whole_weights
 
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
@@ -43,6 +43,8 @@ def settings_of(row: Row) -> dict[str, Any]:
     updates = BatchLayout(**{name: settings[name] for name in names}).updates_per_generation
     steps = max(2, int(updates))
     settings["per_device_train_batch_size"] *= 2 // PROCESSES
+    if FSDP:  # PyTorch does not load the state of an optimizer that has none
+        settings["optim"], settings["learning_rate"] = "adamw_torch", 1e-3
     return {**settings, "max_steps": 2 * steps, "save_strategy": "steps", "save_steps": steps}
 
 
