@@ -18,7 +18,7 @@ STARTS = {
     "multi_cpu": {},  # TRL's use_cpu keeps it off GPUs
     "multi_gpu": {"ACCELERATE_MIXED_PRECISION": "bf16"},
     "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"},
-    "multi_node": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
+    "multi_node": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},
     "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
     "zero3": {
         "ACCELERATE_USE_DEEPSPEED": "true",

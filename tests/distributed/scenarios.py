@@ -1,6 +1,6 @@
 """
 Runs that are made in one process, in two, and in two that share one model (FSDP2, ZeRO), on the same rollouts:
-`python -m tests.distributed.scenarios MODEL FOLDER`.
+`python -m tests.distributed.scenarios MODEL FOLDER NAME ...`.
 
 The rollouts are canned, a function of the prompt and of their number in the group, so that they do not depend on how
 many processes there are.
@@ -19,7 +19,7 @@ from trl import GRPOTrainer
 from tests.runs import build
 from trl_cancel import CancelGRPOTrainer
 
-from .engines import DEEPSPEED, FSDP, allow_engines_without_gpu, canned_rollouts, whole_weights
+from .engines import DEEPSPEED, allow_engines_without_gpu, canned_rollouts, whole_weights
 
 
 # Sizes of one process; with two each gets half of every micro-batch.
@@ -93,6 +93,8 @@ SCENARIOS = {
     },
     "split": {"per_device_train_batch_size": 8, "steps_per_generation": 4, "max_steps": 4},
 }
+# Those that the default suite leaves to the slow tests.
+SLOW = ("dfpo", "dfpo-straddling", "delta-on-policy", "delta-top-fraction", "nthr-on-policy")
 # Those in which the states, or a pass of its own, meet a sharded model.
 SHARDED = ("nthr", "nthr-on-policy", "delta", "delta-on-policy", "dfpo-spread", "lora")
 
@@ -137,5 +139,5 @@ def run(name: str, model: str, folder: Path) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     allow_engines_without_gpu()
-    for scenario in SHARDED if FSDP or DEEPSPEED else SCENARIOS:
+    for scenario in sys.argv[3:]:
         run(scenario, sys.argv[1], Path(sys.argv[2]))

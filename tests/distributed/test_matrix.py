@@ -2,7 +2,9 @@
 Every method of the table × {full, LoRA, 4-bit} × {one process, two}: trains, saves, loads, resumes; and one process and
 two compute the same.
 
-The whole matrix is slow (`pytest -m slow tests/distributed/test_matrix.py`); a core of it is not.
+A core of it is in the default suite. The whole takes about a quarter of an hour on two cores; the engines that shard
+the model are tried on two rows, DeepSpeed where it is installed:
+`pytest -n0 -m "slow or not slow" tests/distributed/test_matrix.py`. What they cannot do is in `docs/scaling.md`.
 """
 
 import json
@@ -23,14 +25,11 @@ from .matrix import KINDS
 from .test_two_processes import GLOBAL
 
 
-# Group weights of whole groups and of spread ones, states that wait for the loss and that are kept, of both methods.
-CORE = {
-    "full": ("dfpo-spread", "nthr-in-the-loss", "everything"),
-    "lora": ("dfpo-nthr-delta",),
-    "nf4": ("nthr-delta-sequence",),
-}
+# Group weights of groups that are spread over micro-batches, and hidden states: with adapters on 4 bits, the most that
+# can go wrong at once.
+CORE = ("nf4-dfpo-spread", "nf4-nthr-delta-sequence")
 CASES = [
-    pytest.param(kind, name, id=f"{kind}-{name}", marks=[] if name in CORE[kind] else pytest.mark.slow)
+    pytest.param(kind, name, id=f"{kind}-{name}", marks=() if f"{kind}-{name}" in CORE else pytest.mark.slow)
     for kind in KINDS
     for name in METHODS
 ]
@@ -54,11 +53,11 @@ def runs(model, tmp_path_factory, request):
     """A function: the folder of the runs of one kind, made together, as starting processes takes longest."""
     folder = tmp_path_factory.mktemp("runs")
     # Those that this session is to look at, so that the core does not run the whole matrix.
-    wanted = {item.callspec.id.partition("-")[::2] for item in request.session.items if item.path == request.path}
+    wanted = {item.callspec.id for item in request.session.items if item.path == request.path}
 
     @cache
     def of(how, kind):
-        rows = [name for name in METHODS if (kind, name) in wanted]
+        rows = [name for name in METHODS if f"{kind}-{name}" in wanted]
         start(how, "tests.distributed.matrix", kind, model, folder / how / kind, *rows)
         return folder / how / kind
 
@@ -104,7 +103,7 @@ def assert_loads(found, model, kind):
         assert_same_weights({name: state[name] for name in adapter}, {name: w.float() for name, w in adapter.items()})
 
 
-def assert_equal_but_for_rounding(one, two):
+def assert_equal_but_for_rounding(one, two, kind):
     """To the rounding of the weights that are trained: float32, or bfloat16 for adapters on 4 bits, as TRL has them."""
     relative, absolute = (2e-2, 2e-3) if one.is_4bit else (1e-4, 1e-5)
     compared = 0
@@ -113,11 +112,15 @@ def assert_equal_but_for_rounding(one, two):
         assert {key: other[key] for key in shared} == pytest.approx(shared, rel=relative, abs=absolute)
         compared += len(shared)
     assert compared > 10
-    assert one.weights.keys() == two.weights.keys()
-    for name, value in one.weights.items():
+    trained, others = (
+        {name: value for name, value in found.weights.items() if kind == "full" or "lora_" in name}
+        for found in (one, two)
+    )
+    assert trained.keys() == others.keys()
+    for name, value in trained.items():
         if "lora_B" in name:  # which start at 0, so that this is the whole update
-            assert (two.weights[name] - value).float().norm() <= 10 * relative * value.float().norm()
-        torch.testing.assert_close(two.weights[name], value, rtol=relative, atol=absolute)
+            assert (others[name] - value).float().norm() <= 10 * relative * value.float().norm()
+        torch.testing.assert_close(others[name], value, rtol=relative, atol=absolute)
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
@@ -129,4 +132,33 @@ def test_matrix(runs, model, kind, name):
         assert_trained_and_resumed(found, model, kind, row)
         assert_loads(found, model, kind)
     if not row.depends_on_processes:
-        assert_equal_but_for_rounding(one, two)
+        assert_equal_but_for_rounding(one, two, kind)
+
+
+# A whole file of the model, or parts of the processes; states and weights of groups, and passes of its own.
+SHARDED = [
+    pytest.param(how, kind, id=f"{how}-{kind}")
+    for how in ("fsdp2", "fsdp2-sharded", "zero2", "zero3")
+    for kind in KINDS
+    if (how, kind) != ("fsdp2", "nf4")  # which cannot be resumed, see docs/scaling.md
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "kind"), SHARDED)
+def test_sharded(model, tmp_path, how, kind):
+    names = ("nthr-delta-sequence", "token-shifts")
+    if "zero" in how:
+        pytest.importorskip("deepspeed")
+        start("one", "tests.distributed.matrix", kind, model, tmp_path / "one", *names)
+    start(how, "tests.distributed.matrix", kind, model, tmp_path / how, *names)
+    for name in names:
+        found = Found(tmp_path / how / name)
+        assert (found.processes, found.sharded) == (2, True)
+        assert_trained_and_resumed(found, model, kind, METHODS[name])
+        if how == "fsdp2-sharded":
+            assert not list(found.saved.glob("*.safetensors"))  # transformers saves no model then
+        else:
+            assert_loads(found, model, kind)
+        if "zero" in how:
+            assert_equal_but_for_rounding(Found(tmp_path / "one" / name), found, kind)

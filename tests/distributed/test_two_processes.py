@@ -1,6 +1,7 @@
 """
 One process and two, with a model each or one that is sharded, compute the same on the same rollouts; groups stay whole;
-the metrics are global.
+the metrics are global. A core of the scenarios is in the default suite; `pytest -m "slow or not slow"
+tests/distributed/test_two_processes.py` runs all of them, and with DeepSpeed where it is installed.
 """
 
 import json
@@ -14,7 +15,7 @@ from trl_cancel.playground.tokenizer import build_tokenizer
 from trl_cancel.playground.warm_start import build_model
 
 from .engines import start
-from .scenarios import SCENARIOS, SHARDED
+from .scenarios import SCENARIOS, SHARDED, SLOW
 
 
 GLOBAL = (
@@ -43,18 +44,23 @@ def model(tmp_path_factory):
     return str(folder)
 
 
+def marked(names):
+    return [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in names]
+
+
 @pytest.fixture(scope="module")
-def results(model, tmp_path_factory):
+def results(model, tmp_path_factory, request):
     """A function: logs and weights of every scenario, by how the processes are started."""
     folder = tmp_path_factory.mktemp("results")
+    all_of_them = any(item.get_closest_marker("slow") for item in request.session.items if item.path == request.path)
 
     @cache
     def of(how):
         out = folder / how
-        start(how, "tests.distributed.scenarios", model, out)
+        names = [name for name in (SCENARIOS if how in ("one", "two") else SHARDED) if all_of_them or name not in SLOW]
+        start(how, "tests.distributed.scenarios", model, out, *names)
         return {
-            name: (json.loads((out / f"{name}.json").read_text()), torch.load(out / f"{name}.pt"))
-            for name in (SCENARIOS if how in ("one", "two") else SHARDED)
+            name: (json.loads((out / f"{name}.json").read_text()), torch.load(out / f"{name}.pt")) for name in names
         }
 
     return of
@@ -73,16 +79,17 @@ def assert_agree(results, name, how):
         torch.testing.assert_close(other_weights[key], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "split"])
+@pytest.mark.parametrize("name", marked(name for name in SCENARIOS if name != "split"))
 def test_one_process_and_two_agree(results, name):
     assert_agree(results, name, "two")
 
 
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("name", marked(SHARDED))
 def test_one_process_and_a_sharded_model_agree(results, name):
     assert_agree(results, name, "fsdp2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 @pytest.mark.parametrize("name", SHARDED)
 def test_one_process_and_deepspeed_agree(results, name, stage):
@@ -102,7 +109,7 @@ def test_the_runs_have_something_to_compare(results):
     for name in ("on-policy", "straddling", "symmetric-clip"):
         residuals = [log["cancel/shared_prefix_residual"] for log in results("two")[name][0]["logs"][:-1]]
         assert max(residuals) < 1e-4
-    for name in ("dfpo", "dfpo-spread", "dfpo-straddling", "dfpo-straddling-spread"):
+    for name in ("dfpo-spread", "dfpo-straddling-spread"):
         logs = results("two")[name][0]["logs"][:-1]
         assert max(log["group_weights/ratio_max"] for log in logs) > 1.001
         assert max(log.get("group_weights/orthogonality", 0) for log in logs) < 1e-5
