@@ -94,7 +94,14 @@ SCENARIOS = {
     "split": {"per_device_train_batch_size": 8, "steps_per_generation": 4, "max_steps": 4},
 }
 # Those that the default suite leaves to the slow tests.
-SLOW = ("dfpo", "dfpo-straddling", "delta-on-policy", "delta-top-fraction", "nthr-on-policy")
+SLOW = (
+    "dfpo",
+    "dfpo-straddling",
+    "delta-on-policy",
+    "delta-top-fraction",
+    "delta-straddling-recomputed",
+    "nthr-on-policy",
+)
 # Those in which the states, or a pass of its own, meet a sharded model.
 SHARDED = ("nthr", "nthr-on-policy", "delta", "delta-on-policy", "dfpo-spread", "lora")
 

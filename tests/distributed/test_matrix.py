@@ -25,9 +25,8 @@ from .matrix import KINDS
 from .test_two_processes import GLOBAL
 
 
-# Group weights of groups that are spread over micro-batches, and hidden states: with adapters on 4 bits, the most that
-# can go wrong at once.
-CORE = ("nf4-dfpo-spread", "nf4-nthr-delta-sequence")
+# Group weights and hidden states, with adapters on 4 bits: the most that can go wrong at once.
+CORE = ("nf4-dfpo-nthr-delta",)
 CASES = [
     pytest.param(kind, name, id=f"{kind}-{name}", marks=() if f"{kind}-{name}" in CORE else pytest.mark.slow)
     for kind in KINDS
