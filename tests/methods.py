@@ -41,6 +41,8 @@ class Row:
             Makes credits that must change nothing.
         exact (`bool`):
             Whether its neutral setting agrees with TRL to the last bit, and not only to rounding.
+        depends_on_processes (`bool`):
+            Whether each process draws at random on its own, so that one and two cannot agree.
     """
 
     settings: dict[str, Any]
@@ -53,6 +55,7 @@ class Row:
     credits: Any = list
     neutral_credits: Any = list
     exact: bool = True
+    depends_on_processes: bool = False
     refused: tuple[tuple[dict[str, Any], str], ...] = field(default=())
 
 
@@ -234,6 +237,7 @@ METHODS = {
         settings={"nthr": True, "nthr_selection": "random"},
         neutral={"nthr_eta": 1, "query_preserved": False},
         metrics=NTHR_METRICS,
+        depends_on_processes=True,
     ),
     "nthr-in-the-loss": Row(
         settings={"nthr": True, **ON_POLICY, "per_device_train_batch_size": 8, "max_steps": 12},
@@ -289,6 +293,7 @@ METHODS = {
         settings={"delta_credit": True, "delta_assignment": "random"},
         neutral={"delta_credit": False, "query_preserved": False},
         metrics=DELTA_METRICS,
+        depends_on_processes=True,
     ),
     "nthr-delta-sequence": Row(
         settings={**SEQUENCE, "nthr": True, "delta_credit": True},

@@ -81,6 +81,8 @@ METHODS = {
     "_push_from_checkpoint": ["self", "checkpoint_folder"],
     # Folder of the checkpoints, which differs between the trials of a search.
     "_get_output_dir": ["self", "trial"],
+    # Loads a checkpoint; adapters keep the type in which they were trained.
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
     # The loss itself, public in name, whose inputs are rewritten.
     "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
 }

@@ -387,6 +387,14 @@ class CancelGRPOTrainer(GRPOTrainer):
     def _push_failed(self, error: Exception) -> hub.PushError:
         return hub.push_failed(error, str(self.args.output_dir), str(self.hub_model_id or self.args.hub_model_id))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        # PEFT loads adapters in float32, also those of a 4-bit model, which TRL trains in bfloat16.
+        types = {name: weight.dtype for name, weight in self.model.named_parameters() if weight.requires_grad}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, weight in self.model.named_parameters():
+            if weight.dtype != types.get(name, weight.dtype):
+                weight.data = weight.data.to(types[name])
+
     # Generation: credit, then micro-batches of whole groups
 
     def _calculate_rewards(self, *args, **kwargs):

@@ -155,7 +155,7 @@ def test_resume_from_the_command_line(tmp_path):
 
 
 MISTAKES = {
-    "unknown command": (["tain"], "'tain' is not a command; use one of demo, train, probe, explain"),
+    "unknown command": (["tain"], "'tain' is not a command; use one of demo, train, eval, probe, explain"),
     "unknown method, demo": (["demo", "--method", "gpro"], "method=gpro: unknown; use one of grpo, query-preserved"),
     "unknown method, train": (["train", "--method", "gpro"], "method=gpro: unknown"),
     "no steps": (["demo", "--steps", "0"], "--steps 0: must be at least 1"),

@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from tests import references
 from trl_cancel.credit import delta, delta_coefficients
 from trl_cancel.rollouts import Rollouts, generator_of
+from trl_cancel.states import LMHead
 
 
 def batch(seed, tokens=30, size=4, zeros=True):
@@ -32,13 +34,11 @@ def test_against_distances(seed, refinements, gamma, normalize):
     assert found.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-def test_split_over_processes():
-    """Two processes that add up their sums compute what one does."""
-    proxies, advantages = batch(0)
-    parts = [slice(0, 11), slice(11, None)]
+def in_two_processes(run):
+    """What a function of the rank and of a sum over processes gives on each of two."""
     barrier, sent = threading.Barrier(2, timeout=60), [None, None]
 
-    def run(rank):
+    def of(rank):
         def reduce(tensor):
             sent[rank] = tensor
             barrier.wait()
@@ -46,10 +46,21 @@ def test_split_over_processes():
             barrier.wait()
             return total
 
-        return delta_coefficients(proxies[parts[rank]], advantages[parts[rank]], refinements=2, reduce=reduce)
+        return run(rank, reduce)
 
     with ThreadPoolExecutor(2) as pool:
-        found = torch.cat(list(pool.map(run, range(2))))
+        return list(pool.map(of, range(2)))
+
+
+def test_split_over_processes():
+    """Two processes that add up their sums compute what one does."""
+    proxies, advantages = batch(0)
+    parts = [slice(0, 11), slice(11, None)]
+
+    def run(rank, reduce):
+        return delta_coefficients(proxies[parts[rank]], advantages[parts[rank]], refinements=2, reduce=reduce)
+
+    found = torch.cat(in_two_processes(run))
     torch.testing.assert_close(found, delta_coefficients(proxies, advantages, refinements=2), rtol=1e-12, atol=1e-12)
 
 
@@ -155,3 +166,33 @@ def test_random_numbers_follow_the_seed_and_the_tokens():
     assert drawn(0, [1, 2]) == drawn(0, [1, 2])
     assert drawn(0, [1, 2]) != drawn(1, [1, 2])
     assert drawn(0, [1, 2]) != drawn(0, [1, 3])
+
+
+@pytest.mark.parametrize("proxy", ["lm_head_row", "hidden_gradient"])
+def test_processes_ask_for_states_equally_often(monkeypatch, proxy):
+    """However long their rollouts are: where the states are computed again, a sharded model waits for all of them."""
+    monkeypatch.setattr(delta, "CHUNK", 12)
+
+    class Counted:
+        keeps = False
+
+        def __init__(self, states):
+            self.states, self.asked = states, 0
+
+        def __getitem__(self, rows):
+            self.asked += 1
+            return self.states[rows]
+
+    def run(rank, reduce):
+        rollouts = _rollouts()
+        width = 5 if rank else 1  # three rollouts at a time, or all
+        columns = ("completion_ids", "mask", "old_logps")
+        cut = {name: getattr(rollouts, name)[:, :width] for name in columns}
+        counted = Counted(rollouts.states[:, :width])
+        head = LMHead(torch.randn(9, 8, generator=torch.Generator().manual_seed(1)))
+        rollouts = replace(rollouts, **cut, states=counted, reduce=reduce, head=head)
+        delta.DelTA(proxy=proxy).coefficients(rollouts)
+        return counted.asked
+
+    first, second = in_two_processes(run)
+    assert first == second > 4

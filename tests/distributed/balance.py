@@ -10,16 +10,11 @@ import sys
 import warnings
 from pathlib import Path
 
-
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-
 import torch
 
 from tests.runs import train
 
 
-torch.set_num_threads(1)
 SETTINGS = {
     "per_device_train_batch_size": 8,
     "steps_per_generation": 2,

@@ -1,34 +1,27 @@
 """
-Runs that are made in one process, in two, and in two that share one model (FSDP2, ZeRO-3), on the same rollouts:
-`python -m tests.distributed.scenarios MODEL FOLDER`.
+Runs that are made in one process, in two, and in two that share one model (FSDP2, ZeRO), on the same rollouts:
+`python -m tests.distributed.scenarios MODEL FOLDER NAME ...`.
 
 The rollouts are canned, a function of the prompt and of their number in the group, so that they do not depend on how
 many processes there are.
 """
 
-import hashlib
 import json
 import os
 import sys
 import warnings
 from pathlib import Path
 
-
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
 from peft import LoraConfig
 from trl import GRPOTrainer
 
 from tests.runs import build
 from trl_cancel import CancelGRPOTrainer
 
+from .engines import DEEPSPEED, allow_engines_without_gpu, canned_rollouts, whole_weights
 
-torch.set_num_threads(1)
-FSDP, ZERO3 = (os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+
 # Sizes of one process; with two each gets half of every micro-batch.
 PLAIN = {"learning_rate": 0.1, "optim": "sgd"}  # Adam would blow up what rounding leaves of a gradient of 0
 DFPO = {
@@ -100,47 +93,17 @@ SCENARIOS = {
     },
     "split": {"per_device_train_batch_size": 8, "steps_per_generation": 4, "max_steps": 4},
 }
+# Those that the default suite leaves to the slow tests.
+SLOW = (
+    "dfpo",
+    "dfpo-straddling",
+    "delta-on-policy",
+    "delta-top-fraction",
+    "delta-straddling-recomputed",
+    "nthr-on-policy",
+)
 # Those in which the states, or a pass of its own, meet a sharded model.
 SHARDED = ("nthr", "nthr-on-policy", "delta", "delta-on-policy", "dfpo-spread", "lora")
-
-
-def allow_fsdp_without_gpu() -> None:
-    """Accelerate ignores FSDP where the processes have no GPU; PyTorch does not need one."""
-    initialise = PartialState.__init__
-
-    def as_with_gpus(self, *args, **kwargs):
-        initialise(self, *args, **kwargs)
-        if self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type = DistributedType.MULTI_GPU
-
-    PartialState.__init__ = as_with_gpus
-
-
-def allow_zero3_without_gpu() -> None:
-    """Accelerate starts gloo only for processes that are to use the CPU, and ignores DeepSpeed for those."""
-    prepare = PartialState._prepare_backend
-
-    def with_gloo(self, *args, **kwargs):
-        backend, kind = prepare(self, *args, **kwargs)
-        return ("gloo", DistributedType.MULTI_CPU) if backend is None else (backend, kind)
-
-    PartialState._prepare_backend = with_gloo
-
-
-def canned_rollouts(prompts, trainer):
-    """Two shared tokens, then tokens that depend on the prompt and on the rollout's number in its group."""
-    tokenizer, counts, output = trainer.processing_class, {}, {"prompt_ids": [], "completion_ids": [], "logprobs": []}
-    straddles = trainer.accelerator.num_processes > 1 and len(prompts) < trainer.num_generations
-    for prompt in prompts:
-        text = prompt[0]["content"]
-        number = counts.get(text, trainer.accelerator.process_index * len(prompts) if straddles else 0)
-        counts[text] = number + 1
-        digest = hashlib.sha256(f"{text}{number}".encode()).digest()
-        completion = [20, 21, *(16 + byte % 10 for byte in digest[: 3 + digest[0] % 4]), tokenizer.eos_token_id]
-        output["prompt_ids"].append(tokenizer(text)["input_ids"])
-        output["completion_ids"].append(completion)
-        output["logprobs"].append([0.0] * len(completion))
-    return output
 
 
 def run(name: str, model: str, folder: Path) -> None:
@@ -162,12 +125,12 @@ def run(name: str, model: str, folder: Path) -> None:
             CancelGRPOTrainer,
             output_dir=str(folder / name),
             arguments={"rollout_func": canned_rollouts, **(ADAPTER if name == "lora" else {})},
-            **{**settings, "use_cpu": not ZERO3},
+            **{**settings, "use_cpu": not DEEPSPEED},
         )
         trainer.train()
     finally:
         GRPOTrainer.compute_loss = loss
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped if ZERO3 else trainer.model)
+    weights = whole_weights(trainer)
     if trainer.accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(weights, folder / f"{name}.pt")
@@ -182,9 +145,6 @@ def run(name: str, model: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    if FSDP:
-        allow_fsdp_without_gpu()
-    if ZERO3:
-        allow_zero3_without_gpu()
-    for scenario in SHARDED if FSDP or ZERO3 else SCENARIOS:
+    allow_engines_without_gpu()
+    for scenario in sys.argv[3:]:
         run(scenario, sys.argv[1], Path(sys.argv[2]))

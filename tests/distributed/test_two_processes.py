@@ -1,14 +1,11 @@
 """
 One process and two, with a model each or one that is sharded, compute the same on the same rollouts; groups stay whole;
-the metrics are global.
+the metrics are global. A core of the scenarios is in the default suite; `pytest -m "slow or not slow"
+tests/distributed/test_two_processes.py` runs all of them, and with DeepSpeed where it is installed.
 """
 
 import json
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,17 +14,10 @@ from tests.runs import assert_same_weights
 from trl_cancel.playground.tokenizer import build_tokenizer
 from trl_cancel.playground.warm_start import build_model
 
-from .scenarios import SCENARIOS, SHARDED
+from .engines import start
+from .scenarios import SCENARIOS, SHARDED, SLOW
 
 
-ROOT = Path(__file__).parents[2]
-HERE = Path(__file__).parent
-CONFIGS = {
-    "one": None,
-    "two": ROOT / "configs/accelerate/multi_cpu.yaml",
-    "fsdp2": HERE / "fsdp2.yaml",
-    "zero3": HERE / "zero3.yaml",
-}
 GLOBAL = (
     "cancel/",
     "nthr/",
@@ -54,29 +44,23 @@ def model(tmp_path_factory):
     return str(folder)
 
 
+def marked(names):
+    return [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in names]
+
+
 @pytest.fixture(scope="module")
-def results(model, tmp_path_factory):
+def results(model, tmp_path_factory, request):
     """A function: logs and weights of every scenario, by how the processes are started."""
     folder = tmp_path_factory.mktemp("results")
+    all_of_them = any(item.get_closest_marker("slow") for item in request.session.items if item.path == request.path)
 
     @cache
     def of(how):
-        launch = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS[how]), "--main_process_port", "0"]
         out = folder / how
-        command = [
-            sys.executable,
-            *(launch if CONFIGS[how] else []),
-            "-m",
-            "tests.distributed.scenarios",
-            model,
-            str(out),
-        ]
-        environment = {**os.environ, "CI": "1", **({"DS_ACCELERATOR": "cpu"} if how == "zero3" else {})}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
+        names = [name for name in (SCENARIOS if how in ("one", "two") else SHARDED) if all_of_them or name not in SLOW]
+        start(how, "tests.distributed.scenarios", model, out, *names)
         return {
-            name: (json.loads((out / f"{name}.json").read_text()), torch.load(out / f"{name}.pt"))
-            for name in (SCENARIOS if how in ("one", "two") else SHARDED)
+            name: (json.loads((out / f"{name}.json").read_text()), torch.load(out / f"{name}.pt")) for name in names
         }
 
     return of
@@ -95,20 +79,22 @@ def assert_agree(results, name, how):
         torch.testing.assert_close(other_weights[key], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "split"])
+@pytest.mark.parametrize("name", marked(name for name in SCENARIOS if name != "split"))
 def test_one_process_and_two_agree(results, name):
     assert_agree(results, name, "two")
 
 
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("name", marked(SHARDED))
 def test_one_process_and_a_sharded_model_agree(results, name):
     assert_agree(results, name, "fsdp2")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
 @pytest.mark.parametrize("name", SHARDED)
-def test_one_process_and_zero3_agree(results, name):
+def test_one_process_and_deepspeed_agree(results, name, stage):
     pytest.importorskip("deepspeed")
-    assert_agree(results, name, "zero3")
+    assert_agree(results, name, stage)
 
 
 @pytest.mark.parametrize(("how", "processes", "sharded"), [("one", 1, False), ("two", 2, False), ("fsdp2", 2, True)])
@@ -123,7 +109,7 @@ def test_the_runs_have_something_to_compare(results):
     for name in ("on-policy", "straddling", "symmetric-clip"):
         residuals = [log["cancel/shared_prefix_residual"] for log in results("two")[name][0]["logs"][:-1]]
         assert max(residuals) < 1e-4
-    for name in ("dfpo", "dfpo-spread", "dfpo-straddling", "dfpo-straddling-spread"):
+    for name in ("dfpo-spread", "dfpo-straddling-spread"):
         logs = results("two")[name][0]["logs"][:-1]
         assert max(log["group_weights/ratio_max"] for log in logs) > 1.001
         assert max(log.get("group_weights/orthogonality", 0) for log in logs) < 1e-5
@@ -142,11 +128,7 @@ def test_groups_are_whole_on_two_processes(results):
 
 def test_rounds_of_generation(model, tmp_path):
     """A resumed run equals the uninterrupted one, and a process that finds nothing does not hold up the other."""
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS["two"]), "--main_process_port", "0"]
-    command = [sys.executable, *launch, "-m", "tests.distributed.balance", model, str(tmp_path)]
-    environment = {**os.environ, "CI": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    start("two", "tests.distributed.balance", model, tmp_path)
     logs = json.loads((tmp_path / "logs.json").read_text())
     assert max(log.get("balance/rounds", 0) for log in logs["whole"][:4]) > 1
     assert logs["resumed"][4:-1] == logs["whole"][4:-1]

@@ -274,7 +274,10 @@ class DelTA:
         return torch.ones_like(rollouts.mask, dtype=values.dtype).masked_scatter(active, values)
 
     def _proxies(self, rollouts: Rollouts, active: torch.Tensor) -> Proxies:
-        rows = max(1, CHUNK // max(1, active.size(1)))
+        # As many pieces on all processes, which must make the same passes where states are computed again and the model
+        # is sharded: by the mean of their lengths.
+        length, processes = rollouts.reduce(active.new_tensor([active.size(1), 1], dtype=torch.long)).tolist()
+        rows = max(1, CHUNK * processes // max(1, length))
         pieces = [slice(first, first + rows) for first in range(0, len(active), rows)]
 
         def hidden_and_logps(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
