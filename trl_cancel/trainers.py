@@ -6,15 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
-from . import hub, papers
+from . import papers
 from ._upstream import (
     disable_gradient_checkpointing,
     get_config_model_id,
@@ -25,21 +24,21 @@ from ._upstream import (
 )
 from .active_methods import active_methods, tags_of
 from .batching import balanced_order, query_preserved_permutation
-from .checkpoints import SavingError, agree_on_checkpoint, rotated_when_whole, saved_or_said, why_broken
 from .configs import CancelGRPOConfig, DelTAConfig, DFPOConfig, GRPOFixConfig, NTHRConfig
 from .credit import Credit
 from .diagnostics.callbacks import TokenShiftCallback
 from .evaluation import Evaluation
 from .explanation import explain, within_generation
-from .model_card import complete_model_card, datasets_of, hub_id
+from .model_card import datasets_of
 from .monitor import UpdateMonitor
 from .precision import emulates_bfloat16, hold_trained_weights_in_float32
 from .prompts import FreshPrompts
+from .publishing import Published
+from .resuming import Resumable
 from .rewards import check_models, checked
 from .rollouts import ABOUT_IMAGES, Rollouts, Rows, generator_of, take_rows
 from .rounds import Choice, GroupPool, Scored
 from .states import CPU_SHARE, GIB, LMHead, StateStore
-from .stopping import StopOnSignal
 from .token_credits import TokenCredits, credited, makes_old_logps
 from .update_weights import UpdateWeights, loss_mask
 
@@ -47,7 +46,7 @@ from .update_weights import UpdateWeights, loss_mask
 logger = get_logger(__name__)
 
 
-class CancelGRPOTrainer(GRPOTrainer):
+class CancelGRPOTrainer(Published, Resumable):
     """
     Trainer for Group Relative Policy Optimization in which the opposite pushes on what good and bad rollouts of a
     prompt share can cancel.
@@ -119,11 +118,10 @@ class CancelGRPOTrainer(GRPOTrainer):
             args.delta = 1 + args.clip_range[1]
         self._layout = args.layout
         self._credits = TokenCredits(args, credits)
-        self.evaluations: list[Evaluation] = []  # for the model card, in order
-        self.dataset_names: list[str] = datasets_of(train_dataset)  # for the model card
+        self.evaluations: list[Evaluation] = []
+        self.dataset_names = datasets_of(train_dataset)
         self.active_methods = active_methods(args, self._credits.own)
         self._tag_names = self._tags()
-        self._base_license: str | None = None
         if trl_kwargs.get("environment_factory") is None:  # an environment may bring the prompts
             evaluated = trl_args[0] if trl_args else trl_kwargs.get("eval_dataset")
             _check_dataset("train_dataset", train_dataset)
@@ -149,8 +147,6 @@ class CancelGRPOTrainer(GRPOTrainer):
         self.epsilon_low, self.epsilon_high = args.clip_range
         self._monitor = UpdateMonitor(self.accelerator, self._layout.groups_are_local)
         self._update_weights = UpdateWeights(self.args, self._monitor)
-        self._signals = StopOnSignal(self.accelerator)
-        self.add_callback(self._signals)
         if self.args.chooses_groups:
             self._fresh_prompts = FreshPrompts(self.train_dataset, self.args.seed)
             self.add_callback(self._fresh_prompts)
@@ -230,170 +226,11 @@ class CancelGRPOTrainer(GRPOTrainer):
         """What the configuration does: sizes, how far off policy, what is kept together, what is added and why."""
         return explain(self.args, credits=self._credits.own)
 
-    # Saving and stopping
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """
-        Trains as [`~transformers.Trainer.train`] does. If something fails in the middle, a reward function say, the
-        progress so far is saved as a checkpoint that `resume_from_checkpoint=True` continues from (in a single
-        process, unless `save_strategy="no"`).
-
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*):
-                A checkpoint; `True` for the last whole one in `output_dir`; `"auto"` for that, or a new start where
-                there is none.
-            *args, **kwargs:
-                Further arguments of [`~transformers.Trainer.train`].
-
-        Raises:
-            `ValueError`: If there is no whole checkpoint to go on from.
-            [`~trl_cancel.checkpoints.SavingError`]: If the disk is full.
-            [`~trl_cancel.rewards.RewardError`]: If a reward function returns what cannot be used.
-            `SystemExit`, `KeyboardInterrupt`: If SIGTERM or SIGINT has ended the training; see `save_on_signal`.
-        """
-        checkpoint = agree_on_checkpoint(resume_from_checkpoint, str(self.args.output_dir), self.accelerator)
-        with self._signals.listening(self.args.save_on_signal):
-            try:
-                result = super().train(checkpoint, *args, **kwargs)
-            except (Exception, KeyboardInterrupt) as error:
-                self._save_progress(error)
-                raise
-        self._signals.end(self.args, self.state.global_step)
-        return result
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As [`~transformers.Trainer.save_model`]; says what is kept if the disk is full."""
-        folder = Path(output_dir or str(self.args.output_dir))
-        with nullcontext() if _internal_call else saved_or_said(folder):  # within a checkpoint, that is what failed
-            super().save_model(output_dir, _internal_call)
-
-    def _save_checkpoint(self, model, trial):
-        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        with rotated_when_whole(folder, self):
-            super()._save_checkpoint(model, trial)
-
-    def _save_progress(self, error: BaseException) -> None:
-        step, folder = self.state.global_step, Path(str(self.args.output_dir))
-        # With several processes, the others would not take part in saving.
-        if not step or self.args.save_strategy == "no" or self.accelerator.num_processes > 1:
-            return
-        hurried = isinstance(error, KeyboardInterrupt) and self._signals.noted  # by a second signal
-        if hurried or isinstance(error, SavingError):
-            return
-        try:
-            if why_broken(folder / f"checkpoint-{step}"):
-                self._save_checkpoint(self.model, trial=None)
-        except Exception as saving:
-            error.add_note(f"The progress could not be saved: {saving}")
-        else:
-            error.add_note(
-                f"The progress up to step {step} is saved in {folder}; continue with resume_from_checkpoint=True."
-            )
-
-    # The model card and the Hub
-
     def _tags(self) -> list[str]:
         """The tags of the class, with those of the methods that the configuration has on instead of the class's."""
         of_classes = {tag for trainer in NAMED_TRAINERS for tag in trainer._tag_names}
         kept = [tag for tag in type(self)._tag_names if tag not in of_classes or tag in CancelGRPOTrainer._tag_names]
         return list(dict.fromkeys([*kept, *tags_of(self.active_methods)]))
-
-    def create_model_card(  # type: ignore[override]
-        self,
-        model_name: str | None = None,
-        dataset_name: str | list[str] | None = None,
-        tags: str | list[str] | None = None,
-    ) -> None:
-        """
-        Writes the model card into the output folder: the methods and settings that were on and the papers behind them,
-        the last evaluation, metrics of the training, and how to load the model. Done at every checkpoint and push; a
-        card that cannot be written is reported and stops nothing.
-
-        Args:
-            model_name (`str`, *optional*):
-                Name of the model.
-            dataset_name (`str` or `list[str]`, *optional*):
-                Training data on the Hub; `trainer.dataset_names` if not given.
-            tags (`str` or `list[str]`, *optional*):
-                Further tags.
-        """
-        if dataset_name:
-            self.dataset_names = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name)
-        try:
-            super().create_model_card(model_name=model_name, tags=tags)
-            if self.is_world_process_zero():
-                complete_model_card(self, model_name, self.dataset_names, self._base_license)
-        except Exception as error:
-            logger.warning(f"The model card could not be written: {type(error).__name__}: {error}")
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """
-        Makes the repository, before the training where `push_to_hub=True`, and makes sure that it can be written.
-
-        Args:
-            token (`str`, *optional*):
-                Token; that of the configuration if not given.
-            private (`bool`, *optional*):
-                Whether a new repository is private.
-
-        Raises:
-            [`~trl_cancel.hub.PushError`]: If the token, the name or a permission is refused, or the Hub cannot be
-                reached.
-        """
-        try:
-            super().init_hf_repo(token=token, private=private)
-        except Exception as error:
-            raise hub.no_access(error, self.args.hub_model_id) from error
-        if self.is_world_process_zero():
-            hub.check_write(str(self.hub_model_id), token or self.args.hub_token)
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """
-        Saves the model, writes its card and pushes both, as [`~transformers.Trainer.push_to_hub`] does.
-
-        Raises:
-            [`~trl_cancel.hub.PushError`]: If the upload fails. The model is saved by then, and the message says how to
-                push it later.
-        """
-        base = hub_id(get_config_model_id(cast(Any, self.model).config))
-        if base and self._base_license is None and self.is_world_process_zero():
-            self._base_license = hub.license_of(base, self.args.hub_token)
-        try:
-            return super().push_to_hub(*args, **kwargs)
-        except Exception as error:
-            if isinstance(error, hub.PushError) or not hub.comes_from_hub(error):
-                raise
-            raise self._push_failed(error) from error
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Pushes in the background during the training, which goes on whatever becomes of it."""
-        pushing: Any = getattr(self, "push_in_progress", None)
-        before = list(pushing.jobs) if pushing else []
-        try:
-            super()._push_from_checkpoint(checkpoint_folder)
-        except Exception as error:
-            logger.warning(str(self._push_failed(error)))
-            return
-        pushing = getattr(self, "push_in_progress", None)
-        for job in pushing.jobs if pushing else []:
-            if job not in before:
-                job.add_done_callback(self._report_push)
-
-    def _report_push(self, job: Any) -> None:
-        error = None if job.cancelled() else job.exception()
-        if error is not None:
-            logger.warning(f"{self._push_failed(error)} (the training goes on)")
-
-    def _push_failed(self, error: Exception) -> hub.PushError:
-        return hub.push_failed(error, str(self.args.output_dir), str(self.hub_model_id or self.args.hub_model_id))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        # PEFT loads adapters in float32, also those of a 4-bit model, which TRL trains in bfloat16.
-        types = {name: weight.dtype for name, weight in self.model.named_parameters() if weight.requires_grad}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for name, weight in self.model.named_parameters():
-            if weight.dtype != types.get(name, weight.dtype):
-                weight.data = weight.data.to(types[name])
 
     # Generation: credit, then micro-batches of whole groups
 

@@ -325,7 +325,7 @@ def test_card_that_cannot_be_written_stops_nothing(tiny_model, tmp_path, monkeyp
     def broken(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trl_cancel.trainers.complete_model_card", broken)
+    monkeypatch.setattr("trl_cancel.publishing.complete_model_card", broken)
     trainer = build(tiny_model, output_dir=str(tmp_path), max_steps=1, save_strategy="steps", save_steps=1)
     assert isinstance(trainer, CancelGRPOTrainer)
     with caplog.at_level(logging.WARNING, "trl_cancel"):

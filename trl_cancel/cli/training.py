@@ -179,6 +179,8 @@ def _run(settings: Settings) -> None:
 def _save(trainer: CancelGRPOTrainer) -> None:
     """Saves the model and its card, and pushes both if that is wanted."""
     folder = trainer.args.output_dir
+    if trainer.is_fsdp_enabled:  # checkpoints may be sharded, but a model that is loaded elsewhere must not be
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     try:
         if trainer.args.push_to_hub:
             trainer.push_to_hub()  # saves first

@@ -1,0 +1,88 @@
+"""Runs that can be stopped at any time: whole checkpoints, signals, and progress that is saved when something fails."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from trl import GRPOTrainer
+
+from .checkpoints import SavingError, agree_on_checkpoint, rotated_when_whole, saved_or_said, why_broken
+from .configs import CancelGRPOConfig
+from .stopping import StopOnSignal
+
+
+class Resumable(GRPOTrainer):
+    """The part of [`CancelGRPOTrainer`] that saves, stops and resumes."""
+
+    args: CancelGRPOConfig
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._signals = StopOnSignal(self.accelerator)
+        self.add_callback(self._signals)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        Trains as [`~transformers.Trainer.train`] does. If something fails in the middle, a reward function say, the
+        progress so far is saved as a checkpoint that `resume_from_checkpoint=True` continues from (in a single
+        process, unless `save_strategy="no"`).
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint; `True` for the last whole one in `output_dir`; `"auto"` for that, or a new start where
+                there is none.
+            *args, **kwargs:
+                Further arguments of [`~transformers.Trainer.train`].
+
+        Raises:
+            `ValueError`: If there is no whole checkpoint to go on from.
+            [`~trl_cancel.checkpoints.SavingError`]: If the disk is full.
+            [`~trl_cancel.rewards.RewardError`]: If a reward function returns what cannot be used.
+            `SystemExit`, `KeyboardInterrupt`: If SIGTERM or SIGINT has ended the training; see `save_on_signal`.
+        """
+        checkpoint = agree_on_checkpoint(resume_from_checkpoint, str(self.args.output_dir), self.accelerator)
+        with self._signals.listening(self.args.save_on_signal):
+            try:
+                result = super().train(checkpoint, *args, **kwargs)
+            except (Exception, KeyboardInterrupt) as error:
+                self._save_progress(error)
+                raise
+        self._signals.end(self.args, self.state.global_step)
+        return result
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As [`~transformers.Trainer.save_model`]; says what is kept if the disk is full."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        with nullcontext() if _internal_call else saved_or_said(folder):  # within a checkpoint, that is what failed
+            super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        with rotated_when_whole(folder, self):
+            super()._save_checkpoint(model, trial)
+
+    def _save_progress(self, error: BaseException) -> None:
+        step, folder = self.state.global_step, Path(str(self.args.output_dir))
+        # With several processes, the others would not take part in saving.
+        if not step or self.args.save_strategy == "no" or self.accelerator.num_processes > 1:
+            return
+        hurried = isinstance(error, KeyboardInterrupt) and self._signals.noted  # by a second signal
+        if hurried or isinstance(error, SavingError):
+            return
+        try:
+            if why_broken(folder / f"checkpoint-{step}"):
+                self._save_checkpoint(self.model, trial=None)
+        except Exception as saving:
+            error.add_note(f"The progress could not be saved: {saving}")
+        else:
+            error.add_note(
+                f"The progress up to step {step} is saved in {folder}; continue with resume_from_checkpoint=True."
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        # PEFT loads adapters in float32, also those of a 4-bit model, which TRL trains in bfloat16.
+        types = {name: weight.dtype for name, weight in self.model.named_parameters() if weight.requires_grad}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, weight in self.model.named_parameters():
+            if weight.dtype != types.get(name, weight.dtype):
+                weight.data = weight.data.to(types[name])
