@@ -76,3 +76,35 @@ def test_group_weights(logs_of):
     logs = logs_of("dfpo")
     assert max(logged(logs, "group_weights/ratio_max")) > 1.001
     assert max(logged(logs, "group_weights/orthogonality")) < 1e-3
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation")
+    command = [sys.executable, "-m", "tests.vllm.evaluation", str(folder)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads((folder / "answers.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["model", "adapter"])
+def test_evaluation_answers_as_transformers_does(name, answers):
+    """Greedily, with the adapter in its place; sampled answers are as many, and the seed decides them."""
+
+    def of(engine, greedy):
+        return [sample for sample in answers[f"{engine} {name}"] if (sample["sample"] is None) == greedy]
+
+    expected = of("transformers", True)
+    assert of("vllm", True) == expected
+    assert len({sample["completion"] for sample in expected}) > 3
+    sampled = of("vllm", False)
+    assert [(sample["problem"], sample["seed"]) for sample in sampled] == [
+        (sample["problem"], sample["seed"]) for sample in of("transformers", False)
+    ]
+    assert len({sample["completion"] for sample in sampled}) > len(sampled) / 2
+    assert answers[f"vllm {name} again"] == answers[f"vllm {name}"]
+    assert {sample["finish_reason"] for sample in sampled} == {"stop", "length"}
+
+
+def test_adapters_answer_differently(answers):
+    assert answers["vllm model"] != answers["vllm adapter"]

@@ -10,6 +10,7 @@ from .. import __version__
 COMMANDS = {
     "demo": "train the embedded model for a minute, offline, and see what it learned",
     "train": "train a model: TRL's settings and data sets, this package's methods",
+    "eval": "answer problems and say how sure the scores are: avg@k, pass@k, greedy",
     "probe": "measure what one update does to each token",
     "explain": "say what a configuration does, without training",
     "compare": "curves and a table of several training runs, from their logs",

@@ -56,7 +56,41 @@ class Settings:
     precision: Precision | None = None
 
 
-class Parser(OneLineErrors, TrlParser):
+class StrictParser(OneLineErrors, TrlParser):
+    """TRL's parser, which takes `--config=PATH` too and refuses settings that it does not know, before it reads them."""
+
+    def read(self, arguments: list[str]) -> Any:
+        """
+        Reads settings.
+
+        Args:
+            arguments (`list[str]`):
+                Arguments of the command.
+
+        Raises:
+            `UsageError`: If a file cannot be read, a setting is unknown, or the settings contradict each other.
+        """
+        arguments = [part for argument in arguments for part in _split_config(argument)]
+        self._check_names(arguments, _read_yaml(arguments))
+        return self._parse(arguments)
+
+    def _parse(self, arguments: list[str]) -> tuple[Any, ...]:
+        try:
+            return self.parse_args_and_config(arguments)
+        except (TypeError, ValueError) as error:
+            raise UsageError(str(error)) from error
+
+    def _check_names(self, arguments: list[str], yaml_settings: dict[str, Any]) -> None:
+        known = {action.dest for action in self._actions} | {"env", "config"}
+        flags = {
+            name.removeprefix("no_") if name.removeprefix("no_") in known else name for name in _flag_names(arguments)
+        }
+        for name in [*flags, *yaml_settings]:
+            if name not in known:
+                raise UsageError(f"{name}: unknown setting{_suggestion(name, known)}")
+
+
+class Parser(StrictParser):
     """
     TRL's parser, with methods by name: flags beat the settings of `--method`, these beat the YAML file of `--config`,
     and that beats the settings of a `method` named in the file.
@@ -90,32 +124,20 @@ class Parser(OneLineErrors, TrlParser):
             given = _flag_names(arguments)
             chosen = {name: value for name, value in complete_settings(flag).items() if name not in given}
             arguments += [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
-        try:
-            return self._parse(arguments, yaml_settings)
-        except (TypeError, ValueError) as error:
-            raise UsageError(str(error)) from error
+        return self._with_precision(arguments, yaml_settings)
 
-    def _parse(self, arguments: list[str], yaml_settings: dict[str, Any]) -> Settings:
+    def _with_precision(self, arguments: list[str], yaml_settings: dict[str, Any]) -> Settings:
         """The settings, with the precision that suits the device unless they name one."""
         given = _flag_names(arguments) | yaml_settings.keys()
         if given & {"bf16", "fp16"}:
-            return Settings(*self.parse_args_and_config(arguments))
+            return Settings(*self._parse(arguments))
         self.set_defaults_with_config(**{name: value for name, value in yaml_settings.items() if name != "env"})
         precision = best_precision(use_cpu=self.parse_known_args(arguments)[0].use_cpu)
         self.set_defaults(bf16=precision.bf16, fp16=precision.fp16)
-        settings = replace(Settings(*self.parse_args_and_config(arguments)), precision=precision)
+        settings = replace(Settings(*self._parse(arguments)), precision=precision)
         if settings.model.use_peft and "dtype" not in given:
             settings.model.dtype = precision.name  # of the weights that are not trained
         return settings
-
-    def _check_names(self, arguments: list[str], yaml_settings: dict[str, Any]) -> None:
-        known = {action.dest for action in self._actions} | {"env", "config"}
-        flags = {
-            name.removeprefix("no_") if name.removeprefix("no_") in known else name for name in _flag_names(arguments)
-        }
-        for name in [*flags, *yaml_settings]:
-            if name not in known:
-                raise UsageError(f"{name}: unknown setting{_suggestion(name, known)}")
 
 
 def _flag_names(arguments: list[str]) -> set[str]:

@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import (
-    PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
@@ -27,7 +26,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import get_dataset, get_peft_config, get_quantization_config
 
 from .. import playground
-from ..evaluation import Estimate, mean_with_interval, score_samples
+from ..evaluation import Estimate, Evaluation, EvaluationSettings
+from ..evaluation import evaluate as evaluate_problems
+from ..evaluation.callback import record, trainer_engine
 from ..trainers import CancelGRPOTrainer
 from . import UsageError
 from .settings import Settings
@@ -36,16 +37,9 @@ from .settings import Settings
 console = Console(highlight=False, soft_wrap=True)
 
 RESIDUAL = "cancel/shared_prefix_residual"
+EVALUATION_BATCH = 256  # answers to test problems that a process generates at a time
 # Logged values shown at the end of a run.
 LOGGED = {"reward": "reward while training", "completions/mean_length": "tokens a rollout", "entropy": "entropy"}
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Mean score of the first reward function, greedily and sampled."""
-
-    greedy: Estimate
-    sampled: Estimate
 
 
 @dataclass(frozen=True)
@@ -54,8 +48,8 @@ class Results:
     What a run came to.
 
     Args:
-        before, after ([`Accuracy`], *optional*):
-            Accuracy on the test problems, where these were asked for.
+        before, after (`dict[str, Estimate]`, *optional*):
+            Scores on the test problems, where these were asked for: `greedy`, `sampled` and `pass@k`.
         first, last (`dict[str, float]`):
             Means of logged values over the first and the last tenth of the logs.
         residual (`float`, *optional*):
@@ -66,8 +60,8 @@ class Results:
             Time of the training.
     """
 
-    before: Accuracy | None
-    after: Accuracy | None
+    before: dict[str, Estimate] | None
+    after: dict[str, Estimate] | None
     first: dict[str, float]
     last: dict[str, float]
     residual: float | None
@@ -81,8 +75,8 @@ class Results:
         table.add_column("before", justify="right")
         table.add_column("after", justify="right")
         if self.before and self.after:
-            table.add_row("accuracy, greedy", _percent(self.before.greedy), _percent(self.after.greedy))
-            table.add_row("accuracy, sampled", _percent(self.before.sampled), _percent(self.after.sampled))
+            for metric, score in self.before.items():
+                table.add_row(f"accuracy, {metric}", _percent(score), _percent(self.after[metric]))
         for name, label in LOGGED.items():
             if name in self.first:
                 table.add_row(label, f"{self.first[name]:.3g}", f"{self.last[name]:.3g}")
@@ -96,6 +90,15 @@ class Results:
 def _percent(estimate: Estimate) -> str:
     mean, low, high = estimate
     return f"{mean:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def _scores(evaluation: Evaluation | None) -> dict[str, Estimate] | None:
+    """The scores of a run's table; what is sampled once a problem is pass@1 too."""
+    if evaluation is None:
+        return None
+    names = {"greedy": "greedy", f"avg@{evaluation.settings['num_samples']}": "sampled"}
+    tries = {name: name for name in evaluation.metrics if name.startswith("pass@") and name != "pass@1"}
+    return {label: evaluation.metrics[name] for name, label in {**names, **tries}.items()}
 
 
 def _training_means(trainer: CancelGRPOTrainer) -> tuple[dict[str, float], dict[str, float], float | None]:
@@ -155,7 +158,7 @@ def _run(settings: Settings) -> None:
 
     trainer.save_model(settings.training.output_dir)
     trainer.save_state()
-    results = Results(before, after, *_training_means(trainer), trainer.state.global_step, seconds)
+    results = Results(_scores(before), _scores(after), *_training_means(trainer), trainer.state.global_step, seconds)
     trainer.save_metrics("train", asdict(results))
     if trainer.is_world_process_zero():
         console.print(results.table())
@@ -246,7 +249,7 @@ def find_rewards(settings: Settings) -> list[Any]:
     rewards: list[Any] = [run.reward_model_name_or_path] if run.reward_model_name_or_path else []
     if not names and not rewards and run.dataset_name == playground.NAME:
         names = ["trl_cancel.playground.reward.answer_reward"]
-    rewards += [_find_reward(name) for name in names]
+    rewards += [find_reward(name) for name in names]
     if not rewards:
         raise UsageError(
             "reward_funcs is missing: name one of TRL's (accuracy_reward, think_format_reward, ...) or a function by "
@@ -259,7 +262,8 @@ def find_rewards(settings: Settings) -> list[Any]:
     return rewards
 
 
-def _find_reward(name: str) -> Callable[..., Any]:
+def find_reward(name: str) -> Callable[..., Any]:
+    """A reward function: one of TRL's, or by its dotted path."""
     if name == "get_soft_overlong_punishment":  # TRL's command line gives it these lengths
         return trl.rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
     module, _, function = name.rpartition(".")
@@ -354,33 +358,30 @@ def pick_test_problems(settings: Settings, dataset: Any) -> Dataset | None:
 
 def evaluate(
     trainer: CancelGRPOTrainer, problems: Dataset | None, reward: Any, settings: Settings, label: str
-) -> Accuracy | None:
-    """Answers the test problems greedily and by sampling."""
+) -> Evaluation | None:
+    """Answers the test problems greedily and by sampling, as the training samples."""
     if problems is None:
         return None
-
-    def score(temperature: float, num_samples: int, how: str) -> Estimate:
-        return mean_with_interval(
-            score_samples(
-                trainer.accelerator.unwrap_model(trainer.model),
-                _tokenizer(trainer),
-                problems,
-                reward,
-                num_samples=num_samples,
-                temperature=temperature,
-                max_completion_length=settings.training.max_completion_length or 256,
-                description=f"{label}: {how}" if trainer.is_world_process_zero() else None,
-            )
-        )
-
-    return Accuracy(
-        greedy=score(0.0, 1, "greedy answers"),
-        sampled=score(settings.training.temperature, settings.run.eval_samples, "sampled answers"),
+    training = settings.training
+    how = EvaluationSettings(
+        num_samples=settings.run.eval_samples,
+        temperature=training.temperature or 1.0,
+        top_p=training.top_p or 1.0,
+        top_k=training.top_k or 0,
+        max_completion_length=training.max_completion_length or 256,
+        score_truncated=True,  # as in training
     )
-
-
-def _tokenizer(trainer: CancelGRPOTrainer) -> PreTrainedTokenizerBase:
-    return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)  # type: ignore[return-value, arg-type]
+    evaluation = evaluate_problems(
+        trainer_engine(trainer, EVALUATION_BATCH),
+        problems,
+        reward,
+        how,
+        name=settings.run.dataset_name or "test problems",
+        step=trainer.state.global_step,
+        description=label,
+    )
+    record(trainer, evaluation)
+    return evaluation
 
 
 class ProgressBar(TrainerCallback):

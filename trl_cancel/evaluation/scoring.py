@@ -17,6 +17,17 @@ from ..states import without_dropout
 
 
 RewardFunction = Callable[..., list[float | None]]
+# Beats what models like Qwen2.5 ask for in their generation config, a penalty on repetitions among them.
+NEUTRAL = {
+    "do_sample": False,
+    "temperature": None,
+    "top_k": None,
+    "top_p": None,
+    "min_p": None,
+    "typical_p": None,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
 
 
 def score_samples(
@@ -156,12 +167,41 @@ def continuations(
     Returns:
         `list[list[int]]`: The tokens that follow each prefix, the ending one included, without padding.
     """
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    return generate_batch(model, tokenizer, prefixes, max_new_tokens, **how)
+
+
+def generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prefixes: list[list[int]],
+    max_new_tokens: int,
+    **how: Any,
+) -> list[list[int]]:
+    """
+    Continues sequences of tokens until an answer ends, in one batch. What a model's own generation config says of
+    sampling and penalties does not count.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        prefixes (`list[list[int]]`):
+            Token ids to continue.
+        max_new_tokens (`int`):
+            Longest continuation.
+        **how:
+            How tokens are chosen, for `model.generate`; greedily if not said.
+
+    Returns:
+        `list[list[int]]`: The tokens that follow each prefix, the ending one included, without padding.
+    """
     end = end_tokens(model, tokenizer)
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end[0]
     rows = [torch.tensor(prefix) for prefix in prefixes]
     ids = pad_sequence(rows, batch_first=True, padding_value=filler, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     generate: Any = model.generate
     output = generate(
         input_ids=ids.to(model.device),
@@ -169,7 +209,7 @@ def continuations(
         max_new_tokens=max_new_tokens,
         pad_token_id=filler,
         eos_token_id=end,
-        **(sampling if temperature else {"do_sample": False}),
+        **{**NEUTRAL, **how},
     )
     return [_until_end(row, end) for row in output[:, ids.size(1) :].tolist()]
 

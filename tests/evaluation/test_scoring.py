@@ -6,13 +6,12 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from tests.runs import load
 from trl_cancel.evaluation import mean_with_interval, score_samples
 from trl_cancel.playground import CHECKPOINT
 from trl_cancel.playground.data import load_prompts
 from trl_cancel.playground.reward import answer_reward
 from trl_cancel.states import LMHead
-
-from .runs import load
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,199 @@
+"""`trl-cancel eval`: what it writes, how it goes on, and one line for every mistake."""
+
+import json
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer
+
+from tests.runs import load
+from trl_cancel.cli import main
+from trl_cancel.evaluation import PRESETS, presets
+from trl_cancel.evaluation.presets import INSTRUCTION
+
+
+QUICK = ["--num_problems", "4", "--num_samples", "2", "--max_completion_length", "8", "--score_truncated", "true"]
+
+
+def evaluate(model, *arguments, output):
+    return main(["eval", "--model_name_or_path", str(model), "--output", str(output), *arguments])
+
+
+def playground(model, *arguments, output):
+    return evaluate(model, "--dataset_name", "playground", *QUICK, *arguments, output=output)
+
+
+def results_of(folder):
+    return {path.parent.parent.name: json.loads(path.read_text()) for path in folder.glob("*/*/results.json")}
+
+
+def test_playground(tmp_path, capsys):
+    arguments = ["--dataset_name", "playground", "--num_problems", "8", "--num_samples", "2"]
+    assert evaluate("playground", *arguments, output=tmp_path) == 0
+    printed = capsys.readouterr().out
+    for expected in ("playground (8)", "greedy", "avg@2", "pass@1", "pass@2", "truncated", "%"):
+        assert expected in printed
+    (results,) = results_of(tmp_path).values()
+    assert results["metrics"]["greedy"]["low"] <= results["metrics"]["greedy"]["mean"] <= 1
+    assert results["metrics"]["avg@2"]["mean"] > 0
+    assert (results["problems"], results["answers"]) == (8, 24)
+    assert results["versions"]["trl"]
+    assert results["settings"]["temperature"] == 1
+    samples = [
+        json.loads(line) for line in (tmp_path / "playground/playground/samples.jsonl").read_text().splitlines()
+    ]
+    assert len(samples) == 24
+
+
+def test_goes_on_and_refuses_other_settings(tiny_model, tmp_path, capsys):
+    assert playground(tiny_model, output=tmp_path) == 0
+    (folder,) = tmp_path.glob("*/*")
+    samples, results = folder / "samples.jsonl", folder / "results.json"
+    whole, first = samples.read_bytes(), json.loads(results.read_text())
+    samples.write_bytes(whole[: len(whole) // 2])
+    results.unlink()
+    assert playground(tiny_model, output=tmp_path) == 0
+    assert samples.read_bytes() == whole
+    assert json.loads(results.read_text()) == first
+    capsys.readouterr()
+    for argument, said in (
+        (["--temperature", "0.5"], "temperature=1.0, and this one has temperature=0.5"),
+        (["--seed", "1"], "seed=0, and this one has seed=1"),
+        (["--dtype", "float32"], "dtype='auto', and this one has dtype='float32'"),
+        (["--num_problems", "5"], "num_problems=4, and this one has num_problems=5"),
+    ):
+        assert playground(tiny_model, *argument, output=tmp_path) == 2
+        assert said in capsys.readouterr().err
+    assert samples.read_bytes() == whole
+    assert playground(tiny_model, "--pass_at_k", "2", "--batch_size", "3", output=tmp_path) == 0  # the same answers
+    assert samples.read_bytes() == whole
+
+
+def test_another_model_in_the_same_folder_is_another_model(tiny_model, tmp_path, capsys):
+    """Weights that were trained on under the same name."""
+    model, tokenizer = load(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    for scale in (1.0, 1.1):
+        model.lm_head.weight.data *= scale
+        for part in (model, tokenizer):
+            part.save_pretrained(tmp_path / "model")
+        status = playground(tmp_path / "model", output=tmp_path / "out")
+    assert status == 2
+    assert "fingerprint of the model" in capsys.readouterr().err
+
+
+def test_adapters_and_several_models(tiny_model, tmp_path, capsys):
+    """An adapter's answers are those of the model that it makes with its base."""
+    adapted = get_peft_model(load(tiny_model), LoraConfig(r=2, lora_alpha=200, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")  # without a tokenizer: its base has one
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "merged")
+    more = ["--more_models", str(tmp_path / "merged"), tiny_model]
+    assert playground(tmp_path / "adapter", *more, output=tmp_path / "out") == 0
+    texts = {
+        folder.parent.name.rpartition("-")[2]: [
+            json.loads(line)["completion"] for line in (folder / "samples.jsonl").read_text().splitlines()
+        ]
+        for folder in (tmp_path / "out").glob("*/*")
+    }
+    adapter, merged_texts, base = (
+        next(value for name, value in texts.items() if part in name) for part in ("adapter", "merged", "tiny")
+    )
+    assert adapter == merged_texts != base
+    assert len(results_of(tmp_path / "out")) == 3
+    four_bit = ["--load_in_4bit", "true", "--dtype", "float32"]
+    assert playground(tmp_path / "adapter", *four_bit, output=tmp_path / "four") == 0
+    assert "adapter" in capsys.readouterr().out
+
+
+def test_presets(tiny_model, tmp_path, monkeypatch, capsys):
+    """Their data, prompts and settings; given settings beat theirs."""
+    asked = []
+
+    def load_dataset(path, name=None, split=None):
+        asked.append((path, split))
+        return Dataset.from_dict({"problem": ["Compute 1+1.", "Compute 2+3."], "answer": ["2", "5"]})
+
+    monkeypatch.setattr(presets, "load_dataset", load_dataset)
+    length = ["--max_completion_length", "8", "--num_samples", "2"]
+    assert evaluate(tiny_model, "--preset", "aime24", "aime25-dfpo", *length, output=tmp_path) == 0
+    assert asked == [("HuggingFaceH4/aime_2024", "train"), ("math-ai/aime25", "test")]
+    (folder,) = tmp_path.glob("*/aime25-dfpo")
+    settings = json.loads((folder / "results.json").read_text())["settings"]
+    assert (settings["temperature"], settings["top_p"], settings["top_k"]) == (0.6, 0.95, 20)
+    assert (settings["num_samples"], settings["max_completion_length"], settings["greedy"]) == (2, 8, False)
+    sample = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])
+    assert sample["prompt"][0]["content"] in {f"Compute {sum}.\n\n{INSTRUCTION}" for sum in ("1+1", "2+3")}
+    assert "aime24 (2)" in capsys.readouterr().out
+
+
+def test_list_presets(capsys, monkeypatch):
+    from trl_cancel.cli import training
+
+    monkeypatch.setattr(training.console, "_width", 200)
+    assert main(["eval", "--list_presets"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in PRESETS)
+    assert all(preset.source.path in printed for preset in PRESETS.values())
+
+
+def test_rewards_of_ones_own(tiny_model, tmp_path, monkeypatch):
+    (tmp_path / "my_judge.py").write_text("def short(completions, **_):\n    return [0.25] * len(completions)\n")
+    monkeypatch.chdir(tmp_path)
+    assert playground(tiny_model, "--reward_funcs", "my_judge.short", output=tmp_path / "out") == 0
+    (results,) = results_of(tmp_path / "out").values()
+    assert results["metrics"]["avg@2"]["mean"] == 0.25
+    assert results["settings"]["reward_funcs"] == "my_judge.short"
+
+
+def test_data_of_ones_own(tiny_model, tmp_path):
+    """A folder of JSON lines with columns of other names, judged by Math-Verify."""
+    rows = Dataset.from_dict({"question": ["Compute 1+1.", "Compute 2+3."], "result": [2, 5]})
+    (tmp_path / "data").mkdir()
+    rows.to_json(tmp_path / "data" / "test.jsonl")
+    arguments = [
+        "--dataset_name",
+        str(tmp_path / "data"),
+        "--prompt_column",
+        "question",
+        "--solution_column",
+        "result",
+    ]
+    arguments += ["--instruction", "Box it.", *QUICK]
+    assert evaluate(tiny_model, *arguments, output=tmp_path / "out") == 0
+    (results,) = results_of(tmp_path / "out").values()
+    assert results["settings"]["reward_funcs"] == "Math-Verify"
+    assert results["problems"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give either --preset (aime24, "),
+        (["--preset", "aime24", "--dataset_name", "playground"], "give either --preset"),
+        (["--preset", "aime23"], "preset=aime23: unknown; use one of aime24, "),
+        (["--dataset_name", "no/where"], "data set no/where, split 'test': cannot load it"),
+        (["--preset", "aime24"], "data set HuggingFaceH4/aime_2024, split 'train': cannot load it"),
+        (["--dataset_name", "playground", "--temperature", "0"], "temperature=0.0: must be positive"),
+        (["--dataset_name", "playground", "--pass_at_k", "9"], "pass_at_k=9: must be between 1 and num_samples=8"),
+        (["--dataset_name", "playground", "--batch_size", "0"], "batch_size=0: must be at least 1"),
+        (["--dataset_name", "playground", "--reward_funcs", "no.such"], "reward_funcs=no.such: not found"),
+        (["--dataset_name", "playground", "--learning_rate", "1"], "learning_rate: unknown setting"),
+        (["--dataset_name", "playground", "--engine", "vllm"], "pip install 'trl-cancel[vllm]'"),
+        (["--dataset_name", "playground", "--engine", "fast"], "invalid choice: 'fast'"),
+        (["--dataset_name", "playground", "--more_models", "./none"], "model_name_or_path=./none: there is no such"),
+    ],
+)
+def test_mistakes(arguments, said, tmp_path, capsys):
+    assert evaluate("playground", *arguments, output=tmp_path / "out") == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert len(printed.err.splitlines()) == 1
+
+
+def test_a_model_that_is_not_there(tmp_path, capsys):
+    assert playground("no/model", output=tmp_path) == 2
+    assert "model_name_or_path=no/model: cannot load it" in capsys.readouterr().err
+    assert main(["eval", "--dataset_name", "playground", "--output", str(tmp_path)]) == 2
+    assert "model_name_or_path is missing" in capsys.readouterr().err

@@ -1,0 +1,112 @@
+"""Evaluation during training: what it logs, and that the training does not notice."""
+
+import random
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from tests.runs import assert_same_weights, build, repeatable, weights_of
+from trl_cancel.evaluation import EvaluationCallback, EvaluationSettings, TransformersEngine, evaluate
+from trl_cancel.playground.data import load_prompts
+
+
+SETTINGS = EvaluationSettings(num_samples=2, max_completion_length=6, score_truncated=True)
+METRICS = {"greedy", "avg@2", "pass@1", "pass@2", "truncated"}
+
+
+def even(completion_ids, **_):
+    random.random()  # a reward function may be random; the training's random numbers are not its own
+    return [float(sum(ids) % 2 == 0) for ids in completion_ids]
+
+
+def train(model, callback=None, *, arguments=None, **settings):
+    trainer = build(model, arguments=arguments, **settings)
+    if callback is not None:
+        callback.setdefault("name", "set")
+        problems = callback.pop("problems", None) or load_prompts("test", 5)
+        trainer.add_callback(EvaluationCallback(trainer, problems, even, SETTINGS, **callback))
+    random.seed(0)
+    trainer.train()
+    return trainer
+
+
+def steps_of(trainer):
+    return [evaluation.step for evaluation in trainer.evaluations]
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True, "steps_per_generation": 2}])
+def test_training_does_not_notice(tiny_model, settings):
+    plain = train(tiny_model, **settings)
+    state = random.getstate(), torch.get_rng_state()
+    watched = train(tiny_model, {"steps": 1}, **settings)
+    assert (random.getstate(), torch.get_rng_state().tolist()) == (state[0], state[1].tolist())
+    assert_same_weights(weights_of(plain.model), weights_of(watched.model))
+    logs = [repeatable(entry) for entry in watched.state.log_history if "eval_set_greedy" not in entry]
+    assert logs == [repeatable(entry) for entry in plain.state.log_history]
+
+
+def test_what_is_logged(tiny_model):
+    trainer = train(tiny_model, {"steps": 2})
+    assert steps_of(trainer) == [0, 2, 3]
+    logged = [entry for entry in trainer.state.log_history if "eval_set_greedy" in entry]
+    assert [entry["step"] for entry in logged] == [0, 2, 3]
+    for entry, evaluation in zip(logged, trainer.evaluations, strict=True):
+        assert set(evaluation.metrics) == METRICS
+        assert {f"eval_set_{name}": mean for name, (mean, _, _) in evaluation.metrics.items()}.items() <= entry.items()
+    # The last one is of the weights that the training ends with.
+    engine = TransformersEngine(trainer.model, trainer.processing_class)
+    assert evaluate(engine, load_prompts("test", 5), even, SETTINGS, name="set", step=3) == trainer.evaluations[-1]
+    assert trainer.evaluations[-1].metrics != trainer.evaluations[0].metrics
+
+
+def test_with_the_trainers_own_evaluation(tiny_model, tmp_path):
+    """At its steps, and its metrics choose the best checkpoint."""
+    trainer = train(
+        tiny_model,
+        {"at_start": False},
+        arguments={"eval_dataset": load_prompts("tune", 4)},
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        num_generations_eval=2,
+        per_device_eval_batch_size=4,
+        metric_for_best_model="eval_set_avg@2",
+        greater_is_better=True,
+        output_dir=str(tmp_path),
+    )
+    assert steps_of(trainer) == [1, 2, 3]
+    averages = [evaluation.metrics["avg@2"][0] for evaluation in trainer.evaluations]
+    assert trainer.state.best_metric == max(averages)
+    resumed = build(tiny_model, output_dir=str(tmp_path), max_steps=4, save_strategy="no")
+    resumed.add_callback(EvaluationCallback(resumed, load_prompts("test", 5), even, SETTINGS, name="set"))
+    resumed.train(resume_from_checkpoint=True)
+    assert steps_of(resumed) == [4]  # not at its start, which is not the training's
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_adapters(tiny_model, quantized):
+    """With dropout, which evaluation leaves out; and on 4-bit weights, which must still train after it."""
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+    def run(callback):
+        model = AutoModelForCausalLM.from_pretrained(
+            tiny_model, dtype=torch.float32, quantization_config=config if quantized else None
+        )
+        lora = LoraConfig(r=2, lora_dropout=0.3, target_modules="all-linear")
+        return train(model, callback, arguments={"peft_config": lora})
+
+    plain, watched = run(None), run({"steps": 1})
+    assert_same_weights(weights_of(plain.model), weights_of(watched.model))
+    assert steps_of(watched) == [0, 1, 2, 3]
+
+
+def test_mistakes(tiny_model, monkeypatch):
+    trainer = build(tiny_model)
+    with pytest.raises(ValueError, match="steps=0 must be a whole number"):
+        EvaluationCallback(trainer, load_prompts("test", 2), steps=0)
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    with pytest.raises(ValueError, match="fsdp_version: 2"):
+        EvaluationCallback(trainer, load_prompts("test", 2))

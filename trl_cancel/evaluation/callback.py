@@ -1,0 +1,166 @@
+"""Evaluation during training."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback
+
+from .._upstream import unwrap_model_for_generation
+from .engines import TransformersEngine
+from .evaluate import evaluate
+from .result import Evaluation
+from .rewards import math_verify_reward
+from .scoring import RewardFunction
+from .settings import EvaluationSettings
+
+
+class EvaluationCallback(TrainerCallback):
+    """
+    Answers a set of problems during training and logs how good the answers are, as `eval_<name>_greedy`,
+    `eval_<name>_avg@n`, `eval_<name>_pass@k` and `eval_<name>_truncated`. Weights, losses and random numbers of the
+    training stay what they would be without it. Each result is also appended to `trainer.evaluations`, if there is
+    such a list.
+
+    Example:
+
+    ```python
+    >>> trainer.add_callback(EvaluationCallback(trainer, problems, name="aime24", steps=100))
+    ```
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The trainer that it is added to: TRL's or one of this package's.
+        problems ([`~datasets.Dataset`]):
+            Data set with a column `prompt` and what the reward function asks for, as of
+            [`~trl_cancel.evaluation.load_problems`].
+        reward (`Callable`, *optional*):
+            Reward function in TRL's form; Math-Verify on the column `solution` if not given.
+        settings ([`EvaluationSettings`], *optional*):
+            How to answer.
+        name (`str`, *optional*, defaults to `"problems"`):
+            Name in the logs.
+        steps (`int`, *optional*):
+            Evaluates every so many optimizer steps. Otherwise it does so whenever the trainer evaluates
+            (`eval_strategy`), and then its metrics can choose the best checkpoint (`metric_for_best_model`).
+        at_start, at_end (`bool`, *optional*, default to `True` and `True`):
+            Whether to evaluate before the first optimizer step and after the last one, too.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Answers that a process generates at a time.
+
+    Raises:
+        `ValueError`: If `steps` makes no sense, or the model is sharded in a way in which it cannot generate.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        problems: Dataset,
+        reward: RewardFunction = math_verify_reward,
+        settings: EvaluationSettings | None = None,
+        *,
+        name: str = "problems",
+        steps: int | None = None,
+        at_start: bool = True,
+        at_end: bool = True,
+        batch_size: int = 32,
+    ):
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+            raise ValueError(f"steps={steps!r} must be a whole number of at least 1, or None.")
+        self.trainer, self.problems, self.reward, self.name = trainer, problems, reward, name
+        self.settings = settings or EvaluationSettings()
+        self.steps, self.at_start, self.at_end = steps, at_start, at_end
+        self.engine = trainer_engine(trainer, batch_size)
+        self._last: int | None = None  # step of the latest evaluation
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._last = None
+        if self.at_start and state.global_step == 0:
+            self._evaluate(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        is_due = self.steps is not None and state.global_step % self.steps == 0
+        is_last = self.at_end and state.global_step >= state.max_steps and not control.should_evaluate
+        if is_due or is_last:
+            self._evaluate(state.global_step)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if self.steps is None and self._last != state.global_step:
+            logged = self._evaluate(state.global_step)
+            if metrics is not None:
+                metrics.update(logged)
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        self._last = step
+        with unchanged_random_state():
+            evaluation = evaluate(
+                self.engine,
+                self.problems,
+                self.reward,
+                self.settings,
+                name=self.name,
+                step=step,
+                description=None if self.trainer.args.disable_tqdm else f"Evaluation on {self.name}",
+            )
+        record(self.trainer, evaluation)
+        logs = {f"eval_{self.name}_{metric}": mean for metric, (mean, _, _) in evaluation.metrics.items()}
+        is_log_due = self.trainer.control.should_log
+        # Not TRL's, which would take this for a log of its own metrics, and forget them.
+        Trainer.log(self.trainer, dict(logs))
+        self.trainer.control.should_log = is_log_due  # that of the step is still to come
+        return logs
+
+
+def record(trainer: Any, evaluation: Evaluation) -> None:
+    """Appends an evaluation to those that a trainer of this package keeps."""
+    if hasattr(trainer, "evaluations"):
+        trainer.evaluations.append(evaluation)
+
+
+def trainer_engine(trainer: Any, batch_size: int = 32) -> TransformersEngine:
+    """
+    The model that a trainer trains, as an engine.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The trainer.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Answers that a process generates at a time.
+
+    Raises:
+        `ValueError`: If the model is sharded by FSDP1.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    gathers = getattr(args, "ds3_gather_for_generation", True)
+    if trainer.is_fsdp_enabled and not accelerator.is_fsdp2:
+        raise ValueError(
+            "A model that FSDP1 shards cannot generate here. Set fsdp_version: 2 in the configuration of accelerate, or "
+            "evaluate the saved checkpoints with trl-cancel eval."
+        )
+
+    def unwrap() -> Any:
+        return unwrap_model_for_generation(
+            trainer.model_wrapped,
+            accelerator,
+            gather_deepspeed3_params=gathers,
+            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+        )
+
+    zero3 = trainer.is_deepspeed_enabled and accelerator.state.deepspeed_plugin.zero_stage == 3
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    sharded = trainer.is_fsdp_enabled or (zero3 and not gathers)
+    return TransformersEngine(None, tokenizer, batch_size, sharded, unwrap)
+
+
+@contextmanager
+def unchanged_random_state() -> Iterator[None]:
+    """Puts the random states of Python and NumPy back, which a reward function may use; PyTorch's is not touched."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

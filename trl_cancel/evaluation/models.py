@@ -1,0 +1,139 @@
+"""Loading what is to be evaluated: a model or an adapter, from the Hub or a folder, into an engine."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import AutoPeftModelForCausalLM, PeftConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
+from trl import ModelConfig, get_quantization_config
+
+from .engines import ContinuousEngine, Engine, TransformersEngine, VllmEngine
+
+
+ENGINES = ("transformers", "continuous", "vllm")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """
+    What generates, and how fast.
+
+    Args:
+        engine (`str`, *optional*, defaults to `"transformers"`):
+            `"transformers"`, `"continuous"` or `"vllm"`.
+        batch_size (`int`, *optional*):
+            Answers at a time; the engine's own default if not given.
+        tensor_parallel_size (`int`, *optional*, defaults to `1`):
+            GPUs that share the model, with vLLM.
+        gpu_memory_utilization (`float`, *optional*, defaults to `0.9`):
+            Share of the GPU's memory for vLLM.
+        max_model_length (`int`, *optional*):
+            Longest prompt with its answer, for vLLM; the model's own if not given.
+    """
+
+    engine: str = "transformers"
+    batch_size: int | None = None
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.9
+    max_model_length: int | None = None
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, or of an adapter's base model if it brings none."""
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError):
+        base = base_of(path, revision)
+        if base is None:
+            raise
+        return AutoTokenizer.from_pretrained(base)
+
+
+def base_of(path: str, revision: str | None = None) -> str | None:
+    """The base model of an adapter; `None` for a model of its own."""
+    if find_adapter_config_file(path, revision=revision) is None:
+        return None
+    return PeftConfig.from_pretrained(path, revision=revision).base_model_name_or_path
+
+
+def load_engine(
+    path: str, tokenizer: PreTrainedTokenizerBase, arguments: ModelConfig, settings: EngineSettings, device: Any
+) -> Engine:
+    """
+    A model or an adapter, ready to answer.
+
+    Args:
+        path (`str`):
+            Hub id or folder.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        arguments ([`~trl.ModelConfig`]):
+            TRL's arguments for models: `dtype`, `model_revision`, `attn_implementation`, `load_in_4bit`, ...
+        settings ([`EngineSettings`]):
+            Which engine.
+        device (`torch.device`):
+            Device of a model that transformers runs.
+
+    Raises:
+        `ValueError`: If the engine cannot run it.
+        `OSError`: If it cannot be loaded.
+    """
+    size: dict[str, Any] = {} if settings.batch_size is None else {"batch_size": settings.batch_size}
+    revision, base = arguments.model_revision, base_of(path, arguments.model_revision)
+    if settings.engine == "vllm":
+        quantized = arguments.load_in_4bit or arguments.load_in_8bit
+        further: dict[str, Any] = {"quantization": "bitsandbytes"} if quantized else {}
+        further |= {} if base else {"revision": revision}
+        rank = getattr(PeftConfig.from_pretrained(path, revision=revision), "r", 16) if base else 16
+        return VllmEngine(
+            path,
+            tokenizer,
+            base=base,
+            lora_rank=rank,
+            **size,
+            **further,
+            dtype=arguments.dtype or "auto",
+            tensor_parallel_size=settings.tensor_parallel_size,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            max_model_len=settings.max_model_length,
+        )
+    loading: Any = {
+        "revision": revision,
+        "dtype": arguments.dtype or "auto",
+        "attn_implementation": arguments.attn_implementation,
+        "quantization_config": get_quantization_config(arguments),
+    }
+    if base is None:
+        model: Any = AutoModelForCausalLM.from_pretrained(path, **loading)
+    else:
+        model = AutoPeftModelForCausalLM.from_pretrained(path, **loading)
+    if loading["quantization_config"] is None:
+        model = model.to(device)
+    if settings.engine == "transformers":
+        return TransformersEngine(model, tokenizer, **size)
+    if base is not None:
+        if loading["quantization_config"] is not None:
+            raise ValueError(
+                "engine=continuous: cannot run an adapter on a quantized model. Use engine=transformers, or leave "
+                "load_in_4bit out."
+            )
+        model = model.merge_and_unload()  # the class with the continuous batching is the model's own
+    return ContinuousEngine(model, tokenizer, **size)
+
+
+def fingerprint(path: str) -> str | None:
+    """A digest of the files that make a local model or adapter what it is; `None` for a Hub id."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".safetensors", ".bin") or file.name in ("config.json", "adapter_config.json"):
+            digest.update(file.name.encode())
+            with open(file, "rb") as content:
+                while block := content.read(1 << 24):
+                    digest.update(block)
+    return digest.hexdigest()

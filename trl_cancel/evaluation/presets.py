@@ -1,0 +1,159 @@
+"""Problems with their settings in the papers, and how data sets become prompts and solutions."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, load_dataset
+
+from .settings import EvaluationSettings
+
+
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """
+    Where problems and their solutions come from.
+
+    Args:
+        path (`str`):
+            Hub id, or local path for [`~datasets.load_dataset`].
+        split (`str`):
+            Split.
+        problem (`str`, *optional*, defaults to `"problem"`):
+            Column of the problems: texts, or conversations.
+        solution (`str`, *optional*, defaults to `"answer"`):
+            Column of the right answers.
+        config (`str`, *optional*):
+            Configuration of the data set.
+    """
+
+    path: str
+    split: str
+    problem: str = "problem"
+    solution: str = "answer"
+    config: str | None = None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """
+    A data set with the settings of a paper.
+
+    Args:
+        source ([`DataSource`]):
+            The data.
+        paper (`str`):
+            arXiv id of the paper.
+        settings ([`EvaluationSettings`]):
+            How the paper answers.
+    """
+
+    source: DataSource
+    paper: str
+    settings: EvaluationSettings
+
+
+# The Hub ids that public evaluation code uses; docs/evaluation.md says which were seen where.
+SOURCES = {
+    "aime24": DataSource("HuggingFaceH4/aime_2024", "train"),
+    "aime25": DataSource("math-ai/aime25", "test"),
+    "aime26": DataSource("MathArena/aime_2026", "train"),
+    "amc23": DataSource("math-ai/amc23", "test", problem="question"),
+    "math500": DataSource("HuggingFaceH4/MATH-500", "test"),
+    "minerva": DataSource("math-ai/minervamath", "test", problem="question"),
+    "olympiad": DataSource("math-ai/olympiadbench", "test", problem="question", solution="final_answer"),
+    "hmmt25-feb": DataSource("MathArena/hmmt_feb_2025", "train"),
+    "hmmt25-nov": DataSource("MathArena/hmmt_nov_2025", "train"),
+    "hmmt26-feb": DataSource("MathArena/hmmt_feb_2026", "train"),
+    "brumo25": DataSource("MathArena/brumo_2025", "train"),
+}
+
+
+def _presets() -> dict[str, Preset]:
+    cancellation: dict[str, Any] = {"greedy": False, "temperature": 0.6, "top_p": 0.95, "max_completion_length": 8192}
+    avg32 = EvaluationSettings(num_samples=32, **cancellation)
+    pass1 = EvaluationSettings(num_samples=1, **cancellation)
+    delta = EvaluationSettings(num_samples=16, greedy=False, max_completion_length=30000)
+    # 32k tokens of context, of which 1k are left to the prompt.
+    dfpo: dict[str, Any] = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_completion_length": 31 * 1024}
+    nthr = EvaluationSettings(num_samples=0, greedy=True, max_completion_length=4000)
+    papers = {
+        ("cancellation", "2605.08666"): {
+            **dict.fromkeys(["aime24", "aime25", "amc23"], avg32),
+            **dict.fromkeys(["math500", "minerva", "olympiad"], pass1),
+        },
+        ("delta", "2605.21467"): dict.fromkeys(
+            ["aime24", "aime25", "aime26", "hmmt25-feb", "hmmt25-nov", "hmmt26-feb", "brumo25"], delta
+        ),
+        ("dfpo", "2604.13088"): dict.fromkeys(
+            ["aime25", "hmmt25-feb"], EvaluationSettings(num_samples=32, greedy=False, **dfpo)
+        ),
+        ("nthr", "2505.18830"): dict.fromkeys(["aime24", "amc23", "math500", "minerva", "olympiad"], nthr),
+    }
+    presets: dict[str, Preset] = {}
+    for (label, paper), settings in papers.items():
+        for name, how in settings.items():
+            preset = Preset(SOURCES[name], paper, how)
+            presets.setdefault(name, preset)  # the short name is the first paper's
+            presets[f"{name}-{label}"] = preset
+    return presets
+
+
+# By name of the data set, and of the data set and the paper.
+PRESETS = _presets()
+
+
+def load_problems(
+    source: DataSource,
+    num_problems: int | None = None,
+    instruction: str | None = None,
+    conversational: bool = True,
+) -> Dataset:
+    """
+    Problems of a data set as prompts.
+
+    Args:
+        source ([`DataSource`]):
+            Where they come from.
+        num_problems (`int`, *optional*):
+            How many, the first ones; all if not given.
+        instruction (`str`, *optional*):
+            What is said after each problem that is a text. Without it problems are prompts as they are.
+        conversational (`bool`, *optional*, defaults to `True`):
+            Whether a problem with its instruction becomes a user's message, or a text for a model without chat
+            template.
+
+    Returns:
+        [`~datasets.Dataset`]: Columns `prompt` and, where the source names one that exists, `solution`; further
+        columns are kept.
+
+    Raises:
+        `ValueError`: If the data set cannot be loaded or lacks a column.
+    """
+    try:
+        dataset: Any = load_dataset(source.path, name=source.config, split=source.split)
+    except Exception as error:  # the library raises a dozen types for names, files and connections
+        raise ValueError(f"data set {source.path}, split {source.split!r}: cannot load it ({error}).") from error
+    if num_problems is not None:
+        dataset = dataset.select(range(min(num_problems, len(dataset))))
+    if not len(dataset):
+        raise ValueError(f"data set {source.path}, split {source.split!r}: it has no problems.")
+    columns = dataset.column_names
+    for column in (source.problem, source.solution):
+        if column not in columns:
+            raise ValueError(
+                f"data set {source.path}, split {source.split!r}: it has the columns {', '.join(columns)} but no "
+                f"{column!r}."
+            )
+
+    def prompt(problem: Any) -> Any:
+        if instruction is None or not isinstance(problem, str):
+            return problem
+        question = f"{problem}\n\n{instruction}"
+        return [{"role": "user", "content": question}] if conversational else f"{question}\n"
+
+    kept = {column: dataset[column][:] for column in columns if column not in ("prompt", "solution")}
+    prompts = [prompt(problem) for problem in dataset[source.problem]]
+    return Dataset.from_dict({**kept, "prompt": prompts, "solution": dataset[source.solution][:]})

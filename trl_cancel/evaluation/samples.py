@@ -1,0 +1,70 @@
+"""The file of all answers, written as they come, from which an interrupted evaluation goes on."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+Sample = dict[str, Any]
+
+
+def key_of(sample: Sample) -> tuple[int, int | None]:
+    """What tells a sample from the others: its problem and its number, `None` for the greedy one."""
+    return sample["problem"], sample["sample"]
+
+
+class SampleLog:
+    """
+    `samples.jsonl` in a folder, one answer a line, with the `settings.json` that made them.
+
+    Args:
+        folder (`Path`):
+            The folder.
+        settings (`dict`):
+            Everything that the answers and their rewards depend on.
+
+    Attributes:
+        samples (`list[dict]`):
+            What an earlier run has left.
+
+    Raises:
+        `ValueError`: If the folder holds samples that were made with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        self.path = folder / "samples.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._check(folder / "settings.json", json.loads(json.dumps(settings)))
+        self.samples = self._read()
+
+    def append(self, samples: Iterable[Sample]) -> None:
+        """Writes samples."""
+        text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(text)
+
+    def _check(self, path: Path, settings: dict[str, Any]) -> None:
+        if not self.path.exists() or not self.path.stat().st_size:  # settings without samples bind nobody
+            path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        elif path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            for name in {**settings, **found}:
+                if found.get(name) != settings.get(name):
+                    raise ValueError(
+                        f"{self.path.parent} holds samples of an evaluation with {name}={found.get(name)!r}, and this "
+                        f"one has {name}={settings.get(name)!r}. Use the same setting, or another output folder."
+                    )
+        else:
+            raise ValueError(f"{self.path} has no settings.json beside it; use another output folder.")
+
+    def _read(self) -> list[Sample]:
+        """What is there, without a last line that was cut off in the middle."""
+        if not self.path.exists():
+            return []
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            with open(self.path, "r+b") as file:
+                file.truncate(len(whole))
+        return [json.loads(line) for line in whole.decode("utf-8").splitlines() if line]
