@@ -17,7 +17,8 @@ from trl_cancel.playground.data import load_prompts
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "examples/README"))]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 
 
 def blocks(language):

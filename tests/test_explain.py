@@ -5,7 +5,7 @@ import pytest
 from trl_cancel import CancelGRPOConfig, explain
 
 from .methods import FirstTokens
-from .runs import DEFAULTS
+from .runs import DEFAULTS, train
 
 
 DFPO = {"group_weights": "min", "importance_sampling_level": "sequence", "num_iterations": 2}
@@ -78,3 +78,64 @@ def test_lines(settings, topic, expected):
 def test_own_credits_are_named():
     config = CancelGRPOConfig(output_dir="unused", **DEFAULTS)
     assert "Times the coefficients of FirstTokens" in " ".join(explain(config, credits=[FirstTokens()]).split())
+
+
+@pytest.mark.parametrize(
+    ("settings", "topic", "expected"),
+    [
+        ({"max_completion_length": 128}, "Completions", "Cut off after 128 tokens (max_completion_length=128); one that"),
+        ({"max_completion_length": None}, "Completions", "Of any length (max_completion_length=None); one that"),
+        ({}, "Completions", "is rewarded for what is there and trained on like any other"),
+        ({"mask_truncated_completions": True}, "Completions", "counts in its group, but pushes nothing"),
+        ({"fp16": True}, "Precision", "float16, with gradients scaled up"),
+        ({"use_vllm": True}, "Sampling", "vllm_importance_sampling_mode='sequence_mask' corrects for that"),
+        ({"use_vllm": True, "vllm_importance_sampling_correction": False}, "Sampling", "and nothing corrects for that"),
+        ({"use_vllm": True, "top_p": 0.9, "min_p": 0.1}, "Sampling", "are those of top_p=0.9 and min_p=0.1, the model's"),
+        ({"use_vllm": True, "top_k": 20}, "Sampling", "are those of top_k=20, the model's are not"),
+        (
+            {"eval_strategy": "steps", "eval_steps": 5, "per_device_eval_batch_size": 6, "num_generations_eval": 2},
+            "Evaluation",
+            "3 prompts x 2 rollouts a batch.",
+        ),
+        ({"loss_type": "grpo"}, "Loss", "0 at every optimizer step: ratios are 1 there"),
+        ({"loss_type": "dapo"}, "Loss", "0 at every optimizer step, but for the lengths of the rollouts: ratios"),
+        ({"loss_type": "grpo", "num_iterations": 2}, "Loss", "0 whenever a generation batch is new: ratios are 1 there"),
+        ({"loss_type": "grpo", "beta": 0.1}, "Loss", "To this comes 0.1 times the KL, which starts at 0. It does not"),
+    ],
+)  # fmt: skip
+def test_lines_about_what_users_ask(settings, topic, expected):
+    assert expected in told(**settings)[topic]
+
+
+@pytest.mark.parametrize("topic", ["Sampling", "Precision", "Evaluation"])
+def test_topics_without_a_line_are_left_out(topic):
+    assert topic not in told()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"advantage_sign": "positive"},
+        {"delta_credit": True},
+        {"entropy_coef": 0.1},
+        {"mask_truncated_completions": True},
+        {"loss_type": "sapo"},
+        {"steps_per_generation": 4, "query_preserved": False},
+        {"use_vllm": True},
+    ],
+)
+def test_loss_that_is_not_zero(settings):
+    assert told(**settings)["Loss"].startswith("It does not tell whether the model learns; reward does.")
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_iterations": 2, "max_steps": 4}, {**SPREAD, "max_steps": 4}])
+def test_loss_is_zero_where_it_says_so(tiny_model, settings):
+    """At each step, or at the first of each generation batch; the weights move all the same."""
+    settings = {"loss_type": "grpo", "mask_truncated_completions": False, **settings}
+    run = train(tiny_model, **settings)
+    every = max(1, int(run.trainer.args.layout.updates_per_generation))
+    assert "0 at every" in told(**settings)["Loss"] if every == 1 else "0 whenever" in told(**settings)["Loss"]
+    steps = run.logs[:-1]
+    assert all(abs(entry["loss"]) < 1e-6 for entry in steps[::every])
+    assert all(entry["grad_norm"] > 0 for entry in steps)
+    assert every == 1 or any(abs(entry["loss"]) > 1e-6 for entry in steps)

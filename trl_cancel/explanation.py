@@ -30,13 +30,18 @@ def explain(config: GRPOConfig, credits: Sequence[Credit] = ()) -> str:
     token_credits = TokenCredits(config, credits)
     topics = {
         "Generation": list(_generation(config)),
+        "Sampling": list(_sampling(config)),
+        "Completions": [_completions(config)],
         "Optimizer step": [_optimizer_step(config)],
         "Off-policy": [_off_policy(config)],
         "Groups": [_groups(config)],
         "Clipping": [_clipping(config)],
         "Group weights": list(_group_weights(config)),
         "Credit": list(_credit(config, token_credits)),
+        "Loss": list(_loss(config, token_credits)),
+        "Precision": list(_precision(config)),
         "Forward passes": [_passes(config, token_credits)],
+        "Evaluation": list(_evaluation(config)),
         "Leaks": list(_leaks(config)) or ["Nothing in these settings breaks cancellation."],
     }
     return "\n".join(
@@ -73,6 +78,38 @@ def _generation(config: CancelGRPOConfig) -> Iterator[str]:
         f"{' and '.join(wanted)}; then the groups that came first are kept, as far as that will do. Each round costs a "
         "generation and TRL's passes for it. See balance/*."
     )
+
+
+def _sampling(config: CancelGRPOConfig) -> Iterator[str]:
+    if not config.use_vllm:
+        return
+    if not config.vllm_importance_sampling_correction:
+        yield (
+            "By vLLM, whose log-probs differ from the model's, and nothing corrects for that "
+            "(vllm_importance_sampling_correction=False)."
+        )
+        return
+    yield (
+        f"By vLLM, whose log-probs differ from the model's; vllm_importance_sampling_mode="
+        f"{config.vllm_importance_sampling_mode!r} corrects for that. See sampling/*."
+    )
+    truncations = {"top_p": config.top_p < 1, "top_k": config.top_k > 0, "min_p": bool(config.min_p)}
+    chosen = [f"{name}={getattr(config, name)}" for name, is_on in truncations.items() if is_on]
+    if chosen:
+        yield (
+            f"vLLM's log-probs are those of {' and '.join(chosen)}, the model's are not, so the correction takes the "
+            "truncation for a change of the policy."
+        )
+
+
+def _completions(config: CancelGRPOConfig) -> str:
+    length = config.max_completion_length
+    limit = "Of any length" if length is None else f"Cut off after {length} tokens"
+    if config.mask_truncated_completions:
+        fate = "one that is cut off has a reward and counts in its group, but pushes nothing"
+    else:
+        fate = "one that is cut off is rewarded for what is there and trained on like any other"
+    return f"{limit} (max_completion_length={length}); {fate}. See completions/clipped_ratio."
 
 
 def _optimizer_step(config: CancelGRPOConfig) -> str:
@@ -183,6 +220,54 @@ def _delta(config: CancelGRPOConfig) -> str:
     }[config.delta_assignment]
     mean = ", over their mean" if config.delta_normalize else ""
     return f"each token carries {config.delta_lambda_min:g} to {config.delta_lambda_max:g} of it{mean}, {how}"
+
+
+def _loss(config: CancelGRPOConfig, credits: TokenCredits) -> Iterator[str]:
+    """What its value says, which users ask first: why it is 0."""
+    if _first_loss_is_zero(config, credits):
+        when = "at every optimizer step" if config.layout.is_on_policy else "whenever a generation batch is new"
+        but = "" if config.loss_type == "grpo" else ", but for the lengths of the rollouts"
+        kl = f" To this comes {config.beta:g} times the KL, which starts at 0." if config.beta else ""
+        yield f"0 {when}{but}: ratios are 1 there, and the advantages of a group sum to 0.{kl}"
+    yield (
+        "It does not tell whether the model learns; reward does. grad_norm tells whether there is an update, "
+        "frac_reward_zero_std which share of the groups has no part in it."
+    )
+
+
+def _first_loss_is_zero(config: CancelGRPOConfig, credits: TokenCredits) -> bool:
+    """Whether pushes of one size go out with the advantages of whole groups."""
+    drops_some = (
+        config.mask_truncated_completions
+        or config.off_policy_mask_threshold is not None
+        or config.top_entropy_quantile < 1
+        or (config.use_vllm and config.vllm_importance_sampling_correction)
+        or config.advantage_sign != "both"
+        or (config.layout.is_split and not config.query_preserved)
+    )
+    adds_some = bool(credits) or config.entropy_coef != 0 or config.use_adaptive_entropy
+    zero_mean = config.multi_objective_aggregation == "sum_then_normalize" and config.loss_type in CLIPPED_LOSSES
+    return zero_mean and not drops_some and not adds_some
+
+
+def _precision(config: CancelGRPOConfig) -> Iterator[str]:
+    if config.fp16:
+        yield (
+            "float16, with gradients scaled up. A step whose gradients overflow is left out and the scale halved, so "
+            "grad_norm may read inf or nan now and then; at every step, it is not training. Weights that are trained "
+            "must be in float32."
+        )
+
+
+def _evaluation(config: CancelGRPOConfig) -> Iterator[str]:
+    if config.eval_strategy == "no":
+        return
+    rollouts = config.per_device_eval_batch_size * config.world_size
+    each = config.num_generations_eval or config.num_generations
+    yield (
+        f"{_count(rollouts / each, 'prompt')} x {each} rollouts a batch. Methods rest, so eval_loss says as little as the "
+        "loss; eval_reward counts."
+    )
 
 
 def _passes(config: CancelGRPOConfig, credits: TokenCredits) -> str:

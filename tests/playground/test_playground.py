@@ -1,11 +1,13 @@
 """The embedded model, its data sets and its reward."""
 
+import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_cancel.evaluation import score_samples
 from trl_cancel.playground import CHECKPOINT
+from trl_cancel.playground.__main__ import write_playground
 from trl_cancel.playground.data import load_demonstrations, load_prompts
 from trl_cancel.playground.reward import answer_reward
 from trl_cancel.playground.tokenizer import build_tokenizer
@@ -78,3 +80,16 @@ def test_warm_start_repeats_the_checkpoint(tmp_path):
     ours = AutoModelForCausalLM.from_pretrained(CHECKPOINT).state_dict()
     for name, value in AutoModelForCausalLM.from_pretrained(tmp_path).state_dict().items():
         torch.testing.assert_close(value, ours[name], rtol=0.05, atol=0.05)
+
+
+def test_written_playground(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_playground(tmp_path, num_train=8, num_test=4)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").num_parameters() > 1e5
+    data = datasets.load_dataset(str(tmp_path / "data"))
+    assert {name: len(split) for name, split in data.items()} == {"train": 8, "test": 4}
+    for row in data["train"]:
+        work, answer = row["answer"].split("#### ")
+        assert row["prompt"] == [{"role": "user", "content": row["question"]}]
+        assert row["solution"] == f"\\boxed{{{answer}}}"
+        assert work.splitlines()[-1].endswith(f"={answer}")
