@@ -335,20 +335,6 @@ class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
             raise
         self.check()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """The settings without the token: transformers pickles them next to every model that it saves and pushes."""
-        return {**self.__dict__, "hub_token": None}
-
-    def __copy__(self) -> "CancelGRPOConfig":
-        clone = object.__new__(type(self))
-        clone.__dict__.update(self.__dict__)
-        return clone
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "CancelGRPOConfig":
-        clone = object.__new__(type(self))
-        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return clone
-
     @classmethod
     def adopt(cls, args: GRPOConfig) -> "CancelGRPOConfig":
         """

@@ -9,7 +9,7 @@ from trl_cancel.cli import main as command
 from trl_cancel.evaluation import EvaluationCallback, EvaluationSettings
 from trl_cancel.playground.data import load_prompts
 
-from .scenarios import FSDP, ZERO3, allow_fsdp_without_gpu, allow_zero3_without_gpu
+from .engines import allow_engines_without_gpu
 
 
 def even(completion_ids, **_):
@@ -17,10 +17,7 @@ def even(completion_ids, **_):
 
 
 def main(model, folder):
-    if FSDP:
-        allow_fsdp_without_gpu()
-    if ZERO3:
-        allow_zero3_without_gpu()
+    allow_engines_without_gpu()
     settings = EvaluationSettings(num_samples=2, max_completion_length=6, score_truncated=True)
     trainer = build(model, output_dir=str(folder / "training"), max_steps=2, learning_rate=0.0)
     problems = load_prompts("test", 9)

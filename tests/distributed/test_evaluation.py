@@ -1,13 +1,10 @@
 """Processes share the problems, also of a model that is sharded over them, and find what one process finds."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from .test_two_processes import CONFIGS, ROOT
+from .engines import start
 
 
 pytestmark = pytest.mark.slow
@@ -21,25 +18,7 @@ def run(tiny_model, tmp_path_factory):
     def of(how):
         if how not in made:
             folder = made[how] = tmp_path_factory.mktemp(how)
-            launch = [
-                "-m",
-                "accelerate.commands.launch",
-                "--config_file",
-                str(CONFIGS[how]),
-                "--main_process_port",
-                "0",
-            ]
-            command = [sys.executable, *(launch if CONFIGS[how] else []), "-m", "tests.distributed.evaluation"]
-            environment = {**os.environ, "CI": "1", **({"DS_ACCELERATOR": "cpu"} if how == "zero3" else {})}
-            done = subprocess.run(
-                [*command, tiny_model, str(folder)],
-                cwd=ROOT,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=500,
-            )
-            assert done.returncode == 0, done.stderr[-4000:]
+            start(how, "tests.distributed.evaluation", tiny_model, folder)
         return made[how]
 
     return of
