@@ -155,7 +155,7 @@ def test_card_states_methods_settings_and_versions(finished):
 
 def test_card_shows_results(finished):
     trainer, card = finished
-    assert "| openai/gsm8k | 64 | greedy | 25.0% [15.0%, 35.0%] | 50.0% [40.0%, 60.0%] |" in card.text
+    assert "| openai/gsm8k | 64 | greedy | 0 and 4 | 25.0% [15.0%, 35.0%] | 50.0% [40.0%, 60.0%] |" in card.text
     assert "temperature=0.6" in card.text
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     assert f"| reward | {rewards[0]:.4g} | {rewards[-1]:.4g} |" in card.text
@@ -216,6 +216,27 @@ def test_license_is_that_of_a_local_base_model(tiny_model, tmp_path):
     assert card_of(build(str(base), output_dir=str(tmp_path / "out"))).data.license is None
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     assert card_of(build(str(base), output_dir=str(tmp_path / "out"))).data.license == "apache-2.0"
+
+
+def test_names_cannot_break_the_tables(tiny_model, tmp_path):
+    def rewarding(completion_ids, **kwargs):
+        return [0.0] * len(completion_ids)
+
+    rewarding.__name__ = "a|b<script>"
+    trainer = build(
+        tiny_model,
+        output_dir=str(tmp_path),
+        max_steps=1,
+        arguments={"reward_funcs": rewarding},
+    )
+    trainer.train()
+    trainer.args.generation_kwargs = {"API-Key": "sk-secret", "seed": 1}
+    trainer.evaluations.append(Evaluation("x|y\n# h", 2, {"greedy": (0.5, 0.5, 0.5)}, {"note": "<b>"}, 100))
+    text = card_of(trainer).text
+    assert "| rewards/a\\|b\\<script\\>/mean |" in text
+    assert "| x\\|y # h | 2 | greedy | 100 | 50.0% [50.0%, 50.0%] |" in text
+    assert "note=\\<b\\>" in text
+    assert "sk-secret" not in text
 
 
 def test_every_checkpoint_writes_the_card(tiny_model, tmp_path):

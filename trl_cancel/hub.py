@@ -1,5 +1,6 @@
 """Pushing to the Hub: early checks, errors that say what to do next, and a second try from what is on disk."""
 
+import re
 import shlex
 import traceback
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from .model_card import FILE, rename_in_card
 # optimizers, arguments, logs of trackers.
 SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".md")
 MODEL_FILES = ("config.json", "adapter_config.json")
+# What a message of the client or of what is below it may quote.
+TOKEN = re.compile(r"(?<=Bearer )[^\s'\"]+|hf_\w+")
 
 
 class PushError(RuntimeError):
@@ -80,9 +83,14 @@ def no_access(error: Exception, repo_id: str | None = None) -> PushError:
     return PushError(f"push_to_hub: no access to {what}: {reason(error)}.", is_refusal(error))
 
 
-def push_failed(error: Exception, folder: str, repo_id: str) -> PushError:
-    """The error for a push that failed after the model was saved."""
-    command = shlex.join(["trl-cancel", "push", folder, "--hub_model_id", repo_id])
+def push_failed(
+    error: Exception, folder: str, repo_id: str, revision: str | None = None, private: bool | None = None
+) -> PushError:
+    """The error for a push that failed after the model was saved, with the command that makes up for it."""
+    words = ["trl-cancel", "push", folder, "--hub_model_id", repo_id]
+    words += ["--hub_revision", revision] if revision else []
+    words += ["--hub_private_repo"] if private else []
+    command = shlex.join(words)
     return PushError(
         f"The model could not be pushed to {repo_id}: {reason(error)}. It is saved in {folder}; push it with: {command}",
         is_refusal(error),
@@ -123,7 +131,7 @@ def reason(error: BaseException) -> str:
         return f"the Hub answered {status}; try again later"
     innermost = list(_chain(error))[-1]
     lines = [line for line in str(innermost).strip().splitlines() if line]
-    return (lines[0] if lines else type(innermost).__name__).rstrip(".")
+    return TOKEN.sub("***", (lines[0] if lines else type(innermost).__name__).rstrip("."))
 
 
 def push_folder(
@@ -198,6 +206,7 @@ def license_of(repo_id: str, token: str | None = None) -> str | None:
 
 
 def _api(token: str | None) -> HfApi:
+    token = token.strip() if token else token  # as read from a file
     return HfApi(token=token, library_name="trl-cancel", library_version=__version__)
 
 

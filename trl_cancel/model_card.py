@@ -22,6 +22,7 @@ from .configs import CancelGRPOConfig
 from .diagnostics.curves import first_tenth, last_tenth
 from .diagnostics.runs import Run
 from .evaluation import Estimate, Evaluation
+from .secrets import without_secrets
 
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ def _render(
         datasets=" and ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in datasets),
         quick_start=subject.quick_start(trainer.hub_model_id or trainer.args.hub_model_id or model_name),
         evaluations=rows,
-        compared=any(row["before"] for row in rows),
+        compared=any(row["first"] for row in rows),
         how_evaluated=list(_how_evaluated(trainer.evaluations)),
         badges="\n".join(re.findall(r"^\[<img .*$", of_trl.get("Training procedure", ""), re.MULTILINE)),
         methods=methods,
@@ -316,7 +317,7 @@ def _settings(trainer: "CancelGRPOTrainer") -> dict[str, str]:
     if is_peft_model(model):
         chosen |= _adapter_config(model)
     chosen["quantization"] = _quantization(model)
-    return {name: _cell(value) for name, value in chosen.items() if _is_showable(value)}
+    return {_cell(name): _cell(value) for name, value in without_secrets(chosen).items() if _is_showable(value)}
 
 
 def _default(setting: Any) -> Any:
@@ -342,7 +343,7 @@ def _cell(value: Any) -> str:
         value = ", ".join(map(str, sorted(value) if isinstance(value, set) else value))
     if isinstance(value, Mapping):
         value = ", ".join(f"{name}={part}" for name, part in value.items())
-    return str(value).replace("|", "\\|")
+    return re.sub(r"([|<>\\])", r"\\\1", " ".join(str(value).split()))  # what would end a cell or start a tag
 
 
 def _adapter_config(model: Any) -> dict[str, Any]:
@@ -374,7 +375,7 @@ def _metrics(trainer: "CancelGRPOTrainer") -> dict[str, tuple[str, str]]:
         for name in logged:
             series = run.series(name) if name == wanted or (wanted.endswith("/") and name.startswith(wanted)) else None
             if series is not None:
-                means[name] = (f"{first_tenth(series):.4g}", f"{last_tenth(series):.4g}")
+                means[_cell(name)] = (f"{first_tenth(series):.4g}", f"{last_tenth(series):.4g}")
     return means
 
 
@@ -387,14 +388,16 @@ def _by_name(evaluations: Sequence[Evaluation]) -> dict[str, list[Evaluation]]:
 
 def _evaluation_rows(evaluations: Sequence[Evaluation]) -> Iterator[dict[str, Any]]:
     for name, made in _by_name(evaluations).items():
+        compared = [made[0], made[-1]] if len(made) > 1 else made
         for metric, estimate in made[-1].metrics.items():
-            before = made[0].metrics.get(metric) if len(made) > 1 else None
+            first = made[0].metrics.get(metric) if len(made) > 1 else None
             yield {
-                "name": _shown(name),
+                "name": _cell(_shown(name)),
                 "problems": made[-1].problems,
-                "metric": metric,
-                "before": _estimate(before) if before else "",
-                "after": _estimate(estimate),
+                "metric": _cell(metric),
+                "steps": " and ".join("?" if one.step is None else str(one.step) for one in compared),
+                "first": _estimate(first) if first else "",
+                "last": _estimate(estimate),
             }
 
 
@@ -402,7 +405,7 @@ def _how_evaluated(evaluations: Sequence[Evaluation]) -> Iterator[str]:
     for name, made in _by_name(evaluations).items():
         settings = {key: value for key, value in made[-1].settings.items() if _is_showable(value)}
         if settings:
-            yield f"{_shown(name)}: {_cell(settings)}."
+            yield f"{_cell(_shown(name))}: {_cell(settings)}."
 
 
 def _eval_results(evaluations: Sequence[Evaluation]) -> Iterator[EvalResult]:

@@ -1,5 +1,6 @@
 """Runs that are published: the model card, and pushing to the Hub."""
 
+from pathlib import Path
 from typing import Any, cast
 
 from accelerate.logging import get_logger
@@ -95,10 +96,12 @@ class Published(GRPOTrainer):
         base = hub_id(get_config_model_id(cast(Any, self.model).config))
         if base and self._base_license is None and self.is_world_process_zero():
             self._base_license = hub.license_of(base, self.args.hub_token)
+        if self.hub_model_id is None:  # the repository is made now, which transformers does before it saves
+            self.save_model(_internal_call=True)
         try:
             return super().push_to_hub(*args, **kwargs)
         except Exception as error:
-            if isinstance(error, hub.PushError) or not hub.comes_from_hub(error):
+            if not isinstance(error, hub.PushError) and not hub.comes_from_hub(error):
                 raise
             raise self._push_failed(error) from error
 
@@ -122,4 +125,6 @@ class Published(GRPOTrainer):
             logger.warning(f"{self._push_failed(error)} (the training goes on)")
 
     def _push_failed(self, error: Exception) -> hub.PushError:
-        return hub.push_failed(error, str(self.args.output_dir), str(self.hub_model_id or self.args.hub_model_id))
+        folder = str(self.args.output_dir)
+        repo_id = self.hub_model_id or self.args.hub_model_id or Path(folder).absolute().name
+        return hub.push_failed(error, folder, repo_id, self.args.hub_revision, self.args.hub_private_repo)

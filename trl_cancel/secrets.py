@@ -6,7 +6,10 @@ from typing import Any
 
 
 # Of tokens, only those that open something: `eos_token` is no secret.
-SECRET = re.compile(r"token|(.*_)?((hub|hf|auth|access|api|bearer)_(token|key)|password|secret)")
+SECRET = re.compile(
+    r"token|(.*[_-])?((hub|hf|auth|access|api|bearer|private|secret)[_-]?(token|key)|password|secret|authorization)",
+    re.IGNORECASE,
+)
 
 
 class KeepsSecrets:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from tests.runs import build, load, weights_of
 from trl_cancel import CancelGRPOTrainer
 from trl_cancel.cli import main
-from trl_cancel.hub import PushError
+from trl_cancel.hub import PushError, check_token, reason
 
 from .conftest import READ_TOKEN, TOKEN, talk_to
 from .server import Fault, Repo, StandIn
@@ -253,6 +253,28 @@ def test_error_in_python(hub, tiny_model, tmp_path):
     assert (tmp_path / "model.safetensors").exists()
     trainer.push_to_hub()
     assert "model.safetensors" in hub.repos[REPO].files
+
+
+def test_model_is_saved_before_the_hub_is_asked(hub, tiny_model, tmp_path, monkeypatch):
+    """Where nothing was asked before the training either."""
+    settings = {"hub_revision": "dev", "hub_private_repo": True, "push_to_hub": False, "save_strategy": "no"}
+    trainer = trained(tiny_model, tmp_path, **settings)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    command = f"trl-cancel push {tmp_path} --hub_model_id {REPO} --hub_revision dev --hub_private_repo"
+    with pytest.raises(PushError, match=r"offline mode is on .* It is saved in") as raised:
+        trainer.push_to_hub()
+    assert (tmp_path / "model.safetensors").exists()
+    assert str(raised.value).endswith(command)
+
+
+def test_tokens_are_in_no_message(hub, tmp_path, capsys):
+    """Where the client quotes one that it cannot send, or the user takes another flag."""
+    assert reason(ValueError("Illegal header value b'Bearer hf_SecretOfTheTests x'")) == (
+        "Illegal header value b'Bearer *** x'"
+    )
+    check_token(f"{TOKEN}\n")  # as read from a file
+    line = said(capsys, 2, ["push", str(tmp_path), "--hub_model_id", REPO, "--token", TOKEN, f"--key={TOKEN}"])
+    assert line == "trl-cancel push: unrecognized arguments: --token --key"
 
 
 def test_error_in_saving_is_not_the_hubs(hub, tiny_model, tmp_path, monkeypatch):

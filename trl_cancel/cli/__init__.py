@@ -30,7 +30,10 @@ class OneLineErrors:
     """Makes a parser report mistakes as [`UsageError`], without printing how it is used."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        what, unrecognized, given = message.partition("unrecognized arguments: ")
+        flags = [word.split("=")[0] for word in given.split() if word.startswith("-")]
+        # Without values, of which one may be a secret.
+        raise UsageError(f"{what}{unrecognized}{' '.join(flags)}" if flags else message)
 
 
 def main(argv: list[str] | None = None) -> int:
