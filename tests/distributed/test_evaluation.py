@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from .engines import start
 
@@ -43,3 +44,13 @@ def test_command(run):
     one, two = (next((run(how) / "out").glob("*/*")) for how in ("one", "two"))
     assert (one / "samples.jsonl").read_bytes() == (two / "samples.jsonl").read_bytes()
     assert (one / "results.json").read_bytes() == (two / "results.json").read_bytes()
+
+
+@pytest.mark.parametrize("how", ["two", "fsdp2-sharded"])
+def test_training_command_leaves_a_whole_model(how, tiny_model, tmp_path):
+    """Also where checkpoints are sharded."""
+    start(how, "tests.distributed.command", tiny_model, tmp_path)
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    before = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    assert trained.keys() == before.keys()
+    assert "Model Card" not in (tmp_path / "README.md").read_text()  # TRL's
