@@ -41,11 +41,12 @@ def _results(work):
 
 def as_conversations(problems: Dataset, system_prompt: str) -> Dataset:
     """GSM8K's questions as conversations, with the columns that the rewards read."""
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
 
     def prepare(row):
         work, answer = row["answer"].split("####")
         return {
-            "prompt": [{"role": "system", "content": system_prompt}, {"role": "user", "content": row["question"]}],
+            "prompt": [*system, {"role": "user", "content": row["question"]}],
             "solution": f"\\boxed{{{answer.strip().replace(',', '')}}}",  # for accuracy_reward
             "results": _results(work),  # for work_reward
         }
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--model", default="Qwen/Qwen3-0.6B")
     parser.add_argument("--dataset", default="openai/gsm8k", help="with the columns `question` and `answer`")
     parser.add_argument("--dataset_config", default="main", help="'' for none")
-    parser.add_argument("--system_prompt", default=SYSTEM_PROMPT)
+    parser.add_argument("--system_prompt", default=SYSTEM_PROMPT, help="none if empty")
     parser.add_argument("--max_steps", type=int, default=400)
     parser.add_argument("--eval_steps", type=int, default=50)
     parser.add_argument("--eval_problems", type=int, default=128)

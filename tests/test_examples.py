@@ -25,7 +25,7 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL
 OFFLINE = {
     Path(words[1]).stem: words[2:]
     for words in map(shlex.split, COMMANDS)
-    if any("playground/" in word for word in words)
+    if any("playground-files/" in word for word in words)
 }
 SHORT = ("--max_steps", "2")
 ONLY_OURS = ("cancel/", "eval_cancel/")
@@ -35,7 +35,7 @@ ONLY_OURS = ("cancel/", "eval_cancel/")
 def folder(tmp_path_factory):
     """Holds the playground and, as a link, the examples, so that the commands of the page work in it."""
     folder = tmp_path_factory.mktemp("examples")
-    write_playground(folder / "playground", num_train=64, num_test=16)
+    write_playground(folder / "playground-files", num_train=64, num_test=16)
     (folder / "examples").symlink_to(ROOT / "examples")
     return folder
 

@@ -354,3 +354,10 @@ def test_same_seed_same_run(tiny_model):
     assert_same_weights(first.weights, second.weights)
     assert first.logs == second.logs
     assert any(math.isfinite(entry.get("loss", math.nan)) for entry in first.logs)
+
+
+def test_refusals_of_transformers_come_through(monkeypatch):
+    """Also where the sizes that would be checked beside them are not known yet."""
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(ValueError, match="Your setup doesn't support bf16/gpu"):
+        CancelGRPOConfig("x", num_generations=8, per_device_train_batch_size=8, steps_per_generation=16)

@@ -331,7 +331,8 @@ class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
         try:
             super().__post_init__()
         except ValueError:
-            self._check_whole_groups()  # the same refusal, by the names of what was set
+            if "distributed_state" in self.__dict__:  # otherwise it came before sizes are known
+                self._check_whole_groups()  # the same refusal, by the names of what was set
             raise
         self.check()
 

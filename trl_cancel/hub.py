@@ -2,12 +2,13 @@
 
 import re
 import shlex
+import socket
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from . import __version__
@@ -130,6 +131,8 @@ def reason(error: BaseException) -> str:
     if status is not None and status >= 500:
         return f"the Hub answered {status}; try again later"
     innermost = list(_chain(error))[-1]
+    if isinstance(innermost, (ConnectionRefusedError, socket.gaierror)):
+        return f"{constants.ENDPOINT} cannot be reached ({innermost.strerror}); check the network, or HF_ENDPOINT"
     lines = [line for line in str(innermost).strip().splitlines() if line]
     return TOKEN.sub("***", (lines[0] if lines else type(innermost).__name__).rstrip("."))
 

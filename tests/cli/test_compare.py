@@ -215,7 +215,7 @@ def test_without_matplotlib(runs):
     )
     run = subprocess.run([sys.executable, "-c", code, "compare", "plain-1"], capture_output=True, text=True)
     assert run.returncode == 2
-    assert "pip install 'trl-cancel[diagnostics]'" in run.stderr
+    assert "pip install matplotlib jinja2" in run.stderr
     assert run.stderr.count("\n") == 1
 
 

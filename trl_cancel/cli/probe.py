@@ -17,11 +17,11 @@ def run(arguments: list[str]) -> int:
 
     chosen, rest = _chosen(arguments)
     with quiet():
+        pages = load_pages()
         from .probing import probe_settings, run_probe
         from .training import use_one_thread
 
         settings = probe_settings(DESCRIPTION, rest)
-        pages = load_pages()
         use_one_thread()
         try:
             run_probe(settings, chosen, pages)

@@ -10,7 +10,7 @@ try:
     from cycler import cycler
     from matplotlib.figure import Figure
 except ImportError as error:
-    raise ImportError(f"Figures need matplotlib: pip install 'trl-cancel[diagnostics]' ({error}).") from error
+    raise ImportError(f"Figures need matplotlib: pip install matplotlib jinja2 ({error}).") from error
 
 
 # Told apart with any colour vision, and by at least 3:1 from a white and from a nearly black page.

@@ -14,7 +14,7 @@ try:
     from jinja2 import Environment
     from markupsafe import Markup
 except ImportError as error:
-    raise ImportError(f"Pages need jinja2: pip install 'trl-cancel[diagnostics]' ({error}).") from error
+    raise ImportError(f"Pages need jinja2: pip install matplotlib jinja2 ({error}).") from error
 
 
 Cell = str | int | float | None
