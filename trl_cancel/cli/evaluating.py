@@ -12,6 +12,7 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
+from rich.console import Console
 from rich.table import Table
 from trl import ModelConfig
 
@@ -444,4 +445,4 @@ def print_presets() -> None:
             *(sampled if how.num_samples else ("", "", "")),
             str(how.max_completion_length),
         )
-    console.print(result, width=150, crop=False, no_wrap=True, overflow="ignore")  # names are to be copied
+    Console(width=150).print(result)  # however narrow the terminal: names are to be copied
