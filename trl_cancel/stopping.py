@@ -39,6 +39,17 @@ class StopOnSignal(TrainerCallback):
         self.accelerator = accelerator
         self.received: int | None = None  # by any process, as soon as all know
         self._own: int | None = None  # by this process
+        self._stepping_from: int | None = None  # steps before the latest call of the optimizer
+
+    def is_between_steps(self, step: int) -> bool:
+        """
+        Whether the training has called the optimizer, and the weights are those of a step that is done and counted.
+
+        Args:
+            step (`int`):
+                Optimizer steps that are counted.
+        """
+        return self._stepping_from is not None and step > self._stepping_from
 
     @property
     def noted(self) -> bool:
@@ -54,7 +65,7 @@ class StopOnSignal(TrainerCallback):
             wanted (`bool`, *optional*, defaults to `True`):
                 Whether to.
         """
-        self.received = self._own = None
+        self.received = self._own = self._stepping_from = None
         before = {}
         if wanted and threading.current_thread() is threading.main_thread():
             before = {number: signal.getsignal(number) for number in DEFAULTS}
@@ -77,6 +88,9 @@ class StopOnSignal(TrainerCallback):
         if self.accelerator.is_main_process:  # not by a logger: it may have been interrupted while it held its lock
             what = "stopping after this optimizer step, with a checkpoint; a second signal stops at once"
             os.write(2, f"\n{signal.Signals(number).name}: {what}.\n".encode())
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stepping_from = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         numbers = torch.tensor([self._own or 0], device=self.accelerator.device)
