@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import trl
+from transformers import TrainerCallback
 
 from trl_cancel import CancelGRPOTrainer
 from trl_cancel.checkpoints import SavingError, find_checkpoint, last_whole, why_broken
+from trl_cancel.evaluation import EvaluationCallback, EvaluationSettings
 from trl_cancel.playground.data import load_prompts
 
 from .kills import PLACES, killed, status_of
@@ -210,6 +212,67 @@ def test_signal_saves_and_ends(tiny_model, tmp_path, undisturbed, capfd, caplog,
     assert last_whole(tmp_path) == tmp_path / "checkpoint-5"
     resumed = finished(tiny_model, resume=True, **SAVING, output_dir=str(tmp_path))
     assert_ends_alike(resumed, undisturbed(SAVING))
+
+
+class Signalling(TrainerCallback):
+    """Sends its own process SIGTERM in an event of a step."""
+
+    def __init__(self, event, step):
+        def signalled(args, state, control, **kwargs):
+            if state.global_step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        setattr(self, event, signalled)
+
+
+@pytest.mark.parametrize("event", ["on_save", "on_evaluate", "on_train_end"])
+def test_a_signal_after_the_last_step_is_passed_on(tiny_model, tmp_path, caplog, event):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path)}
+    if event == "on_evaluate":
+        settings |= EVALUATED
+    arguments = {"callbacks": [Signalling(event, 2)], "eval_dataset": load_prompts("test", 4)}
+    with pytest.raises(SystemExit) as ended:
+        train(tiny_model, **settings, arguments=arguments)
+    assert ended.value.code == 143
+    assert f"Stopped by SIGTERM after step 2. Saved as {tmp_path}/checkpoint-2" in caplog.text
+
+
+def test_only_what_is_saved_is_said_to_be(tiny_model, tmp_path, caplog):
+    """After the last step nothing more is saved."""
+    settings = {"save_strategy": "best", "metric_for_best_model": "loss", "eval_strategy": "no"}
+    arguments = {"callbacks": [Signalling("on_train_end", 2)]}
+    for kept, message in ((None, "There is no whole checkpoint."), (1, "The last whole checkpoint is")):
+        if kept:
+            finished(tiny_model, max_steps=1, save_strategy="steps", save_steps=1, output_dir=str(tmp_path))
+        with pytest.raises(SystemExit):
+            train(tiny_model, max_steps=2, **settings, output_dir=str(tmp_path), arguments=arguments)
+        assert f"Stopped by SIGTERM after step 2. {message}" in caplog.text
+
+
+@pytest.mark.parametrize("interval", ["steps", "epoch"])
+def test_there_is_no_evaluation_after_a_signal(tiny_model, tmp_path, interval):
+    """Neither the trainer's own, at the step or the end of the epoch, nor one that a callback makes."""
+    settings = {"max_steps": 4, "eval_strategy": interval, "save_strategy": interval, "save_steps": 1, "eval_steps": 1}
+    saves, events = [], ["on_save", "on_evaluate"]
+    counting = TrainerCallback()
+    for event in events:
+        setattr(counting, event, lambda *args, event=event, **kwargs: saves.append(event))
+    data = {"train_dataset": load_prompts("train", 2), "eval_dataset": load_prompts("test", 4)}
+    trainer = build(
+        tiny_model,
+        **settings,
+        per_device_eval_batch_size=4,
+        output_dir=str(tmp_path),
+        arguments={"callbacks": [counting], "reward_funcs": signalling(signal.SIGTERM, 2), **data},
+    )
+    how = EvaluationSettings(num_samples=1, max_completion_length=2)
+    callback = EvaluationCallback(trainer, data["eval_dataset"], noisy_reward, how, steps=2, at_start=False)
+    trainer.add_callback(callback)
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert saves == (["on_evaluate", "on_save"] if interval == "steps" else []) + ["on_save"]
+    assert not trainer.evaluations
 
 
 @pytest.mark.slow

@@ -50,6 +50,11 @@ class Resumable(GRPOTrainer):
         self._signals.end(self.args, self.state.global_step)
         return result
 
+    @property
+    def is_stopped_by_signal(self) -> bool:
+        """Whether the training ends at this step because of a signal: there may be no time for more than saving."""
+        return self._signals.received is not None
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As [`~transformers.Trainer.save_model`]; says what is kept if the disk is full."""
         folder = Path(output_dir or str(self.args.output_dir))
