@@ -1,5 +1,7 @@
 """Kills, signals and full disks: what is left is whole or known not to be, and a resumed run ends as if undisturbed."""
 
+import errno
+import json
 import os
 import resource
 import shutil
@@ -8,10 +10,15 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 import trl
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from transformers import TrainerCallback
 
 from trl_cancel import CancelGRPOTrainer
-from trl_cancel.checkpoints import SavingError, find_checkpoint, last_whole, why_broken
+from trl_cancel.checkpoints import SavingError, find_checkpoint, last_whole, saved_or_said, why_broken, written_whole
+from trl_cancel.evaluation import EvaluationCallback, EvaluationSettings
 from trl_cancel.playground.data import load_prompts
 
 from .kills import PLACES, killed, status_of
@@ -141,6 +148,10 @@ BREAKS = {
     "trainer_state.json is cut off": lambda folder: cut(folder / "trainer_state.json"),
     "model.safetensors cut off": lambda folder: cut(folder / "model.safetensors"),
     "optimizer.pt cut off": lambda folder: cut(folder / "optimizer.pt"),
+    "the weights are missing": lambda folder: (folder / "model.safetensors").unlink(),
+    "the optimizer's state is missing": lambda folder: (folder / "optimizer.pt").unlink(),
+    "scheduler.pt is missing": lambda folder: (folder / "scheduler.pt").unlink(),
+    "rng_state.pth is missing": lambda folder: (folder / "rng_state.pth").unlink(),
     "there is no such folder": shutil.rmtree,
 }
 
@@ -156,6 +167,114 @@ def test_broken_checkpoints_are_told(saved):
         (saved / "checkpoint-3.incomplete").unlink(missing_ok=True)
         shutil.copytree(saved / "checkpoint-2", saved / "checkpoint-3")
         assert why_broken(saved / "checkpoint-3") is None
+
+
+# Files of checkpoints beside `trainer_state.json`, by who writes them, and those that can be lost unnoticed.
+STATES = ["scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"]
+LAYOUTS = {
+    "transformers": ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"],
+    "pickled": ["pytorch_model.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"],
+    "save_only_model": ["model.safetensors"],
+    "PEFT": ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"],
+    "PEFT, named": ["mine/adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"],
+    "FSDP, whole": ["pytorch_model_fsdp.bin", "optimizer.bin", *STATES],
+    "FSDP, sharded": ["pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata", *STATES],
+    "ZeRO-3": ["global_step3/mp_rank_00_model_states.pt", "rng_state_0.pth", "rng_state_1.pth"],
+}
+
+
+def write(folder, files):
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith((".pt", ".pth")):
+            torch.save({}, folder / name)
+        elif name.endswith(".safetensors"):
+            save_file({}, folder / name)
+        else:
+            (folder / name).write_text("{}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_checkpoints_of_all_engines_are_judged(tmp_path, layout):
+    write(tmp_path, ["trainer_state.json", *LAYOUTS[layout]])
+    assert why_broken(tmp_path) is None
+    for name in LAYOUTS[layout]:
+        (tmp_path / name).rename(tmp_path / "elsewhere")
+        if not name.startswith("rng_state_"):  # of which there may be one a process, or a node
+            assert "missing" in why_broken(tmp_path), name
+        (tmp_path / "elsewhere").rename(tmp_path / name)
+
+
+def test_shards_are_counted(tmp_path):
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    write(tmp_path, ["trainer_state.json", *shards])
+    index = tmp_path / "model.safetensors.index.json"
+    assert why_broken(tmp_path) == "the weights are missing"
+    index.write_text(json.dumps({"weight_map": {"first": shards[0], "second": shards[1]}}))
+    assert why_broken(tmp_path) is None
+    (tmp_path / shards[1]).unlink()
+    assert why_broken(tmp_path) == f"{shards[1]} is missing"
+    cut(index)
+    assert why_broken(tmp_path) == f"the end of {index.name} is missing"
+
+
+def test_checkpoints_by_other_names(tmp_path, monkeypatch):
+    """By a link, and as the folder one stands in; also where the checkpoint itself lies elsewhere."""
+    for name in ("checkpoint-1", "elsewhere"):
+        write(tmp_path / name, ["trainer_state.json", "model.safetensors"])
+    (tmp_path / "latest").symlink_to("checkpoint-1")
+    (tmp_path / "checkpoint-2").symlink_to("elsewhere")
+    monkeypatch.chdir(tmp_path / "checkpoint-1")
+    for name in (".", tmp_path / "latest", tmp_path / "checkpoint-2"):
+        assert find_checkpoint(str(name), tmp_path) == str(name)
+    for number in (1, 2):
+        (tmp_path / f"checkpoint-{number}.incomplete").touch()
+    for name in (".", tmp_path / "latest", tmp_path / "checkpoint-2"):
+        with pytest.raises(ValueError, match=r"not written to the end\. There is no whole checkpoint beside it"):
+            find_checkpoint(str(name), tmp_path)
+
+
+def test_all_files_are_on_the_disk_before_the_mark_goes(tmp_path, monkeypatch):
+    checkpoint, flushed = tmp_path / "checkpoint-1", set()
+
+    def fsync(descriptor):
+        assert (tmp_path / "checkpoint-1.incomplete").exists()
+        flushed.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with written_whole(checkpoint, Accelerator(cpu=True)):
+        write(checkpoint, [*LAYOUTS["FSDP, sharded"], "trainer_state.json"])
+    assert flushed == {path.stat().st_ino for path in [checkpoint, *checkpoint.rglob("*")]}
+    assert not (tmp_path / "checkpoint-1.incomplete").exists()
+
+
+def test_what_cannot_be_removed_stays_marked(tmp_path, monkeypatch):
+    """Left by an earlier run, or by a save that fails."""
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: (path / "model.safetensors").unlink())
+    for number in (1, 2):
+        write(tmp_path / f"checkpoint-{number}", ["model.safetensors", "optimizer.pt"])
+    (tmp_path / "checkpoint-1.incomplete").touch()
+    with pytest.raises(RuntimeError), written_whole(tmp_path / "checkpoint-2", Accelerator(cpu=True)):
+        raise RuntimeError
+    for number in (1, 2):
+        assert why_broken(tmp_path / f"checkpoint-{number}") == "it was not written to the end"
+
+
+def test_files_of_others_are_left_alone_on_a_full_disk(tmp_path):
+    """Only what is half written now goes, not a file in PyTorch's older format that was there before."""
+    older, model = tmp_path / "older.pt", tmp_path / "model.safetensors"
+    torch.save({}, older, _use_new_zipfile_serialization=False)
+    save_file({"weight": torch.zeros(2)}, model)
+
+    def save():
+        with saved_or_said(tmp_path):
+            cut(model)
+            (tmp_path / "half.pt").write_bytes(b"PK")
+            raise OSError(errno.ENOSPC, "no space left")
+
+    with pytest.raises(SavingError):
+        save()
+    assert [path.name for path in tmp_path.iterdir()] == ["older.pt"]
 
 
 def test_none_is_told_or_passed_over(tiny_model, tmp_path):
@@ -210,6 +329,67 @@ def test_signal_saves_and_ends(tiny_model, tmp_path, undisturbed, capfd, caplog,
     assert last_whole(tmp_path) == tmp_path / "checkpoint-5"
     resumed = finished(tiny_model, resume=True, **SAVING, output_dir=str(tmp_path))
     assert_ends_alike(resumed, undisturbed(SAVING))
+
+
+class Signalling(TrainerCallback):
+    """Sends its own process SIGTERM in an event of a step."""
+
+    def __init__(self, event, step):
+        def signalled(args, state, control, **kwargs):
+            if state.global_step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        setattr(self, event, signalled)
+
+
+@pytest.mark.parametrize("event", ["on_save", "on_evaluate", "on_train_end"])
+def test_a_signal_after_the_last_step_is_passed_on(tiny_model, tmp_path, caplog, event):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path)}
+    if event == "on_evaluate":
+        settings |= EVALUATED
+    arguments = {"callbacks": [Signalling(event, 2)], "eval_dataset": load_prompts("test", 4)}
+    with pytest.raises(SystemExit) as ended:
+        train(tiny_model, **settings, arguments=arguments)
+    assert ended.value.code == 143
+    assert f"Stopped by SIGTERM after step 2. Saved as {tmp_path}/checkpoint-2" in caplog.text
+
+
+def test_only_what_is_saved_is_said_to_be(tiny_model, tmp_path, caplog):
+    """After the last step nothing more is saved."""
+    settings = {"save_strategy": "best", "metric_for_best_model": "loss", "eval_strategy": "no"}
+    arguments = {"callbacks": [Signalling("on_train_end", 2)]}
+    for kept, message in ((None, "There is no whole checkpoint."), (1, "The last whole checkpoint is")):
+        if kept:
+            finished(tiny_model, max_steps=1, save_strategy="steps", save_steps=1, output_dir=str(tmp_path))
+        with pytest.raises(SystemExit):
+            train(tiny_model, max_steps=2, **settings, output_dir=str(tmp_path), arguments=arguments)
+        assert f"Stopped by SIGTERM after step 2. {message}" in caplog.text
+
+
+@pytest.mark.parametrize("interval", ["steps", "epoch"])
+def test_there_is_no_evaluation_after_a_signal(tiny_model, tmp_path, interval):
+    """Neither the trainer's own, at the step or the end of the epoch, nor one that a callback makes."""
+    settings = {"max_steps": 4, "eval_strategy": interval, "save_strategy": interval, "save_steps": 1, "eval_steps": 1}
+    saves, events = [], ["on_save", "on_evaluate"]
+    counting = TrainerCallback()
+    for event in events:
+        setattr(counting, event, lambda *args, event=event, **kwargs: saves.append(event))
+    data = {"train_dataset": load_prompts("train", 2), "eval_dataset": load_prompts("test", 4)}
+    trainer = build(
+        tiny_model,
+        **settings,
+        per_device_eval_batch_size=4,
+        output_dir=str(tmp_path),
+        arguments={"callbacks": [counting], "reward_funcs": signalling(signal.SIGTERM, 2), **data},
+    )
+    how = EvaluationSettings(num_samples=1, max_completion_length=2)
+    callback = EvaluationCallback(trainer, data["eval_dataset"], noisy_reward, how, steps=2, at_start=False)
+    trainer.add_callback(callback)
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert saves == (["on_evaluate", "on_save"] if interval == "steps" else []) + ["on_save"]
+    assert not trainer.evaluations
 
 
 @pytest.mark.slow

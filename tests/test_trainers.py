@@ -8,6 +8,7 @@ import pytest
 import torch
 import trl
 from datasets import DatasetDict, IterableDataset
+from transformers import TrainerCallback
 
 from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
 from trl_cancel.playground import CHECKPOINT
@@ -202,16 +203,61 @@ def test_failure_before_the_first_step_saves_nothing(tiny_model, tmp_path):
 
 def test_failure_to_save_does_not_hide_the_reason(tiny_model, tmp_path, monkeypatch):
     trainer = build(tiny_model, output_dir=str(tmp_path), save_strategy="steps")
-    trainer.state.global_step = 1
+    trainer.add_callback(Raising("on_step_end", 1, RuntimeError("the reason")))
     monkeypatch.setattr(
         trainer, "_save_checkpoint", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full"))
-    )
-    monkeypatch.setattr(
-        trl.GRPOTrainer, "train", lambda self, resume: (_ for _ in ()).throw(RuntimeError("the reason"))
     )
     with pytest.raises(RuntimeError, match="the reason") as raised:
         trainer.train()
     assert raised.value.__notes__ == ["The progress could not be saved: disk full"]
+
+
+class Raising(TrainerCallback):
+    """Raises an error in an event after so many optimizer steps."""
+
+    def __init__(self, event, step, error):
+        def raising(args, state, control, **kwargs):
+            if state.global_step == step:
+                raise error
+
+        setattr(self, event, raising)
+
+
+@pytest.mark.parametrize(
+    ("event", "error", "settings", "saved"),
+    [
+        ("on_optimizer_step", RuntimeError(), {}, False),  # of step 3: it would be made twice
+        ("on_optimizer_step", KeyboardInterrupt(), {}, False),
+        ("on_step_begin", RuntimeError(), {}, True),
+        ("on_step_end", RuntimeError(), {}, True),
+        ("on_step_begin", KeyboardInterrupt(), {}, True),
+        ("on_step_begin", KeyboardInterrupt(), {"save_on_signal": False}, False),  # left to Python
+    ],
+)
+def test_progress_is_saved_between_optimizer_steps(tiny_model, tmp_path, event, error, settings, saved):
+    trainer = build(tiny_model, output_dir=str(tmp_path), save_strategy="steps", **settings)
+    trainer.add_callback(Raising(event, 2, error))
+    with pytest.raises(type(error)):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"] * saved
+    assert bool(getattr(error, "__notes__", [])) == saved
+
+
+def test_failure_to_resume_saves_nothing(tiny_model, tmp_path, monkeypatch):
+    """The weights are loaded by then, but nothing else is."""
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    train(tiny_model, output_dir=str(tmp_path / "first"), **settings, max_steps=2)
+    trainer = build(tiny_model, output_dir=str(tmp_path / "second"), **settings)
+
+    def refused(checkpoint):
+        if checkpoint is not None:
+            raise RuntimeError("not this optimizer's")
+
+    monkeypatch.setattr(trainer, "_load_optimizer_and_scheduler", refused)
+    with pytest.raises(RuntimeError) as raised:
+        trainer.train(resume_from_checkpoint=str(tmp_path / "first/checkpoint-2"))
+    assert not list((tmp_path / "second").glob("checkpoint-*"))
+    assert not hasattr(raised.value, "__notes__")
 
 
 @pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])

@@ -33,6 +33,23 @@ MARKER = ".incomplete"
 # What transformers leaves inside a checkpoint that it could not finish on SIGTERM (`enable_jit_checkpoint`).
 MARKER_OF_TRANSFORMERS = "checkpoint-is-incomplete.txt"
 STATE = "trainer_state.json"  # the last file that transformers writes
+# What stands for the weights: of transformers, PEFT, FSDP (whose folders get `.metadata` last) and DeepSpeed.
+WEIGHTS = (
+    *("*model.safetensors", "*model.bin", "*model.*.index.json", "*/adapter_model.*"),
+    *("pytorch_model_fsdp*.bin", "pytorch_model_fsdp_*/.metadata", "global_step*/*"),
+)
+# And for each state; all of them are there, or none (`save_only_model`).
+STATES = {
+    "the optimizer's state": (
+        "optimizer.pt*",
+        "optimizer*.bin",
+        "optimizer_*/.metadata",
+        "*-optimizer.pt",
+        "global_step*/*",
+    ),
+    "scheduler.pt": ("scheduler.pt", "global_step*/*"),
+    "rng_state.pth": ("rng_state*.pth",),
+}
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 # PyTorch and safetensors raise errors of their own, with the number in the text at best.
 OF_PYTORCH = re.compile(r"PytorchStreamWriter|unexpected pos")
@@ -52,10 +69,10 @@ def why_broken(checkpoint: str | os.PathLike) -> str | None:
         checkpoint (`str` or `os.PathLike`):
             Folder of the checkpoint.
     """
-    checkpoint = Path(checkpoint)
+    link, checkpoint = Path(checkpoint).absolute(), Path(checkpoint).resolve()
     if not checkpoint.is_dir():
         return "there is no such folder"
-    if _marker(checkpoint).exists() or (checkpoint / MARKER_OF_TRANSFORMERS).exists():
+    if _marker(link).exists() or _marker(checkpoint).exists() or (checkpoint / MARKER_OF_TRANSFORMERS).exists():
         return "it was not written to the end"
     return _missing(checkpoint)
 
@@ -101,7 +118,7 @@ def find_checkpoint(resume: str | bool | None, folder: str | os.PathLike) -> str
         return None if last is None else str(last)
     reason = why_broken(resume)
     if reason is not None:
-        last = last_whole(Path(resume).absolute().parent)
+        last = last_whole(Path(resume).resolve().parent)
         instead = f"The last whole checkpoint there is {last}." if last else "There is no whole checkpoint beside it."
         raise ValueError(f"resume_from_checkpoint={resume} is not a whole checkpoint: {reason}. {instead}")
     return str(resume)
@@ -193,13 +210,15 @@ def saved_or_said(folder: Path) -> Iterator[None]:
     Raises:
         [`SavingError`]: If the disk is full or refuses to be written.
     """
+    before = {file: _version(file) for file in _cut_off(folder)}  # files that are none of ours
     try:
         yield
     except Exception as error:
         if not is_storage_error(error):
             raise
         for file in _cut_off(folder):
-            file.unlink(missing_ok=True)
+            if _version(file) != before.get(file):
+                file.unlink(missing_ok=True)
         raise SavingError(_what_is_kept(folder, error)) from error
 
 
@@ -218,7 +237,7 @@ def is_storage_error(error: BaseException) -> bool:
 
 
 def _marker(checkpoint: Path) -> Path:
-    return checkpoint.with_name(checkpoint.name + MARKER)
+    return Path(f"{checkpoint}{MARKER}")
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -234,8 +253,39 @@ def _missing(checkpoint: Path) -> str | None:
         return f"{STATE} is missing"
     except ValueError:
         return f"{STATE} is cut off"
+    lacking = _weights_missing(checkpoint) or _states_missing(checkpoint)
+    if lacking:
+        return f"{lacking} missing"
     files = ", ".join(sorted(file.name for file in _cut_off(checkpoint)))
     return f"{files} cut off" if files else None
+
+
+def _weights_missing(checkpoint: Path) -> str | None:
+    if not _holds(checkpoint, WEIGHTS):
+        return "the weights are"
+    for index in checkpoint.glob("*model.*.index.json"):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except ValueError:
+            return f"the end of {index.name} is"
+        for shard in sorted(shards):
+            if not (checkpoint / shard).exists():
+                return f"{shard} is"
+    return None
+
+
+def _states_missing(checkpoint: Path) -> str | None:
+    missing = [state for state, patterns in STATES.items() if not _holds(checkpoint, patterns)]
+    return f"{missing[0]} is" if missing and len(missing) < len(STATES) else None
+
+
+def _holds(folder: Path, patterns: tuple[str, ...]) -> bool:
+    return any(True for pattern in patterns for _ in folder.glob(pattern))
+
+
+def _version(file: Path) -> tuple[int, int, int]:
+    status = file.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _cut_off(folder: Path) -> list[Path]:
@@ -261,8 +311,13 @@ def _read(stream: BinaryIO, length: int) -> bytes:
 
 def _remove_broken(folder: Path) -> None:
     for marker in folder.glob(f"checkpoint-*{MARKER}"):
-        shutil.rmtree(marker.with_name(marker.name.removesuffix(MARKER)), ignore_errors=True)
-        marker.unlink(missing_ok=True)
+        if _removed(marker.with_name(marker.name.removesuffix(MARKER))):
+            marker.unlink(missing_ok=True)
+
+
+def _removed(folder: Path) -> bool:
+    shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
 
 
 def _flush(folder: Path) -> None:
@@ -286,9 +341,9 @@ def _flush(folder: Path) -> None:
 
 def _give_up(checkpoint: Path, error: BaseException, alone: bool) -> None:
     """Removes a half; what only could not be pushed is kept."""
-    if is_storage_error(error) or _missing(checkpoint) is not None:
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    if alone:  # others may still be writing
+    is_half = is_storage_error(error) or _missing(checkpoint) is not None
+    is_settled = not is_half or _removed(checkpoint)
+    if is_settled and alone:  # others may still be writing
         _marker(checkpoint).unlink(missing_ok=True)
 
 

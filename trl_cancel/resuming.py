@@ -25,7 +25,7 @@ class Resumable(GRPOTrainer):
         """
         Trains as [`~transformers.Trainer.train`] does. If something fails in the middle, a reward function say, the
         progress so far is saved as a checkpoint that `resume_from_checkpoint=True` continues from (in a single
-        process, unless `save_strategy="no"`).
+        process, unless `save_strategy="no"`, no step has been finished yet, or the optimizer was interrupted).
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
@@ -50,6 +50,11 @@ class Resumable(GRPOTrainer):
         self._signals.end(self.args, self.state.global_step)
         return result
 
+    @property
+    def is_stopped_by_signal(self) -> bool:
+        """Whether the training ends at this step because of a signal: there may be no time for more than saving."""
+        return self._signals.received is not None
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As [`~transformers.Trainer.save_model`]; says what is kept if the disk is full."""
         folder = Path(output_dir or str(self.args.output_dir))
@@ -64,10 +69,13 @@ class Resumable(GRPOTrainer):
     def _save_progress(self, error: BaseException) -> None:
         step, folder = self.state.global_step, Path(str(self.args.output_dir))
         # With several processes, the others would not take part in saving.
-        if not step or self.args.save_strategy == "no" or self.accelerator.num_processes > 1:
+        if self.args.save_strategy == "no" or self.accelerator.num_processes > 1:
             return
-        hurried = isinstance(error, KeyboardInterrupt) and self._signals.noted  # by a second signal
-        if hurried or isinstance(error, SavingError):
+        if not self._signals.is_between_steps(step):
+            return
+        # A second signal, or one that is left to Python.
+        at_once = isinstance(error, KeyboardInterrupt) and (self._signals.noted or not self.args.save_on_signal)
+        if at_once or isinstance(error, SavingError):
             return
         try:
             if why_broken(folder / f"checkpoint-{step}"):

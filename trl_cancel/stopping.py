@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
+from .checkpoints import last_whole
 from .configs import CancelGRPOConfig
 
 
@@ -39,6 +40,17 @@ class StopOnSignal(TrainerCallback):
         self.accelerator = accelerator
         self.received: int | None = None  # by any process, as soon as all know
         self._own: int | None = None  # by this process
+        self._stepping_from: int | None = None  # steps before the latest call of the optimizer
+
+    def is_between_steps(self, step: int) -> bool:
+        """
+        Whether the training has called the optimizer, and the weights are those of a step that is done and counted.
+
+        Args:
+            step (`int`):
+                Optimizer steps that are counted.
+        """
+        return self._stepping_from is not None and step > self._stepping_from
 
     @property
     def noted(self) -> bool:
@@ -54,7 +66,7 @@ class StopOnSignal(TrainerCallback):
             wanted (`bool`, *optional*, defaults to `True`):
                 Whether to.
         """
-        self.received = self._own = None
+        self.received = self._own = self._stepping_from = None
         before = {}
         if wanted and threading.current_thread() is threading.main_thread():
             before = {number: signal.getsignal(number) for number in DEFAULTS}
@@ -78,19 +90,26 @@ class StopOnSignal(TrainerCallback):
             what = "stopping after this optimizer step, with a checkpoint; a second signal stops at once"
             os.write(2, f"\n{signal.Signals(number).name}: {what}.\n".encode())
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stepping_from = state.global_step
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        numbers = torch.tensor([self._own or 0], device=self.accelerator.device)
-        if self.accelerator.num_processes > 1:
-            numbers = self.accelerator.gather(numbers)
-        self.received = int(numbers.max()) or None
+        self._agree()
         if self.received is not None:
             control.should_training_stop = True
             control.should_save = args.save_strategy != "no"
             control.should_evaluate = False
 
+    def _agree(self) -> None:
+        numbers = torch.tensor([self._own or 0], device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            numbers = self.accelerator.gather(numbers)
+        self.received = int(numbers.max()) or None
+
     def end(self, args: CancelGRPOConfig, step: int) -> None:
         """
-        Says how to go on, if a signal has ended the training, and passes it on.
+        Says how to go on, if a signal has ended the training or come after its last step, and passes it on. All
+        processes must call it.
 
         Args:
             args ([`CancelGRPOConfig`]):
@@ -102,6 +121,7 @@ class StopOnSignal(TrainerCallback):
             `SystemExit`: After SIGTERM, with the exit status that schedulers know it by, 143.
             `KeyboardInterrupt`: After SIGINT.
         """
+        self._agree()
         if self.received is None:
             return
         logger.warning(
@@ -119,7 +139,12 @@ class StopOnSignal(TrainerCallback):
 def _how_to_go_on(args: CancelGRPOConfig, step: int) -> str:
     if args.save_strategy == "no":
         return 'Nothing was saved: save_strategy="no".'
-    text = f"Saved as {args.output_dir}/checkpoint-{step}; continue with resume_from_checkpoint=True."
+    last = last_whole(str(args.output_dir))
+    if last is None:
+        return "There is no whole checkpoint."
+    if last.name != f"checkpoint-{step}":  # the signal came after the last step
+        return f"The last whole checkpoint is {last}; continue with resume_from_checkpoint=True."
+    text = f"Saved as {last}; continue with resume_from_checkpoint=True."
     if step % args.layout.updates_per_generation:
         text += " That was within a generation batch: the resumed run generates another instead of the rest of it."
     return text

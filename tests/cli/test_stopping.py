@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from safetensors.torch import load_file
 
 from tests.kills import status_of
 from trl_cancel.checkpoints import last_whole
-from trl_cancel.cli import main
+from trl_cancel.cli import UsageError, main
+from trl_cancel.cli.training import find_checkpoint
 from trl_cancel.playground import reward as graded
 
 
@@ -93,6 +95,16 @@ def test_a_broken_checkpoint_by_name(tmp_path, capfd):
     )
     assert train(tmp_path / "empty", resume_from_checkpoint="true") == 2
     assert "set it to 'auto', which starts anew" in capfd.readouterr().err
+
+
+def test_only_the_main_process_looks_for_a_checkpoint(tmp_path):
+    """Another node may see the folder otherwise, and must not refuse or choose for itself."""
+    for named, wanted in (("auto", "auto"), ("true", True), (str(tmp_path / "none"), str(tmp_path / "none"))):
+        training = SimpleNamespace(resume_from_checkpoint=named, output_dir=tmp_path, process_index=1)
+        assert find_checkpoint(SimpleNamespace(training=training)) == wanted
+    training.process_index = 0
+    with pytest.raises(UsageError, match="there is no such folder"):
+        find_checkpoint(SimpleNamespace(training=training))
 
 
 def test_a_spoiled_reward_is_one_line(tmp_path, monkeypatch, capfd):

@@ -216,15 +216,17 @@ def check_writable(folder: str, setting: str = "output_dir") -> None:
         raise UsageError(f"{setting}={folder}: cannot write to {existing}: {error.strerror}.") from error
 
 
-def find_checkpoint(settings: Settings) -> str | None:
+def find_checkpoint(settings: Settings) -> str | bool | None:
     """
     The checkpoint to go on from: `resume_from_checkpoint` names it, is true for the last whole one, or `auto` for that
-    if there is one.
+    if there is one. Only the main process looks for it, since its answer counts for all in the trainer.
     """
-    wanted: Any = settings.training.resume_from_checkpoint
-    words = {"true": True, "false": None, "auto": checkpoints.AUTO}
+    named: Any = settings.training.resume_from_checkpoint
+    wanted = {"true": True, "false": None, "auto": checkpoints.AUTO}.get(str(named).lower(), named)
+    if settings.training.process_index > 0:
+        return wanted
     try:
-        return checkpoints.find_checkpoint(words.get(str(wanted).lower(), wanted), str(settings.training.output_dir))
+        return checkpoints.find_checkpoint(wanted, str(settings.training.output_dir))
     except ValueError as error:
         raise UsageError(str(error)) from error
 

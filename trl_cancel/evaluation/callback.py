@@ -82,6 +82,8 @@ class EvaluationCallback(TrainerCallback):
             self._evaluate(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if getattr(self.trainer, "is_stopped_by_signal", False):  # there may be no time for it
+            return
         is_due = self.steps is not None and state.global_step % self.steps == 0
         is_last = self.at_end and state.global_step >= state.max_steps and not control.should_evaluate
         if is_due or is_last:
