@@ -72,6 +72,15 @@ def test_the_last_possible_token_is_one_that_has_probability():
     assert choice(torch.zeros(1, 0), torch.tensor([[0.0, 1.0, -torch.inf]])).argmax() == 1
 
 
+@pytest.mark.parametrize(("uniform", "chosen"), [(0.0, 1), (0.25, 3), (0.5, 4)])
+def test_a_token_without_probability_is_never_drawn(uniform, chosen):
+    """Not where the uniform number equals a cumulative probability either."""
+    choice = SeededChoice([0], 0, 1)
+    choice.uniform = torch.tensor([[uniform]])
+    probabilities = torch.tensor([[0.0, 0.25, 0.0, 0.25, 0.5, 0.0]])
+    assert choice(torch.zeros(1, 0), probabilities.log()).argmax() == chosen
+
+
 def test_settings_shape_the_distribution():
     scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     settings = EvaluationSettings(temperature=0.5, top_k=3, top_p=0.9)
@@ -303,6 +312,23 @@ def test_other_settings_are_named(tmp_path):
         SampleLog(tmp_path, {"temperature": 1.0, "top_k": 0, "min_p": 0.1})
     (tmp_path / "settings.json").unlink()
     with pytest.raises(ValueError, match=r"no settings.json"):
+        SampleLog(tmp_path, {})
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\x0b", "\r", "\r\n", "\n"])
+def test_answers_may_hold_any_end_of_a_line(tmp_path, end):
+    samples = [{"problem": number, "sample": None, "completion": f"one{end}two"} for number in range(2)]
+    SampleLog(tmp_path, {}).append(samples)
+    assert SampleLog(tmp_path, {}).samples == samples
+
+
+@pytest.mark.parametrize("broken", [b'{"problem": 1, "sam', b"\0" * 20, b"\xff", b"7", b"{}"])
+def test_a_broken_line_is_named(tmp_path, broken):
+    log = SampleLog(tmp_path, {})
+    log.append([{"problem": number, "sample": None} for number in range(3)])
+    lines = log.path.read_bytes().split(b"\n")
+    log.path.write_bytes(b"\n".join([lines[0], broken, *lines[2:]]))
+    with pytest.raises(ValueError, match=r"samples.jsonl, line 2: this is no sample"):
         SampleLog(tmp_path, {})
 
 
