@@ -206,6 +206,8 @@ def test_mistakes(tiny_model, monkeypatch):
     trainer = build(tiny_model)
     with pytest.raises(ValueError, match="steps=0 must be a whole number"):
         EvaluationCallback(trainer, load_prompts("test", 2), steps=0)
+    with pytest.raises(ValueError, match="Evaluation on mine: the data set has no problems"):
+        EvaluationCallback(trainer, load_prompts("test", 2).select([]), name="mine")
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
     with pytest.raises(ValueError, match="fsdp_version: 2"):
         EvaluationCallback(trainer, load_prompts("test", 2))

@@ -58,7 +58,8 @@ class EvaluationCallback(TrainerCallback):
             Answers that a process generates at a time.
 
     Raises:
-        `ValueError`: If `steps` makes no sense, or the model is sharded in a way in which it cannot generate.
+        `ValueError`: If `steps` makes no sense, there are no problems, or the model is sharded in a way in which it
+            cannot generate.
     """
 
     def __init__(
@@ -77,6 +78,8 @@ class EvaluationCallback(TrainerCallback):
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
             raise ValueError(f"steps={steps!r} must be a whole number of at least 1, or None.")
         self.trainer, self.problems, self.reward, self.name = trainer, problems, reward, name
+        if not len(problems):
+            raise ValueError(f"Evaluation on {name}: the data set has no problems.")
         self.settings = settings or EvaluationSettings()
         self.steps, self.at_start, self.at_end = steps, at_start, at_end
         self.engine = trainer_engine(trainer, batch_size)

@@ -86,13 +86,13 @@ def load_engine(
     if settings.engine == "vllm":
         quantized = arguments.load_in_4bit or arguments.load_in_8bit
         further: dict[str, Any] = {"quantization": "bitsandbytes"} if quantized else {}
-        further |= {} if base else {"revision": revision}
         rank = getattr(PeftConfig.from_pretrained(path, revision=revision), "r", 16) if base else 16
         return VllmEngine(
             path,
             tokenizer,
             base=base,
             lora_rank=rank,
+            revision=revision,
             **size,
             **further,
             dtype=arguments.dtype or "auto",

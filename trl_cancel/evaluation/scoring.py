@@ -196,9 +196,17 @@ def generate_batch(
 
     Returns:
         `list[list[int]]`: The tokens that follow each prefix, the ending one included, without padding.
+
+    Raises:
+        `ValueError`: If neither model nor tokenizer has a token that ends an answer, or pads it.
     """
     end = end_tokens(model, tokenizer)
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end[0]
+    filler = next((token for token in [tokenizer.pad_token_id, *end] if token is not None), None)
+    if filler is None:
+        raise ValueError(
+            "No token ends an answer: the tokenizer has no pad_token and no eos_token, and the model's generation "
+            "config no eos_token_id. Set one of them."
+        )
     rows = [torch.tensor(prefix) for prefix in prefixes]
     ids = pad_sequence(rows, batch_first=True, padding_value=filler, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
