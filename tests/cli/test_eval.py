@@ -1,6 +1,7 @@
 """`trl-cancel eval`: what it writes, how it goes on, and one line for every mistake."""
 
 import json
+import sys
 
 import pytest
 from datasets import Dataset
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer
 from tests.runs import load
 from trl_cancel.cli import main
 from trl_cancel.evaluation import PRESETS, presets
+from trl_cancel.evaluation.models import fingerprint
 from trl_cancel.evaluation.presets import INSTRUCTION
 
 
@@ -80,6 +82,64 @@ def test_another_model_in_the_same_folder_is_another_model(tiny_model, tmp_path,
         status = playground(tmp_path / "model", output=tmp_path / "out")
     assert status == 2
     assert "fingerprint of the model" in capsys.readouterr().err
+
+
+@pytest.fixture
+def own(tiny_model, tmp_path, monkeypatch):
+    """A model, data and a reward function of one's own in a folder, and the command that evaluates them."""
+    for part in (load(tiny_model), AutoTokenizer.from_pretrained(tiny_model)):
+        part.save_pretrained(tmp_path / "model")
+    row = {"prompt": [{"role": "user", "content": "Compute 1+1."}], "solution": "2", "hint": "one"}
+    Dataset.from_list([row]).to_json(tmp_path / "data" / "test.jsonl")
+    (tmp_path / "own_judge.py").write_text("BEST = 1.0\n\n\ndef judge(hint, **_):\n    return [BEST] * len(hint)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_judge", raising=False)  # another test's
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return lambda: evaluate(
+        "model", "--dataset_name", "data", "--reward_funcs", "own_judge.judge", *QUICK, output="out"
+    )
+
+
+def rewrite(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (None, None),
+        (("model/chat_template.jinja", "{", "Listen. {"), "fingerprint of the prompts' tokens="),
+        (("model/generation_config.json", '"eos_token_id": ', '"eos_token_id": 1'), "end tokens=["),
+        (("data/test.jsonl", '"one"', '"two"'), "fingerprint of the problems="),
+        (("own_judge.py", "BEST = 1.0", "BEST = 0.5"), "fingerprint of the reward function's file="),
+    ],
+)
+def test_whatever_answers_depend_on_is_noticed(own, tmp_path, capsys, change, said):
+    assert own() == 0
+    capsys.readouterr()
+    if change is None:
+        assert own() == 0
+    else:
+        file, old, new = change
+        rewrite(tmp_path / file, old, new)
+        assert own() == 2
+        assert said in capsys.readouterr().err
+
+
+def test_the_fingerprint_of_a_model_on_the_hub_is_its_commit(tmp_path, monkeypatch):
+    """In a cache as the Hub's client makes it, before and after `main` has moved."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commits = ["a" * 40, "b" * 40]
+    folder = tmp_path / "models--my--model"
+    (folder / "refs").mkdir(parents=True)
+    for commit in commits:
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        (folder / "snapshots" / commit / "config.json").write_text("{}")
+        (folder / "refs" / "main").write_text(commit)
+        assert fingerprint("my/model", "main") == commit
+    assert fingerprint("my/model", commits[0]) == commits[0]
 
 
 def test_adapters_and_several_models(tiny_model, tmp_path, capsys):

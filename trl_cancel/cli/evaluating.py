@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import re
 from collections import Counter
@@ -16,8 +17,16 @@ from rich.table import Table
 from trl import ModelConfig
 
 from .. import playground
-from ..evaluation import Evaluation, answer_problems, math_verify_reward, summarize
-from ..evaluation.models import ENGINES, EngineSettings, base_of, fingerprint, load_engine, load_tokenizer
+from ..evaluation import Evaluation, answer_problems, math_verify_reward, prompt_token_ids, summarize
+from ..evaluation.models import (
+    ENGINES,
+    EngineSettings,
+    fingerprint,
+    load_end_tokens,
+    load_engine,
+    load_tokenizer,
+    weights_of,
+)
 from ..evaluation.presets import INSTRUCTION, PRESETS, DataSource, load_problems
 from ..evaluation.samples import Sample, SampleLog
 from ..evaluation.settings import EvaluationSettings
@@ -303,7 +312,14 @@ def evaluate_model(name: str, sets: list[DataSet], settings: EvalSettings) -> li
     arguments = replace(arguments, model_revision=revision)
     try:
         tokenizer = load_tokenizer(path, revision)
-        base = base_of(path, revision)
+        weights = weights_of(path, revision)
+        is_adapter = weights != (path, revision)
+        of_model = {
+            "base model": weights[0] if is_adapter else None,
+            "fingerprint of the model": fingerprint(path, revision),
+            "fingerprint of the base model": fingerprint(*weights) if is_adapter else None,
+            "end tokens": load_end_tokens(path, tokenizer, revision),
+        }
     except OSError as error:
         raise UsageError(_cannot_load(name, error)) from error
     problems = [data.load(tokenizer.chat_template is not None) for data in sets]
@@ -311,16 +327,16 @@ def evaluate_model(name: str, sets: list[DataSet], settings: EvalSettings) -> li
         {
             "model_name_or_path": name,
             "model_revision": revision,
-            "base model": base,
-            "fingerprint of the model": fingerprint(path),
-            "fingerprint of the base model": fingerprint(base) if base else None,
+            **of_model,
             "dtype": arguments.dtype,
             "load_in_4bit": arguments.load_in_4bit,
             "load_in_8bit": arguments.load_in_8bit,
             "engine": run.engine,
             **data.facts,
             "num_problems": len(rows),
-            "fingerprint of the problems": _digest(rows),
+            "fingerprint of the problems": _digest(rows.with_format("arrow")[:].to_pylist()),
+            "fingerprint of the prompts' tokens": _digest(prompt_token_ids(tokenizer, rows["prompt"][:])),
+            "fingerprint of the reward function's file": _digest(_source(data.reward)),
             **_sampling(data.settings),
         }
         for data, rows in zip(sets, problems, strict=True)
@@ -360,9 +376,17 @@ def _sampling(settings: EvaluationSettings) -> dict[str, Any]:
     return {name: value for name, value in asdict(settings).items() if name not in computed}
 
 
-def _digest(problems: Dataset) -> str:
-    text = json.dumps([problems["prompt"][:], problems["solution"][:]], ensure_ascii=False, default=str)
+def _digest(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _source(reward: Callable[..., Any]) -> str | None:
+    """The file that a reward function is written in, since it may call others there; `None` if there is none."""
+    try:
+        return inspect.getsource(inspect.getmodule(reward))  # type: ignore[arg-type]  # None raises TypeError
+    except (OSError, TypeError):
+        return None
 
 
 def folder_name(name: str) -> str:
