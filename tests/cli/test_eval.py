@@ -1,16 +1,19 @@
 """`trl-cancel eval`: what it writes, how it goes on, and one line for every mistake."""
 
+import errno
 import json
 import sys
 
 import pytest
+import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
 from tests.runs import load
-from trl_cancel.cli import main
-from trl_cancel.evaluation import PRESETS, presets
+from trl_cancel.cli import UsageError, main
+from trl_cancel.cli.evaluating import check_folders
+from trl_cancel.evaluation import PRESETS, SampleLog, TransformersEngine, presets
 from trl_cancel.evaluation.models import fingerprint
 from trl_cancel.evaluation.presets import INSTRUCTION
 
@@ -198,6 +201,59 @@ def test_list_presets(capsys, monkeypatch):
     assert all(preset.source.path in printed for preset in PRESETS.values())
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "lower --batch_size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "lower --batch_size"),
+        (RuntimeError("CUDA error: device-side assert triggered"), "CUDA error: device-side assert triggered"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device. Make room"),
+    ],
+)
+def test_what_fails_from_outside_is_one_line_and_can_go_on(tiny_model, tmp_path, monkeypatch, capsys, error, said):
+    """After the first of two batches, or in the middle of writing the second."""
+    arguments = ["--batch_size", "4"]
+    assert playground(tiny_model, *arguments, output=tmp_path / "whole") == 0
+    target, method = (SampleLog, "append") if isinstance(error, OSError) else (TransformersEngine, "generate")
+    real, calls = getattr(target, method), []
+
+    def fails(self, *given):
+        calls.append(1)
+        if len(calls) > 1:
+            if target is SampleLog:
+                with open(self.path, "a") as file:
+                    file.write('{"problem": 0, "sam')
+            raise error
+        return real(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, method, fails)
+        capsys.readouterr()
+        assert playground(tiny_model, *arguments, output=tmp_path / "part") == 1
+    printed = capsys.readouterr().err
+    last = printed.splitlines()[-1]  # after those of the progress bar
+    assert last.startswith("trl-cancel eval: ")
+    assert said in last
+    assert f"The answers so far are in {tmp_path / 'part'}; the same command goes on from there" in last
+    assert "Traceback" not in printed
+    assert playground(tiny_model, *arguments, output=tmp_path / "part") == 0
+    (whole,), (part,) = (list((tmp_path / name).glob("*/*/samples.jsonl")) for name in ("whole", "part"))
+    assert part.read_bytes() == whole.read_bytes()
+
+
+def test_models_that_would_share_a_folder(tiny_model, tmp_path, capsys):
+    """Are refused before anything is answered."""
+    models = [tmp_path / experiment / "run" / "checkpoint-100" for experiment in ("exp1", "exp2")]
+    for model in models:
+        for part in (load(tiny_model), AutoTokenizer.from_pretrained(tiny_model)):
+            part.save_pretrained(model)
+    assert playground(models[0], "--more_models", str(models[1]), output=tmp_path / "out") == 2
+    assert f"{models[0]} and {models[1]} would share the folder run-checkpoint-100" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="org/model-x and org-model/x would share"):
+        check_folders("model_name_or_path", ["org/model-x", "org-model/x"])
+
+
 def test_rewards_of_ones_own(tiny_model, tmp_path, monkeypatch):
     (tmp_path / "my_judge.py").write_text("def short(completions, **_):\n    return [0.25] * len(completions)\n")
     monkeypatch.chdir(tmp_path)
@@ -232,6 +288,8 @@ def test_data_of_ones_own(tiny_model, tmp_path):
     [
         ([], "give either --preset (aime24, "),
         (["--preset", "aime24", "--dataset_name", "playground"], "give either --preset"),
+        (["--preset", "aime24", "aime24"], "preset=aime24: it is given twice"),
+        (["--dataset_name", "playground", "--more_models", "playground"], "playground: it is given twice"),
         (["--preset", "aime23"], "preset=aime23: unknown; use one of aime24, "),
         (["--dataset_name", "no/where"], "data set no/where, split 'test': cannot load it"),
         (["--preset", "aime24"], "data set HuggingFaceH4/aime_2024, split 'train': cannot load it"),

@@ -6,17 +6,21 @@ import inspect
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from rich.table import Table
 from trl import ModelConfig
 
 from .. import playground
+from ..checkpoints import is_storage_error
 from ..evaluation import Evaluation, answer_problems, math_verify_reward, prompt_token_ids, summarize
 from ..evaluation.models import (
     ENGINES,
@@ -30,7 +34,7 @@ from ..evaluation.models import (
 from ..evaluation.presets import INSTRUCTION, PRESETS, DataSource, load_problems
 from ..evaluation.samples import Sample, SampleLog
 from ..evaluation.settings import EvaluationSettings
-from . import UsageError
+from . import Failure, UsageError
 from .settings import StrictParser
 from .training import check_model_path, check_writable, console, find_reward
 
@@ -188,6 +192,7 @@ def run_evaluation(settings: EvalSettings) -> None:
 
     Raises:
         `UsageError`: If a setting cannot work.
+        `Failure`: If the disk is full, the memory does not suffice, or what generates fails.
     """
     run = settings.run
     check_writable(run.output, "output")
@@ -208,16 +213,56 @@ def run_evaluation(settings: EvalSettings) -> None:
         )
     if run.engine == "vllm" and run.more_models:
         raise UsageError("more_models with engine=vllm: vLLM keeps the GPU's memory; evaluate one model a command.")
-    try:
+    with in_one_line(run.output):
         sets = data_sets(run)
+        check_folders("model_name_or_path", [str(model) for model in models])
+        check_folders("preset", [data.name for data in sets])
         evaluations = [
             (str(model), evaluation) for model in models for evaluation in evaluate_model(str(model), sets, settings)
         ]
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise UsageError(str(error)) from error
     if state.is_main_process:
         console.print(table(evaluations))
         console.print(f"Samples and results: {run.output}.")
+
+
+@contextmanager
+def in_one_line(output: str) -> Iterator[None]:
+    """Turns what goes wrong in an evaluation into an error of one line; what is answered is in the file by then."""
+    go_on = f"The answers so far are in {output}; the same command goes on from there."
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from error
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
+            raise Failure(
+                f"out of memory: lower --batch_size or --max_completion_length. {go_on} ({error})"
+            ) from error
+        raise Failure(f"{error} {go_on}") from error
+    except OSError as error:
+        if not is_storage_error(error):
+            raise
+        raise Failure(f"{error}. Make room, or choose another --output. {go_on}") from error
+
+
+def check_folders(setting: str, names: list[str]) -> None:
+    """
+    Makes sure that each name has a folder of its own.
+
+    Raises:
+        `UsageError`: If two share one.
+    """
+    owners: dict[str, str] = {}
+    for name in names:
+        folder = folder_name(name)
+        if owners.get(folder) == name:
+            raise UsageError(f"{setting}={name}: it is given twice.")
+        if folder in owners:
+            raise UsageError(
+                f"{setting}: {owners[folder]} and {name} would share the folder {folder}. Evaluate them by two "
+                "commands with different --output."
+            )
+        owners[folder] = name
 
 
 def data_sets(run: EvalArguments) -> list[DataSet]:
