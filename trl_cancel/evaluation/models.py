@@ -152,8 +152,8 @@ def fingerprint(path: str, revision: str | None = None) -> str | None:
     """A digest of the files that make a local model or adapter what it is; for a Hub id, the commit that is meant."""
     folder = Path(path)
     if not folder.is_dir():
-        file = find_adapter_config_file(path, revision=revision) or cached_file(path, CONFIG_NAME, revision=revision)
-        return extract_commit_hash(file, None)
+        found = find_adapter_config_file(path, revision=revision) or cached_file(path, CONFIG_NAME, revision=revision)
+        return extract_commit_hash(found, None)
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(folder.iterdir()):
         if file.suffix in (".safetensors", ".bin") or file.name in ("config.json", "adapter_config.json"):
