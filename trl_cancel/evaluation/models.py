@@ -72,7 +72,7 @@ def load_end_tokens(path: str, tokenizer: PreTrainedTokenizerBase, revision: str
     """The tokens that end an answer of a model, or of an adapter, without its weights."""
     source, revision = weights_of(path, revision)
     try:
-        config = GenerationConfig.from_pretrained(source, revision=revision)
+        config = GenerationConfig.from_pretrained(source, revision=revision or "main")
     except OSError:  # it has none of its own
         config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(source, revision=revision))
     return declared_end_tokens(config, tokenizer)
