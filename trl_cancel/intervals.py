@@ -1,5 +1,7 @@
 """How sure a mean is."""
 
+import math
+
 import torch
 
 
@@ -20,10 +22,12 @@ def mean_with_interval(
             Seed of the resampling.
 
     Returns:
-        `tuple[float, float, float]`: Mean, lower and upper end.
+        `tuple[float, float, float]`: Mean, lower and upper end; `nan` where there are no scores.
     """
     by_prompt = scores.double().nanmean(1)
     by_prompt = by_prompt[~by_prompt.isnan()]
+    if not len(by_prompt):
+        return math.nan, math.nan, math.nan
     generator = torch.Generator().manual_seed(seed)
     index = torch.randint(len(by_prompt), (num_resamples, len(by_prompt)), generator=generator)
     tail = (1 - confidence) / 2

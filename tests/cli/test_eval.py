@@ -1,15 +1,20 @@
 """`trl-cancel eval`: what it writes, how it goes on, and one line for every mistake."""
 
+import errno
 import json
+import sys
 
 import pytest
+import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
 from tests.runs import load
-from trl_cancel.cli import main
-from trl_cancel.evaluation import PRESETS, presets
+from trl_cancel.cli import UsageError, main
+from trl_cancel.cli.evaluating import check_folders
+from trl_cancel.evaluation import PRESETS, SampleLog, TransformersEngine, presets
+from trl_cancel.evaluation.models import fingerprint
 from trl_cancel.evaluation.presets import INSTRUCTION
 
 
@@ -82,6 +87,64 @@ def test_another_model_in_the_same_folder_is_another_model(tiny_model, tmp_path,
     assert "fingerprint of the model" in capsys.readouterr().err
 
 
+@pytest.fixture
+def own(tiny_model, tmp_path, monkeypatch):
+    """A model, data and a reward function of one's own in a folder, and the command that evaluates them."""
+    for part in (load(tiny_model), AutoTokenizer.from_pretrained(tiny_model)):
+        part.save_pretrained(tmp_path / "model")
+    row = {"prompt": [{"role": "user", "content": "Compute 1+1."}], "solution": "2", "hint": "one"}
+    Dataset.from_list([row]).to_json(tmp_path / "data" / "test.jsonl")
+    (tmp_path / "own_judge.py").write_text("BEST = 1.0\n\n\ndef judge(hint, **_):\n    return [BEST] * len(hint)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_judge", raising=False)  # another test's
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return lambda: evaluate(
+        "model", "--dataset_name", "data", "--reward_funcs", "own_judge.judge", *QUICK, output="out"
+    )
+
+
+def rewrite(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (None, None),
+        (("model/chat_template.jinja", "{", "Listen. {"), "fingerprint of the prompts' tokens="),
+        (("model/generation_config.json", '"eos_token_id": ', '"eos_token_id": 1'), "end tokens=["),
+        (("data/test.jsonl", '"one"', '"two"'), "fingerprint of the problems="),
+        (("own_judge.py", "BEST = 1.0", "BEST = 0.5"), "fingerprint of the reward function's file="),
+    ],
+)
+def test_whatever_answers_depend_on_is_noticed(own, tmp_path, capsys, change, said):
+    assert own() == 0
+    capsys.readouterr()
+    if change is None:
+        assert own() == 0
+    else:
+        file, old, new = change
+        rewrite(tmp_path / file, old, new)
+        assert own() == 2
+        assert said in capsys.readouterr().err
+
+
+def test_the_fingerprint_of_a_model_on_the_hub_is_its_commit(tmp_path, monkeypatch):
+    """In a cache as the Hub's client makes it, before and after `main` has moved."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commits = ["a" * 40, "b" * 40]
+    folder = tmp_path / "models--my--model"
+    (folder / "refs").mkdir(parents=True)
+    for commit in commits:
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        (folder / "snapshots" / commit / "config.json").write_text("{}")
+        (folder / "refs" / "main").write_text(commit)
+        assert fingerprint("my/model", "main") == commit
+    assert fingerprint("my/model", commits[0]) == commits[0]
+
+
 def test_adapters_and_several_models(tiny_model, tmp_path, capsys):
     """An adapter's answers are those of the model that it makes with its base."""
     adapted = get_peft_model(load(tiny_model), LoraConfig(r=2, lora_alpha=200, init_lora_weights=False))
@@ -138,6 +201,59 @@ def test_list_presets(capsys, monkeypatch):
     assert all(preset.source.path in printed for preset in PRESETS.values())
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "lower --batch_size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "lower --batch_size"),
+        (RuntimeError("CUDA error: device-side assert triggered"), "CUDA error: device-side assert triggered"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device. Make room"),
+    ],
+)
+def test_what_fails_from_outside_is_one_line_and_can_go_on(tiny_model, tmp_path, monkeypatch, capsys, error, said):
+    """After the first of two batches, or in the middle of writing the second."""
+    arguments = ["--batch_size", "4"]
+    assert playground(tiny_model, *arguments, output=tmp_path / "whole") == 0
+    target, method = (SampleLog, "append") if isinstance(error, OSError) else (TransformersEngine, "generate")
+    real, calls = getattr(target, method), []
+
+    def fails(self, *given):
+        calls.append(1)
+        if len(calls) > 1:
+            if target is SampleLog:
+                with open(self.path, "a") as file:
+                    file.write('{"problem": 0, "sam')
+            raise error
+        return real(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, method, fails)
+        capsys.readouterr()
+        assert playground(tiny_model, *arguments, output=tmp_path / "part") == 1
+    printed = capsys.readouterr().err
+    last = printed.splitlines()[-1]  # after those of the progress bar
+    assert last.startswith("trl-cancel eval: ")
+    assert said in last
+    assert f"The answers so far are in {tmp_path / 'part'}; the same command goes on from there" in last
+    assert "Traceback" not in printed
+    assert playground(tiny_model, *arguments, output=tmp_path / "part") == 0
+    (whole,), (part,) = (list((tmp_path / name).glob("*/*/samples.jsonl")) for name in ("whole", "part"))
+    assert part.read_bytes() == whole.read_bytes()
+
+
+def test_models_that_would_share_a_folder(tiny_model, tmp_path, capsys):
+    """Are refused before anything is answered."""
+    models = [tmp_path / experiment / "run" / "checkpoint-100" for experiment in ("exp1", "exp2")]
+    for model in models:
+        for part in (load(tiny_model), AutoTokenizer.from_pretrained(tiny_model)):
+            part.save_pretrained(model)
+    assert playground(models[0], "--more_models", str(models[1]), output=tmp_path / "out") == 2
+    assert f"{models[0]} and {models[1]} would share the folder run-checkpoint-100" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="org/model-x and org-model/x would share"):
+        check_folders("model_name_or_path", ["org/model-x", "org-model/x"])
+
+
 def test_rewards_of_ones_own(tiny_model, tmp_path, monkeypatch):
     (tmp_path / "my_judge.py").write_text("def short(completions, **_):\n    return [0.25] * len(completions)\n")
     monkeypatch.chdir(tmp_path)
@@ -172,6 +288,8 @@ def test_data_of_ones_own(tiny_model, tmp_path):
     [
         ([], "give either --preset (aime24, "),
         (["--preset", "aime24", "--dataset_name", "playground"], "give either --preset"),
+        (["--preset", "aime24", "aime24"], "preset=aime24: it is given twice"),
+        (["--dataset_name", "playground", "--more_models", "playground"], "playground: it is given twice"),
         (["--preset", "aime23"], "preset=aime23: unknown; use one of aime24, "),
         (["--dataset_name", "no/where"], "data set no/where, split 'test': cannot load it"),
         (["--preset", "aime24"], "data set HuggingFaceH4/aime_2024, split 'train': cannot load it"),

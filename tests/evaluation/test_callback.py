@@ -1,11 +1,13 @@
 """Evaluation during training: what it logs, and that the training does not notice."""
 
+import os
 import random
+import signal
 
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 from tests.runs import assert_same_weights, build, repeatable, weights_of
 from trl_cancel.evaluation import EvaluationCallback, EvaluationSettings, TransformersEngine, evaluate
@@ -105,6 +107,83 @@ def test_no_step_is_evaluated_twice(tiny_model):
     assert steps_of(trainer) == [0, 2]
 
 
+def test_the_last_step_is_evaluated_beside_the_trainers_own_evaluation(tiny_model):
+    """Which has other steps."""
+    trainer = train(
+        tiny_model,
+        {"steps": 2},
+        arguments={"eval_dataset": load_prompts("tune", 4)},
+        eval_strategy="steps",
+        eval_steps=1,
+        num_generations_eval=2,
+        per_device_eval_batch_size=4,
+    )
+    assert steps_of(trainer) == [0, 2, 3]
+
+
+class Stop(TrainerCallback):
+    """Ends the training early, as `EarlyStoppingCallback` does after an evaluation, or with a signal."""
+
+    def __init__(self, event, step=1, signals=False):
+        self.step, self.signals = step, signals
+        setattr(self, event, self.stop)
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            if self.signals:
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                control.should_training_stop = True
+
+
+@pytest.mark.parametrize("event", ["on_log", "on_epoch_end"])
+def test_a_training_that_stops_early_is_evaluated_at_its_end(tiny_model, event):
+    data = {"train_dataset": load_prompts("train", 1)}  # an epoch a step
+    trainer = train(tiny_model, {"steps": 2}, arguments={"callbacks": [Stop(event)], **data})
+    assert trainer.state.global_step == 1
+    assert steps_of(trainer) == [0, 1]
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_set_greedy" in entry] == [0, 1]
+
+
+def test_the_evaluation_at_the_end_of_an_epoch_may_stop_the_training(tiny_model):
+    trainer = train(
+        tiny_model,
+        {"steps": 2},
+        arguments={
+            "train_dataset": load_prompts("train", 1),
+            "eval_dataset": load_prompts("tune", 4),
+            "callbacks": [Stop("on_evaluate")],
+        },
+        eval_strategy="epoch",
+        num_generations_eval=2,
+        per_device_eval_batch_size=4,
+    )
+    assert steps_of(trainer) == [0, 1]
+
+
+def test_a_signal_leaves_no_time_for_an_evaluation(tiny_model):
+    trainer = build(tiny_model, arguments={"callbacks": [Stop("on_step_begin", step=2, signals=True)]})
+    callback = EvaluationCallback(trainer, load_prompts("test", 2), even, SETTINGS, at_start=False)
+    trainer.add_callback(callback)
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert trainer.state.global_step == 3
+    assert steps_of(trainer) == []
+
+
+def test_answers_without_a_reward_are_said_once(tiny_model, caplog):
+    def none(completions, **_):
+        return [None] * len(completions)
+
+    trainer = build(tiny_model)
+    settings = EvaluationSettings(num_samples=2, max_completion_length=6, score_truncated=True)
+    trainer.add_callback(EvaluationCallback(trainer, load_prompts("test", 2), none, settings, name="set", steps=1))
+    trainer.train()
+    said = [record.message for record in caplog.records if "without a reward" in record.message]
+    assert len(said) == 1
+    assert "Evaluation on set: 6 of 6 answers without a reward, which count as 0" in said[0]
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 def test_adapters(tiny_model, quantized):
     """With dropout, which evaluation leaves out; and on 4-bit weights, which must still train after it."""
@@ -126,6 +205,8 @@ def test_mistakes(tiny_model, monkeypatch):
     trainer = build(tiny_model)
     with pytest.raises(ValueError, match="steps=0 must be a whole number"):
         EvaluationCallback(trainer, load_prompts("test", 2), steps=0)
+    with pytest.raises(ValueError, match="Evaluation on mine: the data set has no problems"):
+        EvaluationCallback(trainer, load_prompts("test", 2).select([]), name="mine")
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
     with pytest.raises(ValueError, match="fsdp_version: 2"):
         EvaluationCallback(trainer, load_prompts("test", 2))

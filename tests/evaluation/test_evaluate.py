@@ -1,6 +1,8 @@
 """Answers, the file of them, and what they come to."""
 
 import json
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from trl_cancel.evaluation import (
     EvaluationSettings,
     SampleLog,
     TransformersEngine,
+    VllmEngine,
     answer_problems,
     evaluate,
     math_verify_reward,
@@ -70,6 +73,15 @@ def test_the_last_possible_token_is_one_that_has_probability():
     choice = SeededChoice([0], 0, 1)
     choice.uniform = torch.ones(1, 1)
     assert choice(torch.zeros(1, 0), torch.tensor([[0.0, 1.0, -torch.inf]])).argmax() == 1
+
+
+@pytest.mark.parametrize(("uniform", "chosen"), [(0.0, 1), (0.25, 3), (0.5, 4)])
+def test_a_token_without_probability_is_never_drawn(uniform, chosen):
+    """Not where the uniform number equals a cumulative probability either."""
+    choice = SeededChoice([0], 0, 1)
+    choice.uniform = torch.tensor([[uniform]])
+    probabilities = torch.tensor([[0.0, 0.25, 0.0, 0.25, 0.5, 0.0]])
+    assert choice(torch.zeros(1, 0), probabilities.log()).argmax() == chosen
 
 
 def test_settings_shape_the_distribution():
@@ -218,6 +230,18 @@ def test_broken_rewards(tiny, problems, reward, said):
         answers(tiny, problems, reward=reward)
 
 
+def test_no_problems(tiny, problems):
+    with pytest.raises(ValueError, match="no problems to answer"):
+        answers(tiny, problems.select([]))
+
+
+def test_no_token_that_ends_an_answer(tiny_model, problems):
+    model, tokenizer = load(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    model.generation_config.eos_token_id = tokenizer.eos_token = tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="No token ends an answer"):
+        answers((model, tokenizer), problems)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -227,6 +251,12 @@ def test_broken_rewards(tiny, problems, reward, said):
         ({"temperature": 0.0}, "temperature=0.0: must be positive"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"top_k": -1}, "top_k=-1"),
+        ({"num_samples": 2.5}, "num_samples=2.5: must be a whole number"),
+        ({"num_samples": True}, "num_samples=True: must be a whole number"),
+        ({"max_completion_length": 8.0}, "max_completion_length=8.0: must be a whole number"),
+        ({"seed": None}, "seed=None: must be a whole number"),
+        ({"pass_at_k": (2.0,)}, "pass_at_k=2.0: must be a whole number"),
+        ({"pass_threshold": float("nan")}, "pass_threshold=nan: must be a finite number"),
         ({"num_samples": 4, "pass_at_k": (2, 5)}, "pass_at_k=5: must be between 1 and num_samples=4"),
     ],
 )
@@ -306,6 +336,23 @@ def test_other_settings_are_named(tmp_path):
         SampleLog(tmp_path, {})
 
 
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\x0b", "\r", "\r\n", "\n"])
+def test_answers_may_hold_any_end_of_a_line(tmp_path, end):
+    samples = [{"problem": number, "sample": None, "completion": f"one{end}two"} for number in range(2)]
+    SampleLog(tmp_path, {}).append(samples)
+    assert SampleLog(tmp_path, {}).samples == samples
+
+
+@pytest.mark.parametrize("broken", [b'{"problem": 1, "sam', b"\0" * 20, b"\xff", b"7", b"{}"])
+def test_a_broken_line_is_named(tmp_path, broken):
+    log = SampleLog(tmp_path, {})
+    log.append([{"problem": number, "sample": None} for number in range(3)])
+    lines = log.path.read_bytes().split(b"\n")
+    log.path.write_bytes(b"\n".join([lines[0], broken, *lines[2:]]))
+    with pytest.raises(ValueError, match=r"samples.jsonl, line 2: this is no sample"):
+        SampleLog(tmp_path, {})
+
+
 # The judge
 
 
@@ -360,6 +407,24 @@ def test_continuous_batching(tiny, problems):
     assert [s for s in first if s["sample"] is None] == [s for s in expected if s["sample"] is None]
     assert [(s["problem"], s["seed"]) for s in first] == [(s["problem"], s["seed"]) for s in expected]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_vllm_gets_the_revision_of_an_adapter(monkeypatch):
+    """On stand-ins: what is asked of the Hub and of vLLM."""
+    made, asked = [], []
+    vllm, request = ModuleType("vllm"), ModuleType("vllm.lora.request")
+    vllm.LLM = lambda **arguments: made.append(arguments)
+    request.LoRARequest = lambda name, number, folder: folder
+    for module in (vllm, ModuleType("vllm.lora"), request):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda path, revision=None: asked.append((path, revision)) or "folder"
+    )
+    assert VllmEngine("my/adapter", None, base="my/base", revision="v1").adapter == "folder"
+    VllmEngine("my/model", None, revision="v2")
+    assert asked == [("my/adapter", "v1")]
+    assert made[0] == {"model": "my/base", "enable_lora": True, "max_lora_rank": 16}
+    assert made[1] == {"model": "my/model", "revision": "v2"}
 
 
 # The embedded model

@@ -1,5 +1,7 @@
 """Sampling and scoring answers."""
 
+import math
+
 import pytest
 import torch
 from datasets import Dataset
@@ -80,6 +82,11 @@ def test_rewards_that_are_none_are_left_out(playground):
     scores = score(playground, reward=lambda prompts, **_: [None, 1.0] * (len(prompts) // 2), num_samples=2)
     assert scores[:, 0].isnan().all()
     assert mean_with_interval(scores)[0] == 1
+
+
+@pytest.mark.parametrize("scores", [torch.full((3, 2), torch.nan), torch.zeros(0, 2), torch.zeros(2, 0)])
+def test_no_scores_have_no_mean(scores):
+    assert all(map(math.isnan, mean_with_interval(scores)))
 
 
 def test_interval():

@@ -2,27 +2,40 @@
 
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from trl import ModelConfig
 
 from .. import playground
-from ..evaluation import Evaluation, answer_problems, math_verify_reward, summarize
-from ..evaluation.models import ENGINES, EngineSettings, base_of, fingerprint, load_engine, load_tokenizer
+from ..checkpoints import is_storage_error
+from ..evaluation import Evaluation, answer_problems, math_verify_reward, prompt_token_ids, summarize
+from ..evaluation.models import (
+    ENGINES,
+    EngineSettings,
+    fingerprint,
+    load_end_tokens,
+    load_engine,
+    load_tokenizer,
+    weights_of,
+)
 from ..evaluation.presets import INSTRUCTION, PRESETS, DataSource, load_problems
 from ..evaluation.samples import Sample, SampleLog
 from ..evaluation.settings import EvaluationSettings
-from . import UsageError
+from . import Failure, UsageError
 from .settings import StrictParser
 from .training import check_model_path, check_writable, console, find_reward
 
@@ -180,6 +193,7 @@ def run_evaluation(settings: EvalSettings) -> None:
 
     Raises:
         `UsageError`: If a setting cannot work.
+        `Failure`: If the disk is full, the memory does not suffice, or what generates fails.
     """
     run = settings.run
     check_writable(run.output, "output")
@@ -201,16 +215,56 @@ def run_evaluation(settings: EvalSettings) -> None:
         )
     if run.engine == "vllm" and run.more_models:
         raise UsageError("more_models with engine=vllm: vLLM keeps the GPU's memory; evaluate one model a command.")
-    try:
+    with in_one_line(run.output):
         sets = data_sets(run)
+        check_folders("model_name_or_path", [str(model) for model in models])
+        check_folders("preset", [data.name for data in sets])
         evaluations = [
             (str(model), evaluation) for model in models for evaluation in evaluate_model(str(model), sets, settings)
         ]
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise UsageError(str(error)) from error
     if state.is_main_process:
         console.print(table(evaluations))
         console.print(f"Samples and results: {run.output}.")
+
+
+@contextmanager
+def in_one_line(output: str) -> Iterator[None]:
+    """Turns what goes wrong in an evaluation into an error of one line; what is answered is in the file by then."""
+    go_on = f"The answers so far are in {output}; the same command goes on from there."
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from error
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
+            raise Failure(
+                f"out of memory: lower --batch_size or --max_completion_length. {go_on} ({error})"
+            ) from error
+        raise Failure(f"{error} {go_on}") from error
+    except OSError as error:
+        if not is_storage_error(error):
+            raise
+        raise Failure(f"{error}. Make room, or choose another --output. {go_on}") from error
+
+
+def check_folders(setting: str, names: list[str]) -> None:
+    """
+    Makes sure that each name has a folder of its own.
+
+    Raises:
+        `UsageError`: If two share one.
+    """
+    owners: dict[str, str] = {}
+    for name in names:
+        folder = folder_name(name)
+        if owners.get(folder) == name:
+            raise UsageError(f"{setting}={name}: it is given twice.")
+        if folder in owners:
+            raise UsageError(
+                f"{setting}: {owners[folder]} and {name} would share the folder {folder}. Evaluate them by two "
+                "commands with different --output."
+            )
+        owners[folder] = name
 
 
 def data_sets(run: EvalArguments) -> list[DataSet]:
@@ -305,7 +359,14 @@ def evaluate_model(name: str, sets: list[DataSet], settings: EvalSettings) -> li
     arguments = replace(arguments, model_revision=revision)
     try:
         tokenizer = load_tokenizer(path, revision)
-        base = base_of(path, revision)
+        weights = weights_of(path, revision)
+        is_adapter = weights != (path, revision)
+        of_model = {
+            "base model": weights[0] if is_adapter else None,
+            "fingerprint of the model": fingerprint(path, revision),
+            "fingerprint of the base model": fingerprint(*weights) if is_adapter else None,
+            "end tokens": load_end_tokens(path, tokenizer, revision),
+        }
     except OSError as error:
         raise UsageError(_cannot_load(name, error)) from error
     problems = [data.load(tokenizer.chat_template is not None) for data in sets]
@@ -313,16 +374,16 @@ def evaluate_model(name: str, sets: list[DataSet], settings: EvalSettings) -> li
         {
             "model_name_or_path": name,
             "model_revision": revision,
-            "base model": base,
-            "fingerprint of the model": fingerprint(path),
-            "fingerprint of the base model": fingerprint(base) if base else None,
+            **of_model,
             "dtype": arguments.dtype,
             "load_in_4bit": arguments.load_in_4bit,
             "load_in_8bit": arguments.load_in_8bit,
             "engine": run.engine,
             **data.facts,
             "num_problems": len(rows),
-            "fingerprint of the problems": _digest(rows),
+            "fingerprint of the problems": _digest(rows.with_format("arrow")[:].to_pylist()),
+            "fingerprint of the prompts' tokens": _digest(prompt_token_ids(tokenizer, rows["prompt"][:])),
+            "fingerprint of the reward function's file": _digest(_source(data.reward)),
             **_sampling(data.settings),
         }
         for data, rows in zip(sets, problems, strict=True)
@@ -362,9 +423,17 @@ def _sampling(settings: EvaluationSettings) -> dict[str, Any]:
     return {name: value for name, value in asdict(settings).items() if name not in computed}
 
 
-def _digest(problems: Dataset) -> str:
-    text = json.dumps([problems["prompt"][:], problems["solution"][:]], ensure_ascii=False, default=str)
+def _digest(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _source(reward: Callable[..., Any]) -> str | None:
+    """The file that a reward function is written in, since it may call others there; `None` if there is none."""
+    try:
+        return inspect.getsource(inspect.getmodule(reward))  # type: ignore[arg-type]  # None raises TypeError
+    except (OSError, TypeError):
+        return None
 
 
 def folder_name(name: str) -> str:

@@ -433,10 +433,7 @@ def _get(seed: Any, *path: str) -> float:
 
 def _numbers(seeds: Seeds, *path: str) -> tuple[float, float, float]:
     """Mean over seeds and its 95% bootstrap interval."""
-    values = torch.tensor([_get(seed, *path) for seed in seeds])
-    if values.isnan().all():
-        return float("nan"), float("nan"), float("nan")
-    return mean_with_interval(values.unsqueeze(1))
+    return mean_with_interval(torch.tensor([_get(seed, *path) for seed in seeds]).unsqueeze(1))
 
 
 def _mean(seeds: Seeds, *path: str) -> float:

@@ -6,16 +6,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from .._upstream import unwrap_model_for_generation
+from ..stopping import StopOnSignal
 from .engines import TransformersEngine
-from .evaluate import evaluate
+from .evaluate import answer_problems, summarize
 from .result import Evaluation
 from .rewards import math_verify_reward
 from .scoring import RewardFunction
 from .settings import EvaluationSettings
+
+
+logger = get_logger(__name__)
 
 
 class EvaluationCallback(TrainerCallback):
@@ -47,12 +52,14 @@ class EvaluationCallback(TrainerCallback):
             Evaluates every so many optimizer steps. Otherwise it does so whenever the trainer evaluates
             (`eval_strategy`), and then its metrics can choose the best checkpoint (`metric_for_best_model`).
         at_start, at_end (`bool`, *optional*, default to `True` and `True`):
-            Whether to evaluate before the first optimizer step and after the last one, too.
+            Whether to evaluate before the first optimizer step and after the last one, too, also if that comes early;
+            not after a signal that ends the training.
         batch_size (`int`, *optional*, defaults to `32`):
             Answers that a process generates at a time.
 
     Raises:
-        `ValueError`: If `steps` makes no sense, or the model is sharded in a way in which it cannot generate.
+        `ValueError`: If `steps` makes no sense, there are no problems, or the model is sharded in a way in which it
+            cannot generate.
     """
 
     def __init__(
@@ -71,13 +78,17 @@ class EvaluationCallback(TrainerCallback):
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
             raise ValueError(f"steps={steps!r} must be a whole number of at least 1, or None.")
         self.trainer, self.problems, self.reward, self.name = trainer, problems, reward, name
+        if not len(problems):
+            raise ValueError(f"Evaluation on {name}: the data set has no problems.")
         self.settings = settings or EvaluationSettings()
         self.steps, self.at_start, self.at_end = steps, at_start, at_end
         self.engine = trainer_engine(trainer, batch_size)
         self._last: int | None = None  # step of the latest evaluation of a training that goes on
         self._logged: dict[str, float] = {}  # what it logged
+        self._has_warned = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._last = None
         if self.at_start and state.global_step == 0:
             self._evaluate(state.global_step)
 
@@ -85,31 +96,55 @@ class EvaluationCallback(TrainerCallback):
         if getattr(self.trainer, "is_stopped_by_signal", False):  # there may be no time for it
             return
         is_due = self.steps is not None and state.global_step % self.steps == 0
-        is_last = self.at_end and state.global_step >= state.max_steps and not control.should_evaluate
-        if is_due or is_last:
+        is_last = self.at_end and state.global_step >= state.max_steps
+        if (is_due or is_last) and not self._is_to_come(control):
+            self._evaluate(state.global_step)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # However the training stops, it comes here, while its weights are still those of its last step.
+        if self.at_end and control.should_training_stop and not self._is_to_come(control):
             self._evaluate(state.global_step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         if self.steps is None:
-            if self._last != state.global_step:
-                self._evaluate(state.global_step)
+            self._evaluate(state.global_step)
             if metrics is not None:
                 metrics.update(self._logged)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        has_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        if self.at_end and not has_best:  # the evaluation at the end of an epoch may have been what stopped it
+            self._evaluate(state.global_step)
         self._last = None  # the weights may become others at the same step: those of the best checkpoint
 
+    def _is_to_come(self, control: Any) -> bool:
+        """Whether the trainer is about to evaluate, and this with it."""
+        return self.steps is None and control.should_evaluate
+
+    def _is_stopped(self) -> bool:
+        """Whether a signal ends the training, and there may not be time."""
+        callbacks = self.trainer.callback_handler.callbacks
+        return any(isinstance(other, StopOnSignal) and other.received is not None for other in callbacks)
+
     def _evaluate(self, step: int) -> None:
+        if self._last == step or self._is_stopped():
+            return
         self._last = step
         with unchanged_random_state():
-            evaluation = evaluate(
+            samples = answer_problems(
                 self.engine,
                 self.problems,
                 self.reward,
                 self.settings,
-                name=self.name,
-                step=step,
                 description=None if self.trainer.args.disable_tqdm else f"Evaluation on {self.name}",
+            )
+        evaluation = summarize(samples, len(self.problems), self.settings, self.name, step)
+        unscored = sum(sample["reward"] is None for sample in samples)
+        if unscored and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                f"Evaluation on {self.name}: {unscored} of {len(samples)} answers without a reward, which count as 0. "
+                "Later evaluations do not repeat this."
             )
         record(self.trainer, evaluation)
         self._logged = {f"eval_{self.name}_{metric}": mean for metric, (mean, _, _) in evaluation.metrics.items()}

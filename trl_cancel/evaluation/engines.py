@@ -231,6 +231,8 @@ class VllmEngine:
             Rank of the adapter.
         batch_size (`int`, *optional*, defaults to `1024`):
             Answers that are asked for at once.
+        revision (`str`, *optional*):
+            Branch, tag or commit of what `path` names on the Hub.
         **arguments:
             Further arguments of `vllm.LLM`: `dtype`, `tensor_parallel_size`, `gpu_memory_utilization`, ...
 
@@ -245,6 +247,7 @@ class VllmEngine:
         base: str | None = None,
         lora_rank: int = 16,
         batch_size: int = 1024,
+        revision: str | None = None,
         **arguments: Any,
     ):
         try:
@@ -254,10 +257,12 @@ class VllmEngine:
             raise ImportError(f"The engine vllm needs vLLM ({error}). Run: pip install 'trl-cancel[vllm]'") from error
         self.tokenizer, self.batch_size = tokenizer, batch_size
         self.adapter = None
-        if base is not None:
+        if base is None:
+            arguments["revision"] = revision
+        else:
             rank = 1 << max(3, (lora_rank - 1).bit_length())  # it takes powers of two
             arguments |= {"enable_lora": True, "max_lora_rank": rank}
-            self.adapter = LoRARequest("adapter", 1, _downloaded(path))
+            self.adapter = LoRARequest("adapter", 1, _downloaded(path, revision))
         self.llm = LLM(model=base or path, **arguments)
 
     def generate(self, requests: Sequence[Request], settings: EvaluationSettings) -> list[Answer]:
@@ -285,10 +290,10 @@ class VllmEngine:
         ]
 
 
-def _downloaded(path: str) -> str:
+def _downloaded(path: str, revision: str | None) -> str:
     """vLLM takes adapters from a folder."""
     if Path(path).is_dir():
         return path
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(path)
+    return snapshot_download(path, revision=revision)

@@ -97,10 +97,13 @@ def answer_problems(
         `list[dict]`: The samples of all processes, by problem and number.
 
     Raises:
-        `ValueError`: If the reward function raises, or does not return one number or `None` for each answer.
+        `ValueError`: If there are no problems, or the reward function raises, or does not return one number or `None`
+            for each answer.
     """
     state = PartialState()
     rows = list(problems)
+    if not rows:
+        raise ValueError("There are no problems to answer: the data set is empty.")
     prompt_ids = prompt_token_ids(engine.tokenizer, [row["prompt"] for row in rows])
     earlier = gather_object([log.samples if log else []])[0]  # the first process's
     done = {key_of(sample): sample for sample in earlier}

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import AutoPeftModelForCausalLM, PeftConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash, find_adapter_config_file
 from trl import ModelConfig, get_quantization_config
 
 from .engines import ContinuousEngine, Engine, TransformersEngine, VllmEngine
+from .scoring import declared_end_tokens
 
 
 ENGINES = ("transformers", "continuous", "vllm")
@@ -59,6 +60,24 @@ def base_of(path: str, revision: str | None = None) -> str | None:
     return PeftConfig.from_pretrained(path, revision=revision).base_model_name_or_path
 
 
+def weights_of(path: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Where the weights are, and of which revision: of the model itself, or of an adapter's base model."""
+    if find_adapter_config_file(path, revision=revision) is None:
+        return path, revision
+    config = PeftConfig.from_pretrained(path, revision=revision)
+    return config.base_model_name_or_path, config.revision
+
+
+def load_end_tokens(path: str, tokenizer: PreTrainedTokenizerBase, revision: str | None = None) -> list[int]:
+    """The tokens that end an answer of a model, or of an adapter, without its weights."""
+    source, revision = weights_of(path, revision)
+    try:
+        config = GenerationConfig.from_pretrained(source, revision=revision or "main")
+    except OSError:  # it has none of its own
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(source, revision=revision))
+    return declared_end_tokens(config, tokenizer)
+
+
 def load_engine(
     path: str, tokenizer: PreTrainedTokenizerBase, arguments: ModelConfig, settings: EngineSettings, device: Any
 ) -> Engine:
@@ -86,13 +105,13 @@ def load_engine(
     if settings.engine == "vllm":
         quantized = arguments.load_in_4bit or arguments.load_in_8bit
         further: dict[str, Any] = {"quantization": "bitsandbytes"} if quantized else {}
-        further |= {} if base else {"revision": revision}
         rank = getattr(PeftConfig.from_pretrained(path, revision=revision), "r", 16) if base else 16
         return VllmEngine(
             path,
             tokenizer,
             base=base,
             lora_rank=rank,
+            revision=revision,
             **size,
             **further,
             dtype=arguments.dtype or "auto",
@@ -129,11 +148,12 @@ def load_engine(
     return ContinuousEngine(model, tokenizer, **size)
 
 
-def fingerprint(path: str) -> str | None:
-    """A digest of the files that make a local model or adapter what it is; `None` for a Hub id."""
+def fingerprint(path: str, revision: str | None = None) -> str | None:
+    """A digest of the files that make a local model or adapter what it is; for a Hub id, the commit that is meant."""
     folder = Path(path)
     if not folder.is_dir():
-        return None
+        found = find_adapter_config_file(path, revision=revision) or cached_file(path, CONFIG_NAME, revision=revision)
+        return extract_commit_hash(found, None)
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(folder.iterdir()):
         if file.suffix in (".safetensors", ".bin") or file.name in ("config.json", "adapter_config.json"):

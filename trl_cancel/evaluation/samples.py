@@ -29,7 +29,7 @@ class SampleLog:
             What an earlier run has left.
 
     Raises:
-        `ValueError`: If the folder holds samples that were made with other settings.
+        `ValueError`: If the folder holds samples that were made with other settings, or a line that is no sample.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
@@ -67,4 +67,16 @@ class SampleLog:
         if len(whole) < len(content):
             with open(self.path, "r+b") as file:
                 file.truncate(len(whole))
-        return [json.loads(line) for line in whole.decode("utf-8").splitlines() if line]
+        # By line feeds alone: JSON leaves other ends of lines, U+2028 for one, as they are in texts.
+        return [self._parse(line, number) for number, line in enumerate(whole.split(b"\n"), 1) if line]
+
+    def _parse(self, line: bytes, number: int) -> Sample:
+        try:
+            sample = json.loads(line.decode("utf-8"))
+            key_of(sample)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{self.path}, line {number}: this is no sample ({type(error).__name__}: {error}). Remove the line, "
+                "and its answer is made once more; or use another output folder."
+            ) from error
+        return sample

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import apply_chat_template
 from trl.data_utils import is_conversational
 
@@ -196,9 +196,17 @@ def generate_batch(
 
     Returns:
         `list[list[int]]`: The tokens that follow each prefix, the ending one included, without padding.
+
+    Raises:
+        `ValueError`: If neither model nor tokenizer has a token that ends an answer, or pads it.
     """
     end = end_tokens(model, tokenizer)
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end[0]
+    filler = next((token for token in [tokenizer.pad_token_id, *end] if token is not None), None)
+    if filler is None:
+        raise ValueError(
+            "No token ends an answer: the tokenizer has no pad_token and no eos_token, and the model's generation "
+            "config no eos_token_id. Set one of them."
+        )
     rows = [torch.tensor(prefix) for prefix in prefixes]
     ids = pad_sequence(rows, batch_first=True, padding_value=filler, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
@@ -223,7 +231,12 @@ def as_answers(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], prompts
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends an answer: the model's, which may be several, and the tokenizer's."""
-    declared = model.generation_config.eos_token_id if model.generation_config else None
+    return declared_end_tokens(model.generation_config, tokenizer)
+
+
+def declared_end_tokens(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that a generation config, or a tokenizer, says ends an answer."""
+    declared = config.eos_token_id if config else None
     declared = declared if isinstance(declared, list) else [declared]
     return [token for token in dict.fromkeys([tokenizer.eos_token_id, *declared]) if token is not None]
 

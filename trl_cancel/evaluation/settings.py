@@ -47,6 +47,8 @@ class EvaluationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("num_samples", "top_k", "max_completion_length", "seed"):
+            _check_whole(name, getattr(self, name))
         for name, least in (("num_samples", 0), ("top_k", 0), ("max_completion_length", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}.")
@@ -58,7 +60,10 @@ class EvaluationSettings:
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1.")
+        if not math.isfinite(self.pass_threshold):
+            raise ValueError(f"pass_threshold={self.pass_threshold}: must be a finite number.")
         for k in self.pass_at_k or ():
+            _check_whole("pass_at_k", k)
             if not 1 <= k <= self.num_samples:
                 raise ValueError(f"pass_at_k={k}: must be between 1 and num_samples={self.num_samples}.")
 
@@ -69,3 +74,8 @@ class EvaluationSettings:
             return sorted(set(self.pass_at_k))
         powers = [2**power for power in range(self.num_samples.bit_length())]
         return sorted({*powers, self.num_samples}) if self.num_samples else []
+
+
+def _check_whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}={value!r}: must be a whole number.")
