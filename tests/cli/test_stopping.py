@@ -75,7 +75,9 @@ def test_stopped_and_taken_up_by_the_same_command(tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patch:
         signalled(signal.SIGINT, 2, patch)
         assert train(**again) == 130
-    err = capfd.readouterr().err
+    out, err = capfd.readouterr()
+    assert "Starting anew: there is no whole checkpoint." in out
+    assert f"Going on from {tmp_path / 'run' / 'checkpoint-3'}." in out
     assert "SIGTERM: stopping after this optimizer step" in err
     assert "Traceback" not in err
     assert last_whole(tmp_path / "run").name == "checkpoint-5"

@@ -155,6 +155,9 @@ def _run(settings: Settings) -> None:
     test = pick_test_problems(settings, dataset)
     if settings.precision and trainer.is_world_process_zero():
         console.print(f"Precision: {settings.precision.reason}")
+    resuming = str(settings.training.resume_from_checkpoint).lower() not in ("none", "false")
+    if resuming and trainer.is_world_process_zero():
+        console.print(f"Going on from {checkpoint}." if checkpoint else "Starting anew: there is no whole checkpoint.")
 
     before = evaluate(trainer, test, rewards[0], settings, "Before")
     started = time.perf_counter()

@@ -11,7 +11,6 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from .._upstream import unwrap_model_for_generation
-from ..stopping import StopOnSignal
 from .engines import TransformersEngine
 from .evaluate import answer_problems, summarize
 from .result import Evaluation
@@ -93,8 +92,6 @@ class EvaluationCallback(TrainerCallback):
             self._evaluate(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if getattr(self.trainer, "is_stopped_by_signal", False):  # there may be no time for it
-            return
         is_due = self.steps is not None and state.global_step % self.steps == 0
         is_last = self.at_end and state.global_step >= state.max_steps
         if (is_due or is_last) and not self._is_to_come(control):
@@ -123,8 +120,7 @@ class EvaluationCallback(TrainerCallback):
 
     def _is_stopped(self) -> bool:
         """Whether a signal ends the training, and there may not be time."""
-        callbacks = self.trainer.callback_handler.callbacks
-        return any(isinstance(other, StopOnSignal) and other.received is not None for other in callbacks)
+        return getattr(self.trainer, "is_stopped_by_signal", False)  # of this package's trainers
 
     def _evaluate(self, step: int) -> None:
         if self._last == step or self._is_stopped():
