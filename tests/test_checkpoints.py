@@ -98,6 +98,7 @@ def test_killed_run_resumes_as_if_undisturbed(tiny_model, tmp_path, undisturbed,
         assert folders(tmp_path) == ["checkpoint-7"]
 
 
+@pytest.mark.slow
 def test_a_new_run_in_an_old_folder_is_not_mixed_with_it(tiny_model, tmp_path, undisturbed):
     """A checkpoint over an older whole one, killed before its last file: every file is there, of two runs."""
     finished(tiny_model, **{**SAVING, "max_steps": 6}, output_dir=str(tmp_path), seed=1)

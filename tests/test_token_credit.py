@@ -461,6 +461,7 @@ def test_too_little_memory_is_said(tiny_model, caplog):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's, while it compiles
+@pytest.mark.slow
 def test_compiled_model(monkeypatch, tiny_model):
     watch = Watch(monkeypatch, nthr_expected)
     settings = {**LAYOUTS["on policy"], **NTHR, "torch_compile": True, "torch_compile_backend": "eager"}

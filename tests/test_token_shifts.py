@@ -165,6 +165,7 @@ def test_measuring_changes_nothing(tiny_model, row):
     assert not any(logged_shifts(entry) for entry in runs[0].logs)
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing_in_4_bit(tmp_path):
     """Not even the quantized weights, which a CPU may pack for good when they are not training."""
     pytest.importorskip("bitsandbytes")

@@ -86,6 +86,7 @@ def test_what_is_written_and_printed(runs, capsys):
     assert written["methods"]["whole-1"]["mean"]["steps_to_threshold"]["value"] == 148
 
 
+@pytest.mark.slow
 def test_the_same_every_time(runs):
     for output in ("a", "b"):
         assert main(["compare", "plain-1", "plain=plain-2", "--output", output]) == 0
@@ -125,6 +126,7 @@ def test_checkpoints_and_files(runs, capsys):
         assert next(iter(written["methods"].values()))["runs"][0]["steps"] == 160
 
 
+@pytest.mark.slow
 def test_zeros_of_a_residual(runs):
     """A residual of exactly 0 cannot stand on a logarithmic axis, and the page says so."""
     write_run(runs / "zero", rising(0.5), residual=0.0)
@@ -219,6 +221,7 @@ def test_without_matplotlib(runs):
     assert run.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_runs_of_the_command_line(tmp_path, monkeypatch, capsys):
     """As `trl-cancel train` leaves them."""
     settings = {**SETTINGS, "max_steps": 4, "logging_steps": 1, "eval_problems": 0}

@@ -104,6 +104,7 @@ def test_page_in_a_browser(everything, tmp_path, width):
     assert light["ink"] != dark["ink"]
 
 
+@pytest.mark.slow
 def test_seeds_have_prompts_of_their_own(tmp_path):
     assert probe("displacement", tmp_path, probe_seeds=2, probe_prompts=3) == 0
     first, second = json.loads((tmp_path / "probe.json").read_text())["seeds"]
@@ -114,6 +115,7 @@ def test_seeds_have_prompts_of_their_own(tmp_path):
     assert [file.stem for file in tmp_path.glob("*.png")] == ["displacement"]
 
 
+@pytest.mark.slow
 def test_twice_the_same(tmp_path):
     for folder in ("a", "b"):
         assert probe("shifts", tmp_path / folder, probe_prompts=3) == 0

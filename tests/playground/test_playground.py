@@ -54,6 +54,7 @@ def test_checkpoint_is_what_the_package_says():
     assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) < 2_000_000
 
 
+@pytest.mark.slow
 def test_groups_are_mixed():
     """Most groups of eight hold right and wrong answers: there is something to learn from."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(CHECKPOINT), AutoTokenizer.from_pretrained(CHECKPOINT)
