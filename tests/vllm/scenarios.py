@@ -7,9 +7,12 @@ import sys
 import warnings
 from pathlib import Path
 
+from trl_cancel.methods import METHODS
+
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
 SEQUENCE = {"importance_sampling_level": "sequence", "loss_type": "grpo"}
+OTHERS = ("gspo", "dfpo-orth", "dfpo-positive-orth", "dfpo-rebalance", "nthr-random", "delta-random", "positive-only")
 SCENARIOS = {
     "grpo": {},
     "query-preserved": {"vllm_importance_sampling_mode": "token_truncate"},
@@ -17,6 +20,9 @@ SCENARIOS = {
     "credits": {"nthr": True, "delta_credit": True, "filter_zero_variance": True, "reward_balance": 0.25},
     "dfpo": {**SEQUENCE, "group_weights": "min"},
     "grpo-fix": {"symmetric_clip": True},
+    "grpo-fix-score": {"symmetric_clip": True, "symmetric_clip_gradient": "score"},
+    "delta-top-fraction": {"delta_credit": True, "delta_top_fraction": 0.5},
+    **{name: METHODS[name].settings for name in OTHERS},
     "no sync": {},
 }
 

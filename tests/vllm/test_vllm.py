@@ -68,14 +68,18 @@ def test_balance(logs_of):
 def test_token_credit(logs_of):
     logs = logs_of("credits")
     assert 0 < max(logged(logs, "nthr/selected_fraction")) < 1
+    assert 0 < max(logged(logs_of("nthr-random"), "nthr/selected_fraction")) < 1
+    for name in ("delta-random", "delta-top-fraction"):
+        assert max(logged(logs_of(name), "delta/lambda_std")) > 0.01
     assert min(logged(logs, "delta/lambda_std")) > 0.01
 
 
 def test_group_weights(logs_of):
     """vLLM's own correction of sequences is part of the weights, which cancel within groups."""
-    logs = logs_of("dfpo")
-    assert max(logged(logs, "group_weights/ratio_max")) > 1.001
-    assert max(logged(logs, "group_weights/orthogonality")) < 1e-3
+    for name in ("dfpo", "dfpo-orth", "dfpo-positive-orth", "dfpo-rebalance"):
+        logs = logs_of(name)
+        assert max(logged(logs, "group_weights/ratio_max")) > 1.001
+        assert max(logged(logs, "group_weights/orthogonality")) < 1e-3
 
 
 @pytest.fixture(scope="module")
