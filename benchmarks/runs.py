@@ -6,6 +6,7 @@ import os
 import platform
 import tempfile
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -54,6 +55,8 @@ class Cell:
             Problems to train on, one of `mixtures.MIXTURES`.
         tokens (`int`, *optional*):
             Tokens of prompts and completions after which training ends, if `max_steps` is not reached before.
+        task (`str`):
+            Name of the playground's task.
     """
 
     name: str
@@ -62,6 +65,10 @@ class Cell:
     split: str = "test"
     mixture: str = "usual"
     tokens: int | None = None
+    task: str = "playground"
+
+
+Run = Callable[[Cell, tuple[str, ...]], dict[str, Any]]
 
 
 def run(cell: Cell, kept: tuple[str, ...]) -> dict[str, Any]:
@@ -115,7 +122,9 @@ def run(cell: Cell, kept: tuple[str, ...]) -> dict[str, Any]:
     return {**asdict(cell), **evaluated, "steps": trainer.state.global_step, "logs": logs}
 
 
-def run_all(cells: list[Cell], file: Path, jobs: int, kept: tuple[str, ...] = ("reward",)) -> list[dict[str, Any]]:
+def run_all(
+    cells: list[Cell], file: Path, jobs: int, kept: tuple[str, ...] = ("reward",), run: Run = run
+) -> list[dict[str, Any]]:
     """
     Runs the cells that `file` does not hold yet; every finished run is written at once.
 
@@ -128,6 +137,8 @@ def run_all(cells: list[Cell], file: Path, jobs: int, kept: tuple[str, ...] = ("
             Runs at a time.
         kept (`tuple[str, ...]`, *optional*):
             Logged metrics to keep.
+        run (`Callable`, *optional*):
+            Trains and evaluates one cell.
 
     Returns:
         `list[dict]`: What [`run`] returned for each cell, in their order.
@@ -173,7 +184,9 @@ def _write(file: Path, results: list[dict[str, Any]]) -> None:
 
 
 def _key(cell: dict[str, Any]) -> str:
-    more = [cell[name] for name in ("mixture", "tokens") if cell.get(name) not in (None, "usual")]
+    more = [
+        cell[name] for name in ("mixture", "tokens", "task") if cell.get(name) not in (None, "usual", "playground")
+    ]
     return json.dumps([cell["name"], cell["settings"], cell["seed"], cell["split"], *more], sort_keys=True)
 
 

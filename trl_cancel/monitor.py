@@ -1,5 +1,6 @@
 """What one optimizer step does, collected over its micro-batches and turned into metrics at its end."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ class UpdateMonitor:
     def __init__(self, accelerator: Accelerator, groups_are_local: bool):
         self.accelerator, self.groups_are_local = accelerator, groups_are_local
         self.metrics = StepMetrics()
+        # Told the pushes (B, T) of each micro-batch, as `policy_pushes` reads them, and the micro-batch.
+        self.observers: list[Callable[[torch.Tensor, Rows], None]] = []
         self._shared: list[tuple[torch.Tensor, ...]] = []
         self._coefficients: list[tuple[torch.Tensor, ...]] = []
 
@@ -51,6 +54,8 @@ class UpdateMonitor:
     def watch_loss(self, loss: torch.Tensor, logps: torch.Tensor, advantages: torch.Tensor, inputs: Rows) -> None:
         """Reads off the loss of a micro-batch what it does to each token."""
         pushes = policy_pushes(loss, logps, advantages if advantages.requires_grad else None)
+        for observe in self.observers:
+            observe(pushes, inputs)
         self._shared.append((pushes.flatten(), inputs["shared_contexts"].flatten(), inputs["deserved"].flatten()))
         counted = inputs["completion_mask"].any(1).float()
         sign = advantages.detach() if advantages.dim() == 1 else advantages.detach().sum(1)

@@ -1,14 +1,21 @@
 """The playground's problems as data sets for TRL."""
 
 import random
+from dataclasses import replace
 
 from datasets import Dataset
 
-from .task import Slips, imitate, sample_problems, solve
+from . import NAME
+from .task import solve
+from .tasks import task_named
 
 
 def load_prompts(
-    split: str = "train", num_problems: int = 4096, seed: int = 0, num_steps: tuple[int, ...] = (3, 4, 5, 6)
+    split: str = "train",
+    num_problems: int = 4096,
+    seed: int = 0,
+    num_steps: tuple[int, ...] | None = None,
+    task: str = NAME,
 ) -> Dataset:
     """
     Problems to answer, for reinforcement learning and evaluation.
@@ -20,13 +27,20 @@ def load_prompts(
             Number of problems.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draw.
-        num_steps (`tuple[int, ...]`, *optional*, defaults to `(3, 4, 5, 6)`):
-            Numbers of operations a problem.
+        num_steps (`tuple[int, ...]`, *optional*):
+            Numbers of operations a problem; those of the task if not given.
+        task (`str`, *optional*, defaults to `"playground"`):
+            Name of the task.
 
     Returns:
         [`~datasets.Dataset`]: Columns `prompt` (a conversation), `solution` (the answer in a box, for math-verify) and
-        `response` (the right response, for measures of token credit).
+        `response` (a right response, for measures of token credit).
+
+    Raises:
+        `ValueError`: If the split or the task is unknown, or `num_problems` is not positive.
     """
+    chosen = task_named(task)
+    chosen = replace(chosen, num_steps=num_steps) if num_steps else chosen
     return Dataset.from_list(
         [
             {
@@ -34,12 +48,12 @@ def load_prompts(
                 "solution": f"\\boxed{{{problem.answer}}}",
                 "response": solve(problem),
             }
-            for problem in sample_problems(split, num_problems, seed, num_steps)
+            for problem in chosen.problems(split, num_problems, seed)
         ]
     )
 
 
-def load_demonstrations(num_problems: int, seed: int = 0, slips: Slips | None = None) -> Dataset:
+def load_demonstrations(num_problems: int, seed: int = 0, task: str = NAME) -> Dataset:
     """
     The noisy teacher's responses, to imitate in the warm start.
 
@@ -47,20 +61,20 @@ def load_demonstrations(num_problems: int, seed: int = 0, slips: Slips | None = 
         num_problems (`int`):
             Number of problems.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the draw and of the teacher's slips.
-        slips ([`Slips`], *optional*):
-            How often the teacher errs; about 40% of the responses are right with the defaults.
+            Seed of the draw, of the teacher's slips and of how it writes.
+        task (`str`, *optional*, defaults to `"playground"`):
+            Name of the task.
 
     Returns:
         [`~datasets.Dataset`]: Columns `prompt` and `completion`, both conversations.
     """
-    rng, slips = random.Random(seed), slips or Slips()
+    rng, chosen = random.Random(seed), task_named(task)
     return Dataset.from_list(
         [
             {
                 "prompt": [{"role": "user", "content": problem.prompt}],
-                "completion": [{"role": "assistant", "content": imitate(problem, rng, slips)}],
+                "completion": [{"role": "assistant", "content": chosen.imitate(problem, rng)}],
             }
-            for problem in sample_problems("warm_start", num_problems, seed)
+            for problem in chosen.problems("warm_start", num_problems, seed)
         ]
     )

@@ -15,9 +15,11 @@ of a response is known: a ground truth for token-level credit.
 
 import hashlib
 import random
+import re
 from dataclasses import dataclass
 
 
+_PROMPT = re.compile(r"Compute (?:from left to right )?(?P<start>\d+)(?P<steps>(?:[-+*]\d+)+)\.")
 SPLITS = {"warm_start": range(50), "train": range(50, 80), "tune": range(80, 90), "test": range(90, 100)}
 
 
@@ -36,17 +38,41 @@ class Problem:
     start: int
     steps: tuple[tuple[str, int], ...]
 
+    @classmethod
+    def parse(cls, prompt: str) -> "Problem":
+        """
+        The problem that a prompt poses.
+
+        Raises:
+            `ValueError`: If it poses none.
+        """
+        found = _PROMPT.search(prompt)
+        if found is None:
+            raise ValueError(f"prompt={prompt!r} poses no problem of the playground, such as 'Compute 8-4+8.'.")
+        steps = re.findall(r"([-+*])(\d+)", found["steps"])
+        return cls(int(found["start"]), tuple((sign, int(operand)) for sign, operand in steps))
+
     @property
     def expression(self) -> str:
+        """As a text, to be read from left to right."""
         return str(self.start) + "".join(f"{sign}{operand}" for sign, operand in self.steps)
 
     @property
     def prompt(self) -> str:
-        return f"Compute {self.expression}."
+        # Without multiplication the order of the operations is the usual one.
+        return f"Compute {'from left to right ' if '*' in self.expression else ''}{self.expression}."
 
     @property
     def answer(self) -> int:
-        return self.start + sum(apply(0, sign, operand) for sign, operand in self.steps)
+        return self.totals[-1]
+
+    @property
+    def totals(self) -> list[int]:
+        """The running totals after each step."""
+        totals = [self.start]
+        for sign, operand in self.steps:
+            totals.append(apply(totals[-1], sign, operand))
+        return totals[1:]
 
     @property
     def split(self) -> str:
@@ -75,23 +101,24 @@ class Slips:
 
 
 def apply(total: int, sign: str, operand: int) -> int:
-    return total + operand if sign == "+" else total - operand
+    return {"+": total + operand, "-": total - operand, "*": total * operand}[sign]
 
 
-def sample_problem(rng: random.Random, num_steps: int) -> Problem:
-    """Draws a problem of `num_steps` operations with operands from 1 to 9."""
+def sample_problem(rng: random.Random, num_steps: int, signs: str = "+-") -> Problem:
+    """Draws a problem of `num_steps` of the operations `signs` with operands from 1 to 9 and totals of two digits."""
     total = start = rng.randint(1, 9)
     steps = []
     for _ in range(num_steps):
         operand = rng.randint(1, 9)
-        sign = rng.choice("+-") if operand <= total else "+"
+        possible = [sign for sign in signs if 0 <= apply(total, sign, operand) < 100]
+        sign = rng.choice(possible) if len(possible) > 1 else possible[0]
         total = apply(total, sign, operand)
         steps.append((sign, operand))
     return Problem(start, tuple(steps))
 
 
 def sample_problems(
-    split: str, num_problems: int, seed: int = 0, num_steps: tuple[int, ...] = (3, 4, 5, 6)
+    split: str, num_problems: int, seed: int = 0, num_steps: tuple[int, ...] = (3, 4, 5, 6), signs: str = "+-"
 ) -> list[Problem]:
     """
     Draws distinct problems of one split, in equal numbers of each length where `num_problems` allows it.
@@ -105,6 +132,8 @@ def sample_problems(
             Seed of the draw.
         num_steps (`tuple[int, ...]`, *optional*, defaults to `(3, 4, 5, 6)`):
             Numbers of operations to choose from.
+        signs (`str`, *optional*, defaults to `"+-"`):
+            Operations to choose from, of `+`, `-` and `*`.
 
     Raises:
         `ValueError`: If `split` is unknown or `num_problems` is not positive.
@@ -116,7 +145,7 @@ def sample_problems(
     rng = random.Random(f"{split}-{seed}")
     problems: dict[Problem, None] = {}  # an ordered set
     while len(problems) < num_problems:
-        problem = sample_problem(rng, num_steps[len(problems) % len(num_steps)])
+        problem = sample_problem(rng, num_steps[len(problems) % len(num_steps)], signs)
         if problem.split == split:
             problems[problem] = None
     return list(problems)
@@ -133,30 +162,31 @@ def write_response(problem: Problem, totals: list[int]) -> str:
 
 def solve(problem: Problem) -> str:
     """The right response."""
-    total, totals = problem.start, []
-    for sign, operand in problem.steps:
-        total = apply(total, sign, operand)
-        totals.append(total)
-    return write_response(problem, totals)
+    return write_response(problem, problem.totals)
 
 
 def imitate(problem: Problem, rng: random.Random, slips: Slips) -> str:
     """A response of the noisy teacher: slips carry through the rest of the trace."""
-    total, totals = problem.start, []
+    return write_response(problem, careless_totals(problem, rng, slips))
+
+
+def careless_totals(problem: Problem, rng: random.Random, slips: Slips) -> list[int]:
+    """The noisy teacher's running totals after each step."""
+    totals = [problem.start]
     for sign, operand in problem.steps:
-        total = _slip(total, sign, operand, rng, slips)
-        totals.append(total)
-    return write_response(problem, totals)
+        totals.append(_slip(totals[-1], sign, operand, rng, slips))
+    return totals[1:]
 
 
 def _slip(total: int, sign: str, operand: int, rng: random.Random, slips: Slips) -> int:
     right, ones = apply(total, sign, operand), total % 10
     if sign == "-" and ones < operand <= total and rng.random() < slips.borrow:
         return right + 10
-    if sign == "+" and ones + operand >= 10 and rng.random() < slips.carry:
+    carries = sign in "+*" and apply(ones, sign, operand) >= 10
+    if carries and rng.random() < slips.carry:
         return right - 10
     if rng.random() < slips.other:
-        other_operation = apply(total, "+" if sign == "-" else "-", operand)
+        other_operation = apply(total, "-" if sign == "+" else "+", operand)
         return max(0, rng.choice([right - 1, right + 1, other_operation]))
     # After a slip the running total can be smaller than what the problem takes away.
     return max(0, right)

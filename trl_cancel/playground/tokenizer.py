@@ -19,12 +19,18 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Builds the tokenizer from its word list; text outside the list becomes the unknown token."""
-    vocabulary = [PAD, UNKNOWN, TURN_START, TURN_END, *ROLES, *WORDS]
+def build_tokenizer(more_words: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """
+    Builds the tokenizer from its word list; text outside the list becomes the unknown token.
+
+    Args:
+        more_words (`tuple[str, ...]`, *optional*):
+            Words of a task beside those of the plain one.
+    """
+    words = (*WORDS, *more_words)
+    vocabulary = [PAD, UNKNOWN, TURN_START, TURN_END, *ROLES, *words]
     backend = Tokenizer(WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
-    words = sorted([*ROLES, *WORDS], key=len, reverse=True)
-    pattern = "|".join(_escape(word) for word in words) + r"|."
+    pattern = "|".join(_escape(word) for word in sorted([*ROLES, *words], key=len, reverse=True)) + r"|."
     backend.pre_tokenizer = Split(Regex(pattern), behavior="isolated")
     backend.decoder = Fuse()
     tokenizer = PreTrainedTokenizerFast(

@@ -1,7 +1,7 @@
 """
-Trains the playground's model from scratch to imitate the noisy teacher: `python -m trl_cancel.playground.warm_start`.
+Trains a playground's model from scratch to imitate the noisy teacher: `python -m trl_cancel.playground.warm_start`.
 
-The package ships the result, so nobody needs to run this; it is here so that anybody can.
+The package ships the results, so nobody needs to run this; it is here so that anybody can.
 """
 
 import argparse
@@ -13,8 +13,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from . import CHECKPOINT
+from . import CHECKPOINTS, NAME
 from .data import load_demonstrations
+from .tasks import task_named
 from .tokenizer import build_tokenizer
 
 
@@ -64,7 +65,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Qwen3ForC
     )
 
 
-def warm_start(output: Path, seed: int = 0, steps: int = 600) -> None:
+def warm_start(output: Path, seed: int = 0, steps: int | None = None, task: str = NAME, **changes: Any) -> None:
     """
     Trains and saves the model and its tokenizer.
 
@@ -73,12 +74,21 @@ def warm_start(output: Path, seed: int = 0, steps: int = 600) -> None:
             Folder to save to.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the weights, the problems and the slips.
-        steps (`int`, *optional*, defaults to `600`):
-            Optimizer steps of 32 responses each.
+        steps (`int`, *optional*):
+            Optimizer steps of 32 responses each; as many as the task says if not given.
+        task (`str`, *optional*, defaults to `"playground"`):
+            Name of the task.
+        **changes:
+            Entries of the model's configuration that differ from the playground's.
+
+    Raises:
+        `ValueError`: If the task is unknown.
     """
+    chosen = task_named(task)
+    steps = steps or chosen.warm_start_steps
     set_seed(seed)
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer)
+    tokenizer = build_tokenizer(chosen.words)
+    model = build_model(tokenizer, **changes)
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
             model=model,
@@ -100,7 +110,7 @@ def warm_start(output: Path, seed: int = 0, steps: int = 600) -> None:
                 logging_steps=100,
                 seed=seed,
             ),
-            train_dataset=load_demonstrations(steps * BATCH_SIZE, seed),
+            train_dataset=load_demonstrations(steps * BATCH_SIZE, seed, task),
             processing_class=tokenizer,
         )
         trainer.train()
@@ -113,12 +123,16 @@ def warm_start(output: Path, seed: int = 0, steps: int = 600) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=CHECKPOINT, help="folder to save to (default: the package's)")
+    parser.add_argument("--task", default=NAME, choices=CHECKPOINTS, help="task (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="folder to save to (default: the package's own)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=600, help="optimizer steps (default: 600, about 90 s on a core)")
+    parser.add_argument(
+        "--steps", type=int, help="optimizer steps (default: those of the task, two minutes on a core)"
+    )
     arguments = parser.parse_args()
-    warm_start(arguments.output, arguments.seed, arguments.steps)
-    print(f"Saved to {arguments.output}.")
+    output = arguments.output or CHECKPOINTS[arguments.task]
+    warm_start(output, arguments.seed, arguments.steps, arguments.task)
+    print(f"Saved to {output}.")
 
 
 if __name__ == "__main__":

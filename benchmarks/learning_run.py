@@ -1,0 +1,166 @@
+"""One run of the comparison of learning: a training on the playground, and all that is measured of it."""
+
+import statistics
+import tempfile
+import time
+import warnings
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from runs import Cell
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+
+from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
+from trl_cancel.cli._quiet import quiet
+from trl_cancel.diagnostics.blame import PLACES, blame, net_pushes, places
+from trl_cancel.diagnostics.residual import prefix_ids
+from trl_cancel.evaluation import continuations, pass_at_k, prompt_token_ids, rewards_of, sampling
+from trl_cancel.playground import CHECKPOINTS
+from trl_cancel.playground.data import load_prompts
+from trl_cancel.playground.reward import answer_reward
+from trl_cancel.playground.task import Problem
+from trl_cancel.playground.tasks import Task, task_named
+
+
+SAMPLES, PROBLEMS = 8, 128
+OBSERVED = 5  # every so many optimizer steps the blame is measured; shares no factor with the updates of a generation
+
+
+class Budget(TrainerCallback):
+    """Ends a training that generates further rounds when it has generated as much as one that does not."""
+
+    def __init__(self, rollouts: int, rollouts_per_round: int, updates: int):
+        self.rollouts, self.rollouts_per_round, self.updates = rollouts, rollouts_per_round, updates
+        self.spent = 0.0
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.spent += self.rollouts_per_round * logs.get("balance/rounds", 0)
+        if state.global_step % self.updates == 0 and self.spent >= self.rollouts:  # what is paid for is trained on
+            control.should_training_stop = True
+
+
+class Blame:
+    """
+    Adds up, over some optimizer steps, where in wrong rollouts the push downwards lands: gross, of each rollout by
+    itself, and net, after the pushes of rollouts of the same prompt on shared tokens have cancelled.
+    """
+
+    def __init__(self, trainer: CancelGRPOTrainer, task: Task):
+        self.trainer, self.task = trainer, task
+        self.tokenizer: PreTrainedTokenizerBase = trainer.processing_class
+        self.sums = {"gross": torch.zeros(len(PLACES)), "net": torch.zeros(len(PLACES))}
+        self.waiting: list[tuple[torch.Tensor, ...]] = []
+        trainer._monitor.observers.append(self)
+
+    def __call__(self, pushes: torch.Tensor, inputs: dict[str, Any]) -> None:
+        if self.trainer.state.global_step % OBSERVED == 0:
+            rows = [inputs[name] for name in ("prompt_ids", "completion_ids", "completion_mask", "group_ids")]
+            self.waiting.append(
+                (pushes.detach().cpu(), *(row.cpu() for row in rows), inputs["rollout_advantages"].cpu())
+            )
+            if self.trainer.accelerator.sync_gradients:
+                self._add()
+
+    def _add(self) -> None:
+        """Takes an optimizer step's micro-batches together, since a group may be spread over them."""
+        pushes, prompts, ids, mask, groups, advantages = (torch.cat(rows) for rows in zip(*self.waiting, strict=True))
+        self.waiting.clear()
+        wrong = torch.tensor([self._first_wrong(*row) for row in zip(prompts, ids, mask.bool(), strict=True)])
+        where = places(wrong, ids.size(1))
+        self.sums["gross"] += blame(pushes, where, mask.bool() & (advantages < 0).unsqueeze(1))
+        self.sums["net"] += blame(net_pushes(pushes, prefix_ids(ids, mask, groups)), where, mask.bool())
+
+    def _first_wrong(self, prompt: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> int:
+        problem = Problem.parse(self.tokenizer.decode(prompt))
+        tokens = self.tokenizer.convert_ids_to_tokens(ids[mask])
+        if tokens and tokens[-1] == self.tokenizer.eos_token:
+            tokens = tokens[:-1]
+        index = self.task.forms.first_wrong_token(problem, tokens)
+        return ids.numel() if index is None else index
+
+    def shares(self) -> dict[str, list[float] | None]:
+        """Shares of the push before, on and after the first wrong token; `None` where nothing is pushed down."""
+        return {
+            name: [round(share, 4) for share in (sums / sums.sum()).tolist()] if sums.sum() else None
+            for name, sums in self.sums.items()
+        }
+
+
+def run(cell: Cell, kept: tuple[str, ...]) -> dict[str, Any]:
+    """
+    Trains and evaluates.
+
+    Args:
+        cell ([`Cell`]):
+            The run; its settings are complete, but for what TRL has by default.
+        kept (`tuple[str, ...]`):
+            Metrics to keep, step by step.
+
+    Returns:
+        `dict`: The cell, what was measured of it, and its log.
+    """
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    started, task = time.perf_counter(), task_named(cell.task)
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        args = CancelGRPOConfig(output_dir=folder, seed=cell.seed, **cell.settings)
+        problems = load_prompts("train", 4096, task=cell.task)
+        trainer = CancelGRPOTrainer(CHECKPOINTS[cell.task], answer_reward, args, problems)
+        trainer.remove_callback(PrinterCallback)
+        layout = args.layout
+        updates = layout.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations
+        rollouts = layout.prompts_per_generation * args.num_generations
+        if args.chooses_groups:
+            trainer.add_callback(Budget(args.max_steps // updates * rollouts, rollouts, updates))
+        watched = Blame(trainer, task)
+        trainer.train()
+        trained = time.perf_counter()
+        history = trainer.state.log_history[:-1]
+        measured = {
+            **evaluated(trainer, cell, task),
+            "blame": watched.shares(),
+            "steps": trainer.state.global_step,
+            "generated_tokens": max(entry.get("num_tokens", 0) for entry in history),
+            "entropy": statistics.mean(entry["entropy"] for entry in history[-max(1, len(history) // 10) :]),
+            "seconds": {"training": round(trained - started, 1), "all": round(time.perf_counter() - started, 1)},
+        }
+    logs = {name: [_short(entry.get(name)) for entry in history] for name in kept}
+    return {**asdict(cell), **measured, "logs": logs}
+
+
+def evaluated(trainer: CancelGRPOTrainer, cell: Cell, task: Task) -> dict[str, Any]:
+    """Accuracies on problems of the cell's split, each seed having its own, and the variety of right answers."""
+    problems = load_prompts(cell.split, PROBLEMS, seed=cell.seed, task=cell.task)
+    _, greedy = answers(trainer, problems, task, 1, 0.0, cell.seed)
+    texts, sampled = answers(trainer, problems, task, SAMPLES, 1.0, cell.seed)
+    distinct = [
+        len({tuple(ids) for ids, reward in zip(several, rewards, strict=True) if reward == 1})
+        for several, rewards in zip(texts, sampled.tolist(), strict=True)
+    ]
+    return {
+        "greedy": greedy.mean().item(),
+        "sampled": sampled.mean().item(),
+        "pass": pass_at_k(sampled == 1, SAMPLES).mean().item(),
+        "distinct": statistics.mean(distinct),
+    }
+
+
+def answers(
+    trainer: CancelGRPOTrainer, problems: Any, task: Task, samples: int, temperature: float, seed: int
+) -> tuple[list[list[list[int]]], torch.Tensor]:
+    """Several answers to each problem, of shape `(P, samples)` as token ids, and their rewards."""
+    tokenizer = trainer.processing_class
+    rows = [row for row in problems for _ in range(samples)]
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    ids: list[list[int]] = []
+    with sampling(model, seed):
+        for first in range(0, len(rows), 384):
+            prompts = prompt_token_ids(tokenizer, [row["prompt"] for row in rows[first : first + 384]])
+            ids += continuations(model, tokenizer, prompts, task.max_completion_length, temperature)
+    rewards = torch.tensor(rewards_of(answer_reward, tokenizer, rows, ids)).view(-1, samples)
+    return [ids[first : first + samples] for first in range(0, len(ids), samples)], rewards
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")

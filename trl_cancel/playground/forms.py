@@ -1,0 +1,95 @@
+"""
+Free choices in how a response is written: words that open a line, words for "=", ways to give the answer, and asides.
+
+None of them matters to the reward, so a token of theirs deserves no credit; but responses of one prompt part early and
+in many ways, and a prompt has many right ones. These are a regular language, so the first wrong token of a response is
+the first after which none of them can be reached.
+"""
+
+import random
+from dataclasses import dataclass
+
+import regex
+
+from .task import Problem
+
+
+@dataclass(frozen=True)
+class Forms:
+    r"""
+    The ways in which a response may be written; the teacher draws one of each, with equal probability.
+
+    Args:
+        openers (`tuple[str, ...]`, *optional*, defaults to `("",)`):
+            What a line may begin with.
+        verbs (`tuple[str, ...]`, *optional*, defaults to `("=",)`):
+            What may stand before the result of a line.
+        endings (`tuple[str, ...]`, *optional*, defaults to `("The answer is ",)`):
+            What may stand before the box.
+        aside (`float`, *optional*, defaults to `0.0`):
+            Probability that a line of work is preceded by a sum that has nothing to do with the problem, in
+            parentheses. A mistake in it does no harm.
+    """
+
+    openers: tuple[str, ...] = ("",)
+    verbs: tuple[str, ...] = ("=",)
+    endings: tuple[str, ...] = ("The answer is ",)
+    aside: float = 0.0
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Words of these forms that the plain form has none of, each to be one token."""
+        choices = [word for word in (*self.openers, *self.verbs) if word.strip().isalpha()]
+        return tuple(dict.fromkeys([*choices, *("()" if self.aside else "")]))
+
+    def write(self, problem: Problem, totals: list[int], rng: random.Random) -> str:
+        """Writes out a response whose running totals after each step are `totals`."""
+        lines, total = [], problem.start
+        for (sign, operand), result in zip(problem.steps, totals, strict=True):
+            if self.aside and rng.random() < self.aside:
+                first, second = rng.randint(1, 9), rng.randint(1, 9)
+                lines.append(f"({first}+{second}={first + second})")
+            lines.append(f"{_one(self.openers, rng)}{total}{sign}{operand}{_one(self.verbs, rng)}{result}")
+            total = result
+        return "\n".join([*lines, f"{_one(self.endings, rng)}\\boxed{{{total}}}."])
+
+    def right_responses(self, problem: Problem) -> "regex.Pattern[str]":
+        """All right responses to a problem, as a regular expression."""
+        aside = r"(?:\(\d\+\d=\d{1,2}\)\n)?" if self.aside else ""
+        lines, total = "", problem.start
+        for (sign, operand), result in zip(problem.steps, problem.totals, strict=True):
+            work = regex.escape(f"{total}{sign}{operand}")
+            lines += f"{aside}{_any(self.openers)}{work}{_any(self.verbs)}{result}\\n"
+            total = result
+        return regex.compile(lines + _any(self.endings) + regex.escape(f"\\boxed{{{total}}}."))
+
+    def first_wrong_token(self, problem: Problem, tokens: list[str]) -> int | None:
+        """
+        Index of the first token after which no right response can be reached, or `None` if the response is one.
+
+        Args:
+            problem ([`~trl_cancel.playground.task.Problem`]):
+                The problem.
+            tokens (`list[str]`):
+                Texts of the tokens of a response, without the one that ends it.
+
+        Returns:
+            `int`, *optional*: `len(tokens)` for a response that ends too early: the wrong token is the one that ends it.
+        """
+        right, text = self.right_responses(problem), "".join(tokens)
+        if right.fullmatch(text):
+            return None
+        length = 0
+        for index, token in enumerate(tokens):
+            length += len(token)
+            if not right.fullmatch(text[:length], partial=True):
+                return index
+        return len(tokens)
+
+
+def _one(words: tuple[str, ...], rng: random.Random) -> str:
+    return rng.choice(words) if len(words) > 1 else words[0]  # no draw where there is no choice
+
+
+def _any(words: tuple[str, ...]) -> str:
+    return f"(?:{'|'.join(map(regex.escape, words))})"
