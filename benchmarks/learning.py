@@ -13,17 +13,22 @@ and says whether its numbers are those of the file.
 """
 
 import argparse
+import itertools
+import json
 import os
 import statistics
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from learning_run import run
+from learning_report import PAGE, Comparison, draw, section, write_page
+from learning_run import make_checkpoint, run
 from runs import PLAYGROUND, Cell, run_all
 
 from trl_cancel.methods import complete_settings
-from trl_cancel.playground import NAME, VARIED
+from trl_cancel.playground import NAME, RICH, VARIED
 from trl_cancel.playground.tasks import task_named
+from trl_cancel.precision import best_precision
 
 
 RESULTS = Path(__file__).parent / "results" / "learning"
@@ -73,24 +78,50 @@ SAME_ON_POLICY = {
     "DFPO orth": "GRPO, loss_type grpo",
     "DFPO positive_orth": "GRPO, loss_type grpo",
 }
-LEARNING_RATES = (1e-4, 2e-4, 4e-4)
-LIMITS = (1e-5, 4e-3)
+LIMITS = (1e-6, 4e-3)  # of learning rates
 TUNING_SEEDS = (100, 101)
-KEPT = ("reward", "entropy", "num_tokens", "cancel/shared_prefix_residual", "grad_norm")
-KEPT_OF_ROUNDS = ("balance/rounds",)
-STRANDS = [(task, regime) for task in (VARIED, NAME) for regime in REGIMES]
+KEPT = ("reward", "entropy", "num_tokens", "cancel/shared_prefix_residual", "grad_norm", "balance/rounds")
+FOLLOWED = (BASELINE, "Pos Only", "NTHR", "DelTA", "GRPO-fix", "DFPO min")  # in the figures of rewards
+
+
+@dataclass(frozen=True)
+class Setting:
+    """
+    A task to compare on.
+
+    Args:
+        title (`str`):
+            What the page calls it.
+        rates (`tuple[float, ...]`):
+            Learning rates to begin with.
+        changes (`dict`):
+            Settings over those of the regimes.
+    """
+
+    title: str
+    rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4)
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+PRECISION = best_precision()
+SETTINGS = {
+    VARIED: Setting("Responses of varied form"),
+    NAME: Setting("The plain chains"),
+    RICH: Setting(
+        "38 million parameters, longer and more varied problems",
+        rates=(1e-5, 2e-5, 4e-5),
+        changes={"use_cpu": False, "bf16": PRECISION.bf16, "fp16": PRECISION.fp16},
+    ),
+}
 
 
 def methods_of(regime: str) -> list[str]:
     return [name for name in COMPARED if regime != "on-policy" or name not in SAME_ON_POLICY]
 
 
-def file_of(task: str, regime: str) -> Path:
-    return RESULTS / f"{task}-{regime}.json"
-
-
 def cell(task: str, regime: str, name: str, rate: float, seed: int, split: str) -> Cell:
     settings = {**REGIMES[regime], "max_completion_length": task_named(task).max_completion_length}
+    settings |= SETTINGS[task].changes
     settings |= {"max_steps": 1} if name == UNTRAINED else COMPARED[name]
     return Cell(name, {**settings, "learning_rate": rate}, seed, split, task=task)
 
@@ -107,66 +138,110 @@ def next_rate(rates: dict[float, list[float]]) -> float | None:
     return beside if beside is not None and LIMITS[0] <= beside <= LIMITS[1] else None
 
 
+@dataclass(frozen=True)
 class Strand:
     """
-    All runs of one task in one regime.
+    All runs on one task in one regime.
 
     Args:
         task (`str`):
             Name of the task.
         regime (`str`):
             Name of the regime.
-        methods (`list[str]`):
-            Methods to run.
+        results (`Path`):
+            Folder of the results.
         jobs (`int`):
             Runs at a time.
+        steps (`int`, *optional*):
+            Optimizer steps, to try things; those of the regime if not given.
     """
 
-    def __init__(self, task: str, regime: str, methods: list[str], jobs: int):
-        self.task, self.regime, self.jobs = task, regime, jobs
-        self.methods = [name for name in methods if name in methods_of(regime)]
+    task: str
+    regime: str
+    results: Path = RESULTS
+    jobs: int = 1
+    steps: int | None = None
+
+    @property
+    def file(self) -> Path:
+        return self.results / f"{self.task}-{self.regime}.json"
+
+    def runs(self) -> list[dict[str, Any]]:
+        """All runs that were finished so far."""
+        return json.loads(self.file.read_text())["runs"] if self.file.exists() else []
 
     def run(self, cells: list[tuple[str, float, int, str]]) -> list[dict[str, Any]]:
-        kept = (*KEPT, *KEPT_OF_ROUNDS)
+        """The results of some cells, each a name, a learning rate, a seed and a split."""
         made = [cell(self.task, self.regime, *one) for one in cells]
-        return run_all(made, file_of(self.task, self.regime), self.jobs, kept, run)
+        if self.steps:
+            made = [replace(one, settings={**one.settings, "max_steps": self.steps}) for one in made]
+        return run_all(made, self.file, self.jobs, KEPT, run)
 
-    def tune(self) -> dict[str, float]:
+    def tune(self, names: list[str]) -> dict[str, float]:
         """The best learning rate of each method."""
-        grid: dict[str, dict[float, list[float]]] = {name: {} for name in self.methods}
-        wanted = [(name, rate) for name in self.methods for rate in LEARNING_RATES]
+        grid: dict[str, dict[float, list[float]]] = {name: {} for name in names}
+        wanted = [(name, rate) for name in names for rate in SETTINGS[self.task].rates]
         while wanted:
-            cells = [(name, rate, seed, "tune") for seed in TUNING_SEEDS for name, rate in wanted]
-            for result in self.run(cells):
+            for result in self.run([(*one, seed, "tune") for seed in TUNING_SEEDS for one in wanted]):
                 grid[result["name"]].setdefault(result["settings"]["learning_rate"], []).append(result["sampled"])
             beside = {name: next_rate(rates) for name, rates in grid.items()}
             wanted = [(name, rate) for name, rate in beside.items() if rate is not None]
         return {name: best_rate(rates) for name, rates in grid.items()}
 
-    def report(self, seeds: int) -> None:
-        """The runs that are reported: seed by seed, so that whatever is there can be compared in pairs."""
-        rates = self.tune()
-        names = [UNTRAINED, *self.methods]
-        self.run([(name, rates.get(name, 0.0), seed, "test") for seed in range(seeds) for name in names])
+    def compare(self, methods: list[str], seeds: int) -> None:
+        """Tunes, then makes the runs that are reported, seed by seed, so that whatever is there can be paired."""
+        rates = {UNTRAINED: 0.0, **self.tune([name for name in methods if name in methods_of(self.regime)])}
+        self.run([(*one, seed, "test") for seed in range(seeds) for one in rates.items()])
+
+    def check(self, name: str, seed: int) -> bool:
+        """Makes a reported run again; whether it measures and logs what the file says."""
+        before = next(one for one in self.runs() if (one["name"], one["seed"], one["split"]) == (name, seed, "test"))
+        made = cell(self.task, self.regime, name, before["settings"]["learning_rate"], seed, "test")
+        again = json.loads(json.dumps(run(replace(made, settings=before["settings"]), KEPT)))
+        differing = [key for key in before if key != "seconds" and before[key] != again[key]]
+        print(f"{name}, seed {seed}: sampled {before['sampled']:.2%} in the file, {again['sampled']:.2%} now.")
+        print(f"Different: {', '.join(differing)}." if differing else "Everything but the time is the same.")
+        return not differing
+
+
+def write_results(results: Path) -> None:
+    """The page, from all runs there are."""
+    sections = []
+    for (task, setting), regime in itertools.product(SETTINGS.items(), REGIMES):
+        strand = Strand(task, regime, results)
+        runs = strand.runs()
+        if any(one["name"] == BASELINE and one["split"] == "test" for one in runs):
+            comparison = Comparison(f"{setting.title}, {regime.replace('-', ' ')}", runs, BASELINE, UNTRAINED)
+            figure = f"images/results-{strand.file.stem}.png"
+            draw(comparison, PAGE.parent / figure, FOLLOWED)
+            sections.append(section(comparison, figure))
+    write_page(sections)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=[VARIED, NAME], choices=[VARIED, NAME])
+    parser.add_argument("--tasks", nargs="+", default=[VARIED, NAME], choices=SETTINGS)
     parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=REGIMES)
     parser.add_argument("--methods", nargs="+", default=list(COMPARED), choices=COMPARED, metavar="METHOD")
-    parser.add_argument("--seeds", type=int, default=8, help="seeds to report")
+    parser.add_argument("--seeds", type=int, default=8, help="seeds to report (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time")
-    parser.add_argument("--tune-only", action="store_true", help="stop before the seeds that are reported")
+    parser.add_argument("--check", metavar="METHOD", choices=COMPARED, help="run one cell again")
+    parser.add_argument("--check-seed", type=int, default=0)
+    parser.add_argument("--report", action="store_true", help="only write the page, from the runs there are")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--steps", type=int, help="optimizer steps of each run, to try things in another folder")
+    parser.add_argument("--warm-start-steps", type=int, help=f"the same of the model for {RICH}")
     options = parser.parse_args()
-    for task in options.tasks:
-        for regime in options.regimes:
-            strand = Strand(task, regime, options.methods, options.jobs)
+    for task, regime in itertools.product(options.tasks, options.regimes):
+        strand = Strand(task, regime, options.results, options.jobs, options.steps)
+        if options.check:
+            raise SystemExit(not strand.check(options.check, options.check_seed))
+        if not options.report:
             print(f"\n{task}, {regime}\n", flush=True)
-            if options.tune_only:
-                print({name: f"{rate:g}" for name, rate in strand.tune().items()}, flush=True)
-            else:
-                strand.report(options.seeds)
+            make_checkpoint(task, options.warm_start_steps)
+            strand.compare(options.methods, options.seeds)
+    if options.results == RESULTS:
+        write_results(options.results)
 
 
 if __name__ == "__main__":

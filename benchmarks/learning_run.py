@@ -5,6 +5,7 @@ import tempfile
 import time
 import warnings
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +22,24 @@ from trl_cancel.playground.data import load_prompts
 from trl_cancel.playground.reward import answer_reward
 from trl_cancel.playground.task import Problem
 from trl_cancel.playground.tasks import Task, task_named
+from trl_cancel.playground.warm_start import warm_start
 
 
+MADE = Path(__file__).parent / "checkpoints"
 SAMPLES, PROBLEMS = 8, 128
 OBSERVED = 5  # every so many optimizer steps the blame is measured; shares no factor with the updates of a generation
+
+
+def checkpoint_of(task: str) -> Path:
+    """The model that all runs of a task start from."""
+    return CHECKPOINTS.get(task, MADE / task)
+
+
+def make_checkpoint(task: str, steps: int | None = None) -> None:
+    """Trains that model, where it is neither embedded in the package nor made before."""
+    if not checkpoint_of(task).exists():
+        print(f"Warm start of {task}, kept in {checkpoint_of(task)}.", flush=True)
+        warm_start(checkpoint_of(task), steps=steps, task=task, use_cpu=not torch.cuda.is_available())
 
 
 class Budget(TrainerCallback):
@@ -106,7 +121,7 @@ def run(cell: Cell, kept: tuple[str, ...]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, quiet():
         args = CancelGRPOConfig(output_dir=folder, seed=cell.seed, **cell.settings)
         problems = load_prompts("train", 4096, task=cell.task)
-        trainer = CancelGRPOTrainer(CHECKPOINTS[cell.task], answer_reward, args, problems)
+        trainer = CancelGRPOTrainer(checkpoint_of(cell.task), answer_reward, args, problems)
         trainer.remove_callback(PrinterCallback)
         layout = args.layout
         updates = layout.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations

@@ -119,7 +119,7 @@ def complete_model_card(
 
 def hub_id(name: str | None) -> str | None:
     """A name if it can be one of the Hub's, `None` for what is on this machine."""
-    if not name or name == playground.NAME or Path(name).exists() or not HUB_ID.fullmatch(name):
+    if not name or name in playground.CHECKPOINTS or Path(name).exists() or not HUB_ID.fullmatch(name):
         return None
     return name
 

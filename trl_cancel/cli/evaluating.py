@@ -205,7 +205,7 @@ def run_evaluation(settings: EvalSettings) -> None:
         if value is not None and value < 1:
             raise UsageError(f"{name}={value}: must be at least 1.")
     for model in models:
-        if model != playground.NAME:
+        if model not in playground.CHECKPOINTS:
             check_model_path(str(model))
     state = PartialState()
     if run.engine == "vllm" and state.num_processes > 1:
@@ -284,8 +284,8 @@ def data_sets(run: EvalArguments) -> list[DataSet]:
     if run.pass_at_k is not None:
         given["pass_at_k"] = tuple(run.pass_at_k)
     reward = find_reward(run.reward_funcs) if run.reward_funcs else math_verify_reward
-    if run.dataset_name == playground.NAME:
-        return [_playground(run, EvaluationSettings(**{"max_completion_length": 64, **given}))]
+    if run.dataset_name in playground.CHECKPOINTS:
+        return [_playground(run.dataset_name, run, given)]
     if run.dataset_name:
         source = DataSource(
             run.dataset_name, run.dataset_split, run.prompt_column, run.solution_column, run.dataset_config
@@ -328,16 +328,17 @@ def _data_set(
     )
 
 
-def _playground(run: EvalArguments, settings: EvaluationSettings) -> DataSet:
+def _playground(name: str, run: EvalArguments, given: dict[str, Any]) -> DataSet:
     from ..playground.data import load_prompts
+    from ..playground.tasks import task_named
 
     reward = run.reward_funcs or PLAYGROUND_REWARD
     return DataSet(
-        playground.NAME,
-        {"dataset_name": playground.NAME, "reward_funcs": reward},
-        settings,
+        name,
+        {"dataset_name": name, "reward_funcs": reward},
+        EvaluationSettings(**{"max_completion_length": task_named(name).max_completion_length, **given}),
         find_reward(reward),
-        lambda conversational: load_prompts("test", run.num_problems or 128),
+        lambda conversational: load_prompts("test", run.num_problems or 128, task=name),
     )
 
 
@@ -354,7 +355,7 @@ def evaluate_model(name: str, sets: list[DataSet], settings: EvalSettings) -> li
             The settings of the command.
     """
     run, arguments, state = settings.run, settings.model, PartialState()
-    path = str(playground.CHECKPOINT) if name == playground.NAME else name
+    path = str(playground.CHECKPOINTS.get(name, name))
     revision = arguments.model_revision if name == arguments.model_name_or_path else "main"
     arguments = replace(arguments, model_revision=revision)
     try:

@@ -169,7 +169,7 @@ def load_model(settings: Settings) -> tuple[Any, Any]:
     name = arguments.model_name_or_path
     if not name:
         raise UsageError(f"model_name_or_path is missing: give a Hub id, a local path or '{playground.NAME}'.")
-    path = str(playground.CHECKPOINT) if name == playground.NAME else name
+    path = str(playground.CHECKPOINTS.get(str(name), name))
     check_model_path(path)
     peft, quantization = get_peft_config(arguments), get_quantization_config(arguments)
     loading: Any = {

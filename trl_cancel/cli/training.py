@@ -242,14 +242,17 @@ def check_evaluation(settings: Settings) -> None:
 
 
 def load_data(settings: Settings) -> DatasetDict | dict[str, Any]:
-    """The data set by split; `playground` is the embedded one."""
+    """The data set by split; `playground` and `playground-varied` are the embedded ones."""
     run, mixture = settings.run, settings.mixture
     if not mixture.datasets and not run.dataset_name:
         raise UsageError(f"dataset_name is missing: give a Hub id, a local path or '{playground.NAME}'.")
-    if not mixture.datasets and run.dataset_name == playground.NAME:
+    if not mixture.datasets and run.dataset_name in playground.CHECKPOINTS:
         from ..playground.data import load_prompts
 
-        dataset = DatasetDict(train=load_prompts("train"), test=load_prompts("test", 1024))
+        dataset = DatasetDict(
+            train=load_prompts("train", task=run.dataset_name),
+            test=load_prompts("test", 1024, task=run.dataset_name),
+        )
     else:
         name = "datasets" if mixture.datasets else f"dataset_name={run.dataset_name}"
         try:
@@ -282,7 +285,7 @@ def find_rewards(settings: Settings) -> list[Any]:
     run = settings.run
     names = [run.reward_funcs] if isinstance(run.reward_funcs, str) else run.reward_funcs or []
     rewards: list[Any] = [run.reward_model_name_or_path] if run.reward_model_name_or_path else []
-    if not names and not rewards and run.dataset_name == playground.NAME:
+    if not names and not rewards and run.dataset_name in playground.CHECKPOINTS:
         names = ["trl_cancel.playground.reward.answer_reward"]
     rewards += [find_reward(name) for name in names]
     if not rewards:
@@ -325,7 +328,7 @@ def build_trainer(settings: Settings, dataset: Any, rewards: list[Any]) -> Cance
     training, model = settings.training, settings.model
     if not model.model_name_or_path:
         raise UsageError(f"model_name_or_path is missing: give a Hub id, a local path or '{playground.NAME}'.")
-    path = str(playground.CHECKPOINT) if model.model_name_or_path == playground.NAME else model.model_name_or_path
+    path = str(playground.CHECKPOINTS.get(model.model_name_or_path, model.model_name_or_path))
     check_model_path(path)
     loading: Any = training.model_init_kwargs or {}  # a dictionary by now, also where it was given as JSON
     training.model_init_kwargs = {

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .blame import blame, net_pushes, places
     from .callbacks import TokenShiftCallback
     from .coupling import coupling_kernel, head_gradient, predicted_shifts, prediction_errors, sign_agreement
     from .displacement import gwhes, likelihood_displacement, top_k_overlap
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives. Loaded on first use: the trainer takes a few functions, the probe takes the trainer's.
 _HOME = {
+    "blame": ("blame", "net_pushes", "places"),
     "callbacks": ("TokenShiftCallback",),
     "coupling": ("coupling_kernel", "head_gradient", "predicted_shifts", "prediction_errors", "sign_agreement"),
     "displacement": ("gwhes", "likelihood_displacement", "top_k_overlap"),

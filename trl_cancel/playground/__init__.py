@@ -11,6 +11,7 @@ from pathlib import Path
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 # The names that stand for them wherever a model or a data set is asked for.
 NAME, VARIED = "playground", "playground-varied"
+RICH = "playground-rich"  # a task without an embedded model, for a GPU
 CHECKPOINTS = {NAME: CHECKPOINT, VARIED: CHECKPOINT.with_name("varied_checkpoint")}
 
-__all__ = ["CHECKPOINT", "CHECKPOINTS", "NAME", "VARIED"]
+__all__ = ["CHECKPOINT", "CHECKPOINTS", "NAME", "RICH", "VARIED"]

@@ -1,9 +1,10 @@
 """The playground's tasks: which problems, how careless the teacher, and how freely a response is written."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from . import NAME, VARIED
+from . import NAME, RICH, VARIED
 from .forms import Forms
 from .task import Problem, Slips, careless_totals, sample_problems
 
@@ -22,18 +23,24 @@ class Task:
             How often the teacher errs.
         forms ([`~trl_cancel.playground.forms.Forms`], *optional*):
             How responses may be written.
+        architecture (`dict[str, int]`, *optional*):
+            Entries of the model's configuration that differ from the playground's.
         max_completion_length (`int`, *optional*, defaults to `64`):
-            Tokens that the longest response takes, at least.
+            Tokens that a response is given; one in a thousand takes more at most.
         warm_start_steps (`int`, *optional*, defaults to `600`):
             Optimizer steps of 32 responses after which a model imitates the teacher.
+        warm_start_learning_rate (`float`, *optional*, defaults to `5e-3`):
+            Highest learning rate of these steps.
     """
 
     num_steps: tuple[int, ...] = (3, 4, 5, 6)
     signs: str = "+-"
     slips: Slips = field(default_factory=Slips)
     forms: Forms = field(default_factory=Forms)
+    architecture: Mapping[str, int] = field(default_factory=dict)
     max_completion_length: int = 64
     warm_start_steps: int = 600
+    warm_start_learning_rate: float = 5e-3
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -51,11 +58,34 @@ class Task:
 
 
 _FREE = Forms(("", "Then ", "So "), ("=", " is "), ("The answer is ", "So ", ""), aside=0.2)
+# 38 million parameters.
+_LARGE = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
 TASKS = {
     NAME: Task(),
     # Slips are rare but for the borrow, which is forgotten more often than not: decoding greedily does not avoid it.
     VARIED: Task(
-        (4, 5, 6, 7), slips=Slips(0.6, 0.1, 0.01), forms=_FREE, max_completion_length=104, warm_start_steps=700
+        num_steps=(4, 5, 6, 7),
+        slips=Slips(borrow=0.6, carry=0.1, other=0.01),
+        forms=_FREE,
+        max_completion_length=104,
+        warm_start_steps=700,
+    ),
+    RICH: Task(
+        num_steps=(6, 8, 10, 12),
+        signs="+-*",
+        slips=Slips(borrow=0.45, carry=0.1, other=0.01),
+        forms=_FREE,
+        architecture=_LARGE,
+        max_completion_length=208,
+        warm_start_steps=4000,
+        warm_start_learning_rate=1e-3,
     ),
 }
 

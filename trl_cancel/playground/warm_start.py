@@ -65,7 +65,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Qwen3ForC
     )
 
 
-def warm_start(output: Path, seed: int = 0, steps: int | None = None, task: str = NAME, **changes: Any) -> None:
+def warm_start(output: Path, seed: int = 0, steps: int | None = None, task: str = NAME, use_cpu: bool = True) -> None:
     """
     Trains and saves the model and its tokenizer.
 
@@ -78,8 +78,8 @@ def warm_start(output: Path, seed: int = 0, steps: int | None = None, task: str 
             Optimizer steps of 32 responses each; as many as the task says if not given.
         task (`str`, *optional*, defaults to `"playground"`):
             Name of the task.
-        **changes:
-            Entries of the model's configuration that differ from the playground's.
+        use_cpu (`bool`, *optional*, defaults to `True`):
+            Whether a GPU is left alone.
 
     Raises:
         `ValueError`: If the task is unknown.
@@ -88,7 +88,7 @@ def warm_start(output: Path, seed: int = 0, steps: int | None = None, task: str 
     steps = steps or chosen.warm_start_steps
     set_seed(seed)
     tokenizer = build_tokenizer(chosen.words)
-    model = build_model(tokenizer, **changes)
+    model = build_model(tokenizer, **chosen.architecture)
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
             model=model,
@@ -96,14 +96,14 @@ def warm_start(output: Path, seed: int = 0, steps: int | None = None, task: str 
                 output_dir=folder,
                 per_device_train_batch_size=BATCH_SIZE,
                 max_steps=steps,
-                learning_rate=5e-3,
+                learning_rate=chosen.warm_start_learning_rate,
                 lr_scheduler_type="cosine",
                 warmup_steps=30,
                 weight_decay=0.01,
                 adam_beta2=0.95,
                 gradient_checkpointing=False,
                 bf16=False,
-                use_cpu=True,
+                use_cpu=use_cpu,
                 completion_only_loss=True,
                 save_strategy="no",
                 report_to=[],

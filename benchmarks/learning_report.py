@@ -1,0 +1,232 @@
+"""The tables and figures of `docs/results.md`, from the runs of `learning.py`."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from runs import interval
+
+from trl_cancel.diagnostics.blame import PLACES
+from trl_cancel.diagnostics.curves import band, first_tenth, last_tenth, smoothed, summarize
+from trl_cancel.diagnostics.figures import COLOURS, new_figure
+from trl_cancel.diagnostics.runs import Run
+from trl_cancel.evaluation import mean_with_interval
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+WAY = 0.9  # of the way that the baseline's reward goes: the threshold
+WINDOW = 3  # rewards of the moving average
+Result = dict[str, Any]
+
+
+class Comparison:
+    """
+    The finished runs of one task in one regime.
+
+    Args:
+        title (`str`):
+            What they are called.
+        runs (`list[dict]`):
+            All runs, those of the tuning and the untrained ones too.
+        baseline, untrained (`str`):
+            Names of the method that the others are compared with, and of the runs without training.
+    """
+
+    def __init__(self, title: str, runs: list[Result], baseline: str, untrained: str):
+        self.title, self.runs, self.baseline = title, runs, baseline
+        reported = [run for run in runs if run["split"] == "test"]
+        seeds = {run["seed"]: run["sampled"] for run in reported if run["name"] == untrained}
+        self.before = seeds
+        self.methods: dict[str, list[Result]] = {}
+        for run in sorted(reported, key=lambda run: run["seed"]):
+            if run["name"] != untrained:
+                self.methods.setdefault(run["name"], []).append(run)
+        self.threshold = self._threshold()
+
+    def _threshold(self) -> float:
+        """Nine tenths of the way from the first to the last rewards of the baseline."""
+        rewards = [series for run in self.methods[self.baseline] if (series := as_run(run).series("reward"))]
+        start = statistics.mean(map(first_tenth, rewards))
+        return start + WAY * (statistics.mean(map(last_tenth, rewards)) - start)
+
+    def differences(self, name: str, measure: str = "sampled") -> list[float]:
+        """What a method has more than the baseline, seed by seed."""
+        baseline = {run["seed"]: run[measure] for run in self.methods[self.baseline]}
+        return [run[measure] - baseline[run["seed"]] for run in self.methods[name] if run["seed"] in baseline]
+
+    def ranked(self) -> list[str]:
+        """The methods, the best first."""
+        return sorted(self.methods, key=lambda name: -mean(self.methods[name], "sampled"))
+
+
+def as_run(result: Result) -> Run:
+    """As what a training has logged; `learning.py` logs every optimizer step."""
+    logs = [
+        {"step": step, **dict(zip(result["logs"], values, strict=True))}
+        for step, values in enumerate(zip(*result["logs"].values(), strict=True), 1)
+    ]
+    return Run(Path(), result["steps"], logs, {})
+
+
+def mean(runs: Sequence[Result], measure: str) -> float:
+    return statistics.mean(run[measure] for run in runs)
+
+
+def verdict(differences: list[float]) -> str:
+    """Whether the whole interval lies on one side."""
+    _, low, high = mean_with_interval(torch.tensor(differences).unsqueeze(1))
+    return "**more**" if low > 0 else "**less**" if high < 0 else ""
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def accuracy_table(comparison: Comparison) -> str:
+    header = ["", "learning rate", "seeds", "sampled, avg@8", f"minus {comparison.baseline}", "verdict", "greedy", "pass@8"]
+    header += ["distinct right answers of 8", "worse than before"]
+    rows = []
+    for name in comparison.ranked():
+        runs = comparison.methods[name]
+        worse = sum(run["sampled"] < comparison.before.get(run["seed"], 0.0) for run in runs)
+        difference = comparison.differences(name)
+        compared = name != comparison.baseline and len(difference) > 1
+        rows.append(
+            [
+                name,
+                f"{runs[0]['settings']['learning_rate']:g}",
+                str(len(runs)),
+                interval([run["sampled"] for run in runs]),
+                interval(difference, "{:+.1%}") if compared else "",
+                verdict(difference) if compared else "",
+                f"{mean(runs, 'greedy'):.1%}",
+                f"{mean(runs, 'pass'):.1%}",
+                f"{mean(runs, 'distinct'):.2f}",
+                f"{worse} of {len(runs)}",
+            ]
+        )
+    return table(header, rows)
+
+
+def training_table(comparison: Comparison) -> str:
+    header = ["", "tokens generated", "steps", f"steps to reward {comparison.threshold:.2f}", "tokens to it"]
+    header += ["Jitter₂", "entropy at the end", "residual", "seconds of training"]
+    rows = []
+    for name in comparison.ranked():
+        runs = comparison.methods[name]
+        summaries = [
+            summarize(as_run(run), ("cancel/shared_prefix_residual",), WINDOW, comparison.threshold) for run in runs
+        ]
+        rows.append(
+            [
+                name,
+                f"{mean(runs, 'generated_tokens') / 1000:.0f}k",
+                f"{mean(runs, 'steps'):.0f}",
+                reached(summaries, "steps_to_threshold", "{:.0f}".format),
+                reached(summaries, "tokens_to_threshold", lambda tokens: f"{tokens / 1000:.0f}k"),
+                f"{statistics.mean(summary['jitter2'] for summary in summaries):.3f}",
+                f"{mean(runs, 'entropy'):.3f}",
+                f"{statistics.mean(summary['last/cancel/shared_prefix_residual'] for summary in summaries):.2g}",
+                f"{statistics.mean(run['seconds']['training'] for run in runs):.0f}",
+            ]
+        )
+    return table(header, rows)
+
+
+def reached(summaries: list[dict[str, Any]], name: str, form: Callable[[float], str]) -> str:
+    """The mean over the seeds that reached the threshold, and how many did."""
+    found = [summary[name] for summary in summaries if summary[name] is not None]
+    if not found:
+        return "not reached"
+    some = f" ({len(found)} of {len(summaries)} seeds)" if len(found) < len(summaries) else ""
+    return form(statistics.mean(found)) + some
+
+
+def blame_table(comparison: Comparison) -> str:
+    header = ["", *(f"{kind}: {place}" for kind in ("gross", "net") for place in PLACES)]
+    rows = []
+    for name in comparison.ranked():
+        cells = [name]
+        for kind in ("gross", "net"):
+            shares = [run["blame"][kind] for run in comparison.methods[name] if run["blame"][kind]]
+            means = [statistics.mean(place) for place in zip(*shares, strict=True)] if shares else []
+            cells += [f"{share:.1%}" for share in means] or ["none"] * len(PLACES)
+        rows.append(cells)
+    return table(header, rows)
+
+
+def tuning_table(comparison: Comparison) -> str:
+    tuning: dict[str, dict[float, list[float]]] = {}
+    for run in comparison.runs:
+        if run["split"] == "tune":
+            rates = tuning.setdefault(run["name"], {})
+            rates.setdefault(run["settings"]["learning_rate"], []).append(run["sampled"])
+    tried = sorted({rate for rates in tuning.values() for rate in rates})
+    rows = [
+        [name, *(f"{statistics.mean(rates[rate]):.1%}" if rate in rates else "" for rate in tried)]
+        for name, rates in tuning.items()
+    ]
+    return table(["learning rate", *(f"{rate:g}" for rate in tried)], rows)
+
+
+def draw(comparison: Comparison, file: Path, followed: Sequence[str]) -> None:
+    """The differences from the baseline with their intervals, and the rewards of some methods during training."""
+    names = [
+        name
+        for name in reversed(comparison.ranked())
+        if name != comparison.baseline and len(comparison.methods[name]) > 1
+    ]
+    figure, (left, right) = new_figure(11, 1.2 + 0.26 * max(len(names), 10), columns=2)
+    for row, name in enumerate(names):
+        middle, low, high = mean_with_interval(torch.tensor(comparison.differences(name)).unsqueeze(1))
+        colour = COLOURS["green" if low > 0 else "boosted" if high < 0 else "neutral"]
+        left.plot([100 * low, 100 * high], [row, row], color=colour, linewidth=2)
+        left.plot(100 * middle, row, "o", color=colour)
+    left.axvline(0, color="black", linewidth=0.8)
+    left.set_yticks(range(len(names)), names)
+    left.set_xlabel(f"sampled accuracy minus that of {comparison.baseline}, points, 95% intervals")
+    for name, colour in zip([name for name in followed if name in comparison.methods], COLOURS.values(), strict=False):
+        series = [
+            smoothed(found, WINDOW) for run in comparison.methods[name] if (found := as_run(run).series("reward"))
+        ]
+        curve = band([(one.tokens or one.steps, one.values) for one in series])
+        right.plot(curve.x / 1000, curve.mean, color=colour, label=name)
+        right.fill_between(curve.x / 1000, curve.low, curve.high, color=colour, alpha=0.12, linewidth=0)
+    right.axhline(comparison.threshold, color="black", linewidth=0.8, linestyle=":")
+    right.set_xlabel("thousand tokens")
+    right.set_ylabel("reward; mean, lowest and highest of the seeds")
+    right.legend(frameon=False, fontsize="small")
+    figure.suptitle(comparison.title)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=100, facecolor="white", metadata={"Software": None})
+
+
+def section(comparison: Comparison, figure: str) -> str:
+    """Its part of the page."""
+    before = statistics.mean(comparison.before.values())
+    seconds = sum(run["seconds"]["all"] for run in comparison.runs)
+    alt = "differences from the baseline with intervals, and rewards during training"
+    parts = [
+        f"## {comparison.title}",
+        f"Sampled accuracy before the training: {before:.1%}. {len(comparison.runs)} runs took "
+        f"{seconds / 3600:.1f} core hours, tuning and evaluation included.",
+        f"![{comparison.title}: {alt}]({figure})",
+        accuracy_table(comparison),
+        "### The training",
+        training_table(comparison),
+        "### Blame",
+        blame_table(comparison),
+        "### Tuning",
+        tuning_table(comparison),
+    ]
+    return "\n\n".join(parts)
+
+
+def write_page(sections: Sequence[str]) -> None:
+    """Puts the sections between the page's marks."""
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}\n\n" + "\n\n".join(sections) + f"\n\n{END}{after}")

@@ -1,0 +1,222 @@
+"""The comparison of learning: its protocol, its statistics, and that the committed results are what the page says."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import learning  # noqa: E402
+import learning_report  # noqa: E402
+import learning_run  # noqa: E402
+
+
+STRANDS = [
+    learning.Strand(task, regime)
+    for task in learning.SETTINGS
+    for regime in learning.REGIMES
+    if learning.Strand(task, regime).file.exists()
+]
+
+
+def strands(function):
+    return pytest.mark.parametrize("strand", STRANDS, ids=lambda strand: f"{strand.task}-{strand.regime}")(function)
+
+
+def result(name, seed, sampled, split="test", rate=1e-4, rewards=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)):
+    """A run as `learning_run.run` returns it."""
+    return {
+        "name": name,
+        "seed": seed,
+        "split": split,
+        "settings": {"learning_rate": rate},
+        "sampled": sampled,
+        "greedy": 0.8,
+        "pass": 0.9,
+        "distinct": 3.0,
+        "blame": {"gross": [0.5, 0.1, 0.4], "net": None},
+        "steps": 6,
+        "generated_tokens": 600,
+        "entropy": 0.3,
+        "seconds": {"training": 10.0, "all": 20.0},
+        "logs": {
+            "reward": list(rewards),
+            "num_tokens": [100.0 * step for step in range(1, 7)],
+            "cancel/shared_prefix_residual": [0.1] * 6,
+        },
+    }
+
+
+@pytest.fixture
+def comparison():
+    runs = [result("untrained", seed, 0.4, rate=0.0) for seed in range(4)]
+    runs += [result("GRPO", seed, 0.50 + 0.01 * seed) for seed in range(4)]
+    runs += [result("better", seed, 0.55 + 0.01 * seed + 0.001 * (seed % 2)) for seed in range(4)]
+    runs += [result("worse", seed, 0.30 + 0.01 * seed, rewards=[0.1] * 6) for seed in reversed(range(4))]
+    runs += [result("GRPO", 100, 0.45, "tune"), result("GRPO", 101, 0.55, "tune")]
+    return learning_report.Comparison("Title", runs, "GRPO", "untrained")
+
+
+def cells_of(table, name):
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    return dict(zip(header, next(row for row in rows if row[0] == name), strict=True))
+
+
+def test_differences_are_paired_by_seed(comparison):
+    assert comparison.ranked() == ["better", "GRPO", "worse"]
+    assert comparison.differences("worse") == pytest.approx([-0.2] * 4)
+    assert comparison.differences("better") == pytest.approx([0.05, 0.051, 0.05, 0.051])
+
+
+def test_accuracy_table(comparison):
+    table = learning_report.accuracy_table(comparison)
+    better, grpo, worse = (cells_of(table, name) for name in ("better", "GRPO", "worse"))
+    assert better["minus GRPO"] == "+5.0% [+5.0%, +5.1%]"
+    assert (better["verdict"], grpo["verdict"], worse["verdict"]) == ("**more**", "", "**less**")
+    assert grpo["minus GRPO"] == ""
+    assert worse["worse than before"] == "4 of 4"
+    assert better["worse than before"] == "0 of 4"
+
+
+def test_training_table(comparison):
+    # The baseline goes from 0.1 to 0.6, so the threshold is 0.55, which means over three rewards never reach.
+    assert comparison.threshold == pytest.approx(0.55)
+    rising = [result("fast", seed, 0.5, rewards=[0.1, 0.5, 0.6, 0.7, 0.8, 0.9]) for seed in range(4)]
+    rising[3]["logs"]["reward"] = [0.1] * 6
+    comparison.methods["fast"] = rising
+    cells = cells_of(learning_report.training_table(comparison), "fast")
+    assert cells["steps to reward 0.55"] == "4 (3 of 4 seeds)"
+    assert cells["tokens to it"] == "0k (3 of 4 seeds)"
+    assert cells_of(learning_report.training_table(comparison), "worse")["tokens to it"] == "not reached"
+    assert cells_of(learning_report.training_table(comparison), "worse")["Jitter₂"] == "0.000"
+
+
+def test_blame_and_tuning_tables(comparison):
+    blame = cells_of(learning_report.blame_table(comparison), "GRPO")
+    assert (blame["gross: before"], blame["gross: on"], blame["net: on"]) == ("50.0%", "10.0%", "none")
+    assert cells_of(learning_report.tuning_table(comparison), "GRPO") == {"learning rate": "GRPO", "0.0001": "50.0%"}
+
+
+def test_learning_rates_are_tried_until_the_best_is_between_two():
+    assert learning.best_rate({1e-4: [0.1, 0.3], 2e-4: [0.15, 0.35]}) == 2e-4
+    assert learning.next_rate({1e-4: [0.1], 2e-4: [0.3], 4e-4: [0.2]}) is None
+    assert learning.next_rate({1e-4: [0.1], 2e-4: [0.2], 4e-4: [0.3]}) == 8e-4
+    assert learning.next_rate({1e-4: [0.3], 2e-4: [0.2], 4e-4: [0.1]}) == 5e-5
+    assert learning.next_rate({learning.LIMITS[0]: [0.3], 2e-4: [0.2]}) is None
+
+
+def test_protocol(tmp_path, monkeypatch):
+    """What is run for a strand: the same grid for all, other seeds and problems for the report, the best rate."""
+    asked = []
+
+    def run_all(cells, file, jobs, kept, run):
+        asked.extend(cells)
+        peak = {"GRPO": 1e-4, "NTHR": 8e-4}
+        return [
+            {
+                "name": one.name,
+                "settings": one.settings,
+                "sampled": -abs(one.settings["learning_rate"] - peak[one.name]),
+            }
+            if one.name in peak
+            else {}
+            for one in cells
+        ]
+
+    monkeypatch.setattr(learning, "run_all", run_all)
+    learning.Strand(learning.VARIED, "off-policy", tmp_path).compare(["GRPO", "NTHR"], seeds=8)
+    tuning, reported = ([one for one in asked if one.split == split] for split in ("tune", "test"))
+    rates = {name: {one.settings["learning_rate"] for one in tuning if one.name == name} for name in ("GRPO", "NTHR")}
+    assert rates == {"GRPO": {5e-5, 1e-4, 2e-4, 4e-4}, "NTHR": {1e-4, 2e-4, 4e-4, 8e-4, 16e-4}}
+    assert {one.seed for one in tuning}.isdisjoint({one.seed for one in reported})
+    assert {(one.name, one.settings["learning_rate"]) for one in reported} == {
+        ("untrained", 0.0),
+        ("GRPO", 1e-4),
+        ("NTHR", 8e-4),
+    }
+    assert len(reported) == 3 * 8
+    sizes = ("max_steps", "num_generations", "per_device_train_batch_size", "steps_per_generation", "num_iterations")
+    trained = [one for one in reported if one.name != "untrained"]
+    assert len({tuple(one.settings[size] for size in sizes) for one in trained}) == 1, "compute is matched"
+
+
+def test_budget_of_methods_that_generate_more():
+    budget = learning_run.Budget(rollouts=256, rollouts_per_round=64, updates=2)
+    control = type("Control", (), {"should_training_stop": False})()
+    for step, rounds in ((1, 2), (2, 0), (3, 3)):
+        budget.on_log(None, type("State", (), {"global_step": step})(), control, {"balance/rounds": rounds})
+        assert not control.should_training_stop
+    budget.on_log(None, type("State", (), {"global_step": 4})(), control, {})
+    assert control.should_training_stop
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", learning.SAME_ON_POLICY)
+def test_left_out_on_policy_because_it_is_the_same(name):
+    """The methods that are not run on policy would train what another one trains."""
+    from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
+    from trl_cancel.playground.data import load_prompts
+    from trl_cancel.playground.reward import answer_reward
+
+    def weights(of, tmp="trl-cancel-same"):
+        one = learning.cell(learning.NAME, "on-policy", of, 1e-3, 0, "test")
+        settings = {**one.settings, "max_steps": 2, "save_strategy": "no"}
+        trainer = CancelGRPOTrainer(
+            learning_run.checkpoint_of(learning.NAME),
+            answer_reward,
+            CancelGRPOConfig(output_dir=tmp, **settings),
+            load_prompts("train", 64),
+        )
+        trainer.train()
+        return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+
+    for (key, value), other in zip(
+        weights(name).items(), weights(learning.SAME_ON_POLICY[name]).values(), strict=True
+    ):
+        torch.testing.assert_close(value, other, rtol=0, atol=2e-4, msg=key)
+
+
+@pytest.mark.slow
+def test_a_cell_repeats_itself(tmp_path):
+    one = learning.cell(learning.NAME, "off-policy", "DelTA", 1e-4, 0, "test")
+    one = replace(one, settings={**one.settings, "max_steps": 9})
+    first, second = (json.loads(json.dumps(learning_run.run(one, learning.KEPT))) for _ in range(2))
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+    assert first["steps"] == 9
+    assert sum(first["blame"]["gross"]) == pytest.approx(1, abs=1e-3)
+    assert 0 < first["blame"]["gross"][1] < 0.2
+    assert len(first["logs"]["reward"]) == 9
+
+
+@strands
+def test_reported_runs_follow_the_protocol(strand):
+    """Each method's learning rate is the best of the tuning runs in the file, and no seed is in both."""
+    runs = strand.runs()
+    tuning: dict = {}
+    for run in runs:
+        if run["split"] == "tune":
+            rates = tuning.setdefault(run["name"], {})
+            rates.setdefault(run["settings"]["learning_rate"], []).append(run["sampled"])
+    for run in runs:
+        assert (run["seed"] in learning.TUNING_SEEDS) == (run["split"] == "tune")
+        assert run["task"] == strand.task
+        if run["split"] == "test" and run["name"] != learning.UNTRAINED:
+            made = learning.cell(
+                strand.task, strand.regime, run["name"], learning.best_rate(tuning[run["name"]]), run["seed"], "test"
+            )
+            assert run["settings"] == json.loads(json.dumps(made.settings))
+
+
+@pytest.mark.skipif(not STRANDS, reason="no results yet")
+def test_page_is_what_the_results_say(tmp_path, monkeypatch):
+    page, committed = tmp_path / "results.md", learning_report.PAGE.read_text()
+    page.write_text(committed)
+    monkeypatch.setattr(learning_report, "PAGE", page)
+    monkeypatch.setattr(learning, "PAGE", page)
+    learning.write_results(learning.RESULTS)
+    assert page.read_text() == committed
