@@ -154,6 +154,8 @@ class Strand:
             Runs at a time.
         steps (`int`, *optional*):
             Optimizer steps, to try things; those of the regime if not given.
+        given_rates (`tuple[float, ...]`, *optional*):
+            Learning rates to begin with, to try things; those of the task if not given.
     """
 
     task: str
@@ -161,6 +163,11 @@ class Strand:
     results: Path = RESULTS
     jobs: int = 1
     steps: int | None = None
+    given_rates: tuple[float, ...] = ()
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        return self.given_rates or SETTINGS[self.task].rates
 
     @property
     def file(self) -> Path:
@@ -178,9 +185,11 @@ class Strand:
         return run_all(made, self.file, self.jobs, KEPT, run)
 
     def tune(self, names: list[str]) -> dict[str, float]:
-        """The best learning rate of each method."""
+        """The best learning rate of each method; a grid of one is taken as it is."""
+        if len(self.rates) == 1:
+            return dict.fromkeys(names, self.rates[0])
         grid: dict[str, dict[float, list[float]]] = {name: {} for name in names}
-        wanted = [(name, rate) for name in names for rate in SETTINGS[self.task].rates]
+        wanted = [(name, rate) for name in names for rate in self.rates]
         while wanted:
             for result in self.run([(*one, seed, "tune") for seed in TUNING_SEEDS for one in wanted]):
                 grid[result["name"]].setdefault(result["settings"]["learning_rate"], []).append(result["sampled"])
@@ -230,10 +239,13 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only write the page, from the runs there are")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--steps", type=int, help="optimizer steps of each run, to try things in another folder")
+    parser.add_argument(
+        "--rates", nargs="+", type=float, default=(), help="the same of the learning rates; one is taken"
+    )
     parser.add_argument("--warm-start-steps", type=int, help=f"the same of the model for {RICH}")
     options = parser.parse_args()
     for task, regime in itertools.product(options.tasks, options.regimes):
-        strand = Strand(task, regime, options.results, options.jobs, options.steps)
+        strand = Strand(task, regime, options.results, options.jobs, options.steps, tuple(options.rates))
         if options.check:
             raise SystemExit(not strand.check(options.check, options.check_seed))
         if not options.report:

@@ -86,8 +86,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def accuracy_table(comparison: Comparison) -> str:
-    header = ["", "learning rate", "seeds", "sampled, avg@8", f"minus {comparison.baseline}", "verdict", "greedy", "pass@8"]
-    header += ["distinct right answers of 8", "worse than before"]
+    header = [
+        "",
+        "learning rate",
+        "seeds",
+        "sampled, avg@8",
+        f"minus {comparison.baseline}",
+        "verdict",
+        "greedy",
+        "pass@8",
+    ]
+    header += ["distinct right answers of 8", "variety", "worse than before"]
     rows = []
     for name in comparison.ranked():
         runs = comparison.methods[name]
@@ -105,6 +114,7 @@ def accuracy_table(comparison: Comparison) -> str:
                 f"{mean(runs, 'greedy'):.1%}",
                 f"{mean(runs, 'pass'):.1%}",
                 f"{mean(runs, 'distinct'):.2f}",
+                f"{mean(runs, 'variety'):.2f}",
                 f"{worse} of {len(runs)}",
             ]
         )
@@ -153,7 +163,7 @@ def blame_table(comparison: Comparison) -> str:
         for kind in ("gross", "net"):
             shares = [run["blame"][kind] for run in comparison.methods[name] if run["blame"][kind]]
             means = [statistics.mean(place) for place in zip(*shares, strict=True)] if shares else []
-            cells += [f"{share:.1%}" for share in means] or ["none"] * len(PLACES)
+            cells += [f"{share:.2%}" for share in means] or ["none"] * len(PLACES)
         rows.append(cells)
     return table(header, rows)
 

@@ -1,5 +1,6 @@
 """One run of the comparison of learning: a training on the playground, and all that is measured of it."""
 
+import itertools
 import statistics
 import tempfile
 import time
@@ -147,18 +148,26 @@ def run(cell: Cell, kept: tuple[str, ...]) -> dict[str, Any]:
 def evaluated(trainer: CancelGRPOTrainer, cell: Cell, task: Task) -> dict[str, Any]:
     """Accuracies on problems of the cell's split, each seed having its own, and the variety of right answers."""
     problems = load_prompts(cell.split, PROBLEMS, seed=cell.seed, task=cell.task)
+    tokenizer = trainer.processing_class
     _, greedy = answers(trainer, problems, task, 1, 0.0, cell.seed)
-    texts, sampled = answers(trainer, problems, task, SAMPLES, 1.0, cell.seed)
-    distinct = [
-        len({tuple(ids) for ids, reward in zip(several, rewards, strict=True) if reward == 1})
-        for several, rewards in zip(texts, sampled.tolist(), strict=True)
+    ids, sampled = answers(trainer, problems, task, SAMPLES, 1.0, cell.seed)
+    right = [
+        [tokenizer.decode(ids) for ids, reward in zip(several, rewards, strict=True) if reward == 1]
+        for several, rewards in zip(ids, sampled.tolist(), strict=True)
     ]
     return {
         "greedy": greedy.mean().item(),
         "sampled": sampled.mean().item(),
         "pass": pass_at_k(sampled == 1, SAMPLES).mean().item(),
-        "distinct": statistics.mean(distinct),
+        "distinct": statistics.mean(len(set(several)) for several in right),
+        "variety": variety([[answer.split("\n")[0] for answer in several] for several in right]),
     }
+
+
+def variety(groups: list[list[str]]) -> float | None:
+    """How often two texts of a group differ, over all pairs (Gini-Simpson index); `None` without a pair."""
+    pairs = [pair for group in groups for pair in itertools.combinations(group, 2)]
+    return statistics.mean(first != second for first, second in pairs) if pairs else None
 
 
 def answers(

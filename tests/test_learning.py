@@ -39,6 +39,7 @@ def result(name, seed, sampled, split="test", rate=1e-4, rewards=(0.1, 0.2, 0.3,
         "greedy": 0.8,
         "pass": 0.9,
         "distinct": 3.0,
+        "variety": 0.5,
         "blame": {"gross": [0.5, 0.1, 0.4], "net": None},
         "steps": 6,
         "generated_tokens": 600,
@@ -98,7 +99,7 @@ def test_training_table(comparison):
 
 def test_blame_and_tuning_tables(comparison):
     blame = cells_of(learning_report.blame_table(comparison), "GRPO")
-    assert (blame["gross: before"], blame["gross: on"], blame["net: on"]) == ("50.0%", "10.0%", "none")
+    assert (blame["gross: before"], blame["gross: on"], blame["net: on"]) == ("50.00%", "10.00%", "none")
     assert cells_of(learning_report.tuning_table(comparison), "GRPO") == {"learning rate": "GRPO", "0.0001": "50.0%"}
 
 
@@ -143,6 +144,12 @@ def test_protocol(tmp_path, monkeypatch):
     sizes = ("max_steps", "num_generations", "per_device_train_batch_size", "steps_per_generation", "num_iterations")
     trained = [one for one in reported if one.name != "untrained"]
     assert len({tuple(one.settings[size] for size in sizes) for one in trained}) == 1, "compute is matched"
+
+
+def test_variety():
+    """How often two right answers to a problem differ, over all pairs of all problems."""
+    assert learning_run.variety([["a", "a", "b"], ["c", "c"], ["d"], []]) == 2 / 4
+    assert learning_run.variety([["a"], []]) is None
 
 
 def test_budget_of_methods_that_generate_more():

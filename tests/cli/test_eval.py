@@ -33,11 +33,12 @@ def results_of(folder):
     return {path.parent.parent.name: json.loads(path.read_text()) for path in folder.glob("*/*/results.json")}
 
 
-def test_playground(tmp_path, capsys):
-    arguments = ["--dataset_name", "playground", "--num_problems", "8", "--num_samples", "2"]
-    assert evaluate("playground", *arguments, output=tmp_path) == 0
+@pytest.mark.parametrize("name", ["playground", "playground-varied"])
+def test_playground(tmp_path, capsys, name):
+    arguments = ["--dataset_name", name, "--num_problems", "8", "--num_samples", "2"]
+    assert evaluate(name, *arguments, output=tmp_path) == 0
     printed = capsys.readouterr().out
-    for expected in ("playground (8)", "greedy", "avg@2", "pass@1", "pass@2", "truncated", "%"):
+    for expected in (f"{name} (8)", "greedy", "avg@2", "pass@1", "pass@2", "truncated", "%"):
         assert expected in printed
     (results,) = results_of(tmp_path).values()
     assert results["metrics"]["greedy"]["low"] <= results["metrics"]["greedy"]["mean"] <= 1
@@ -45,9 +46,7 @@ def test_playground(tmp_path, capsys):
     assert (results["problems"], results["answers"]) == (8, 24)
     assert results["versions"]["trl"]
     assert results["settings"]["temperature"] == 1
-    samples = [
-        json.loads(line) for line in (tmp_path / "playground/playground/samples.jsonl").read_text().splitlines()
-    ]
+    samples = [json.loads(line) for line in (tmp_path / name / name / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 24
 
 

@@ -6,10 +6,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_cancel.evaluation import score_samples
-from trl_cancel.playground import CHECKPOINT
+from trl_cancel.playground import CHECKPOINTS
 from trl_cancel.playground.__main__ import write_playground
 from trl_cancel.playground.data import load_demonstrations, load_prompts
 from trl_cancel.playground.reward import answer_reward
+from trl_cancel.playground.tasks import TASKS
 from trl_cancel.playground.tokenizer import build_tokenizer
 from trl_cancel.playground.warm_start import FILES, warm_start
 
@@ -45,25 +46,32 @@ def test_datasets():
     assert demonstrations[:] == load_demonstrations(20, seed=1)[:]
 
 
-def test_checkpoint_is_what_the_package_says():
-    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
-    assert tokenizer.get_vocab() == build_tokenizer().get_vocab()
-    assert tokenizer.chat_template == build_tokenizer().chat_template
-    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT)
+@pytest.mark.parametrize("task", CHECKPOINTS)
+def test_checkpoint_is_what_the_package_says(task):
+    tokenizer, built = AutoTokenizer.from_pretrained(CHECKPOINTS[task]), build_tokenizer(TASKS[task].words)
+    assert tokenizer.get_vocab() == built.get_vocab()
+    assert tokenizer.chat_template == built.chat_template
+    model = AutoModelForCausalLM.from_pretrained(CHECKPOINTS[task])
     assert 300_000 < model.num_parameters() < 1_500_000
-    assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) < 2_000_000
+    assert sum(file.stat().st_size for file in CHECKPOINTS[task].iterdir()) < 2_000_000
 
 
 @pytest.mark.slow
-def test_groups_are_mixed():
+@pytest.mark.parametrize("task", CHECKPOINTS)
+def test_groups_are_mixed(task):
     """Most groups of eight hold right and wrong answers: there is something to learn from."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(CHECKPOINT), AutoTokenizer.from_pretrained(CHECKPOINT)
+    model, tokenizer = (auto.from_pretrained(CHECKPOINTS[task]) for auto in (AutoModelForCausalLM, AutoTokenizer))
     scores = score_samples(
-        model, tokenizer, load_prompts("test", 128), answer_reward, num_samples=8, max_completion_length=64
+        model,
+        tokenizer,
+        load_prompts("test", 128, task=task),
+        answer_reward,
+        num_samples=8,
+        max_completion_length=TASKS[task].max_completion_length,
     )
     mixed = (scores.mean(1) > 0) & (scores.mean(1) < 1)
-    assert 0.3 < scores.mean() < 0.5
-    assert mixed.float().mean() > 0.8
+    assert 0.3 < scores.mean() < 0.55
+    assert mixed.float().mean() > 0.75
 
 
 def test_warm_start_command(tmp_path):
@@ -75,10 +83,11 @@ def test_warm_start_command(tmp_path):
 
 
 @pytest.mark.slow
-def test_warm_start_repeats_the_checkpoint(tmp_path):
+@pytest.mark.parametrize("task", CHECKPOINTS)
+def test_warm_start_repeats_the_checkpoint(tmp_path, task):
     """The shipped weights are what the command makes (to rounding: processors differ)."""
-    warm_start(tmp_path)
-    ours = AutoModelForCausalLM.from_pretrained(CHECKPOINT).state_dict()
+    warm_start(tmp_path, task=task)
+    ours = AutoModelForCausalLM.from_pretrained(CHECKPOINTS[task]).state_dict()
     for name, value in AutoModelForCausalLM.from_pretrained(tmp_path).state_dict().items():
         torch.testing.assert_close(value, ours[name], rtol=0.05, atol=0.05)
 
