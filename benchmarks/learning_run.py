@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 
 from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
 from trl_cancel.cli._quiet import quiet
-from trl_cancel.diagnostics.blame import PLACES, blame, net_pushes, places
+from trl_cancel.diagnostics.blame import PLACES, blame_by_place, net_pushes, token_places
 from trl_cancel.diagnostics.residual import prefix_ids
 from trl_cancel.evaluation import continuations, pass_at_k, prompt_token_ids, rewards_of, sampling
 from trl_cancel.playground import CHECKPOINTS
@@ -83,9 +83,9 @@ class Blame:
         pushes, prompts, ids, mask, groups, advantages = (torch.cat(rows) for rows in zip(*self.waiting, strict=True))
         self.waiting.clear()
         wrong = torch.tensor([self._first_wrong(*row) for row in zip(prompts, ids, mask.bool(), strict=True)])
-        where = places(wrong, ids.size(1))
-        self.sums["gross"] += blame(pushes, where, mask.bool() & (advantages < 0).unsqueeze(1))
-        self.sums["net"] += blame(net_pushes(pushes, prefix_ids(ids, mask, groups)), where, mask.bool())
+        where = token_places(wrong, ids.size(1))
+        self.sums["gross"] += blame_by_place(pushes, where, mask.bool() & (advantages < 0).unsqueeze(1))
+        self.sums["net"] += blame_by_place(net_pushes(pushes, prefix_ids(ids, mask, groups)), where, mask.bool())
 
     def _first_wrong(self, prompt: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> int:
         problem = Problem.parse(self.tokenizer.decode(prompt))

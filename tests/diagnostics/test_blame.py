@@ -5,7 +5,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from trl_cancel.diagnostics.blame import blame, net_pushes, places
+from trl_cancel.diagnostics.blame import blame_by_place, net_pushes, token_places
 from trl_cancel.diagnostics.residual import prefix_ids
 
 from ..runs import build
@@ -22,7 +22,7 @@ def rollouts():
 
 
 def test_places():
-    assert places(torch.tensor([0, 2, 4, 9]), 4).tolist() == [
+    assert token_places(torch.tensor([0, 2, 4, 9]), 4).tolist() == [
         [1, 2, 2, 2],
         [0, 0, 1, 2],
         [0, 0, 0, 0],
@@ -41,7 +41,7 @@ def test_blame(rollouts):
                 wrong = first_wrong[row]
                 place = 0 if position < wrong else 1 if position == wrong else 2
                 expected[place] -= pushes[row, position].item()
-    assert blame(pushes, places(first_wrong, 6), counted).tolist() == pytest.approx(expected)
+    assert blame_by_place(pushes, token_places(first_wrong, 6), counted).tolist() == pytest.approx(expected)
     assert min(expected) > 0
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .blame import blame, net_pushes, places
+    from .blame import blame_by_place, net_pushes, token_places
     from .callbacks import TokenShiftCallback
     from .coupling import coupling_kernel, head_gradient, predicted_shifts, prediction_errors, sign_agreement
     from .displacement import gwhes, likelihood_displacement, top_k_overlap
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives. Loaded on first use: the trainer takes a few functions, the probe takes the trainer's.
 _HOME = {
-    "blame": ("blame", "net_pushes", "places"),
+    "blame": ("blame_by_place", "net_pushes", "token_places"),
     "callbacks": ("TokenShiftCallback",),
     "coupling": ("coupling_kernel", "head_gradient", "predicted_shifts", "prediction_errors", "sign_agreement"),
     "displacement": ("gwhes", "likelihood_displacement", "top_k_overlap"),
@@ -40,6 +40,7 @@ __all__ = [
     "TokenValues",
     "UpdateProbe",
     "Variant",
+    "blame_by_place",
     "counterfactual_value",
     "coupling_kernel",
     "energy_by_frequency",
@@ -48,6 +49,7 @@ __all__ = [
     "head_gradient",
     "jitter2",
     "likelihood_displacement",
+    "net_pushes",
     "output_row_energy",
     "predicted_shifts",
     "prediction_errors",
@@ -55,6 +57,7 @@ __all__ = [
     "shared_contexts",
     "shared_prefix_residual",
     "sign_agreement",
+    "token_places",
     "token_shifts",
     "token_values",
     "top_k_overlap",

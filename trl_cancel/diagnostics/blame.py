@@ -11,7 +11,7 @@ import torch
 PLACES = ("before", "on", "after")
 
 
-def places(first_wrong: torch.Tensor, length: int) -> torch.Tensor:
+def token_places(first_wrong: torch.Tensor, length: int) -> torch.Tensor:
     """
     Where each token lies: 0 before the first wrong token of its rollout, 1 on it, 2 after it.
 
@@ -28,7 +28,7 @@ def places(first_wrong: torch.Tensor, length: int) -> torch.Tensor:
     return (position >= first).long() + (position > first).long()
 
 
-def blame(pushes: torch.Tensor, places: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+def blame_by_place(pushes: torch.Tensor, places: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
     """
     How much push downwards lands before, on and after the first wrong token.
 
@@ -37,7 +37,7 @@ def blame(pushes: torch.Tensor, places: torch.Tensor, counted: torch.Tensor) -> 
             The coefficient of each token's score in the ascent direction, as
             [`~trl_cancel.diagnostics.pushes.policy_pushes`] reads it off the loss.
         places (`torch.Tensor` of shape `(B, T)`):
-            From [`places`].
+            From [`token_places`].
         counted (`torch.Tensor` of shape `(B, T)` and type `bool`):
             Tokens to count, such as those of wrong rollouts.
 
