@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from learning_report import PAGE, Comparison, draw, section, write_page
+from learning_report import PAGE, Comparison, draw, write_page
 from learning_run import make_checkpoint, run
 from runs import PLAYGROUND, Cell, run_all
 
@@ -214,17 +214,16 @@ class Strand:
 
 
 def write_results(results: Path) -> None:
-    """The page, from all runs there are."""
-    sections = []
+    """The page and its figures, from all runs there are."""
+    comparisons, figures = [], []
     for (task, setting), regime in itertools.product(SETTINGS.items(), REGIMES):
         strand = Strand(task, regime, results)
         runs = strand.runs()
         if any(one["name"] == BASELINE and one["split"] == "test" for one in runs):
-            comparison = Comparison(f"{setting.title}, {regime.replace('-', ' ')}", runs, BASELINE, UNTRAINED)
-            figure = f"images/results-{strand.file.stem}.png"
-            draw(comparison, PAGE.parent / figure, FOLLOWED)
-            sections.append(section(comparison, figure))
-    write_page(sections)
+            comparisons.append(Comparison(f"{setting.title}, {regime}", runs, BASELINE, UNTRAINED))
+            figures.append(f"images/results-{strand.file.stem}.png")
+            draw(comparisons[-1], PAGE.parent / figures[-1], FOLLOWED)
+    write_page(comparisons, figures)
 
 
 def main() -> None:

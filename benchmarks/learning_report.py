@@ -16,6 +16,11 @@ from trl_cancel.evaluation import mean_with_interval
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+README = PAGE.parents[1] / "README.md"
+SUMMARY = (
+    "Sampled accuracy (avg@8) minus that of GRPO with the same seed, in points, means and 95% paired bootstrap intervals "
+    "over seeds; bold where the interval leaves out 0."
+)
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 WAY = 0.9  # of the way that the baseline's reward goes: the threshold
 WINDOW = 3  # rewards of the moving average
@@ -235,8 +240,30 @@ def section(comparison: Comparison, figure: str) -> str:
     return "\n\n".join(parts)
 
 
-def write_page(sections: Sequence[str]) -> None:
-    """Puts the sections between the page's marks."""
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n" + "\n\n".join(sections) + f"\n\n{END}{after}")
+def summary(comparisons: Sequence[Comparison]) -> str:
+    """What each method has more than the baseline, one column a comparison; bold where the interval leaves out 0."""
+    names = list(dict.fromkeys(name for one in comparisons for name in one.methods if name != one.baseline))
+    rows = []
+    for name in names:
+        cells = [name]
+        for one in comparisons:
+            difference = one.differences(name) if name in one.methods else []
+            cell = interval([100 * value for value in difference], "{:+.1f}") if len(difference) > 1 else ""
+            cells.append(f"**{cell}**" if cell and verdict(difference) else cell)
+        rows.append(cells)
+    return table(["", *(one.title for one in comparisons)], rows)
+
+
+def write_between(file: Path, begin: str, text: str, end: str) -> None:
+    """Replaces what stands between two marks."""
+    before, _, rest = file.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    file.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+
+
+def write_page(comparisons: Sequence[Comparison], figures: Sequence[str]) -> None:
+    """Puts the summary and the sections between the page's marks, and the summary into the README."""
+    short = summary(comparisons)
+    parts = ["## Summary", SUMMARY, short, *map(section, comparisons, figures)]
+    write_between(PAGE, BEGIN, "\n\n".join(parts), END)
+    write_between(README, BEGIN, short, END)

@@ -97,6 +97,20 @@ def test_training_table(comparison):
     assert cells_of(learning_report.training_table(comparison), "worse")["Jitter₂"] == "0.000"
 
 
+def test_summary(comparison):
+    other = learning_report.Comparison("Other", comparison.runs[:8], "GRPO", "untrained")
+    summary = learning_report.summary([comparison, other])
+    assert cells_of(summary, "better") == {"": "better", "Title": "**+5.0 [+5.0, +5.1]**", "Other": ""}
+    assert cells_of(summary, "worse")["Title"] == "**-20.0 [-20.0, -20.0]**"
+
+
+def test_text_between_marks(tmp_path):
+    file = tmp_path / "page.md"
+    file.write_text("before <!-- a --> old <!-- b --> after")
+    learning_report.write_between(file, "<!-- a -->", "new", "<!-- b -->")
+    assert file.read_text() == "before <!-- a -->\n\nnew\n\n<!-- b --> after"
+
+
 def test_blame_and_tuning_tables(comparison):
     blame = cells_of(learning_report.blame_table(comparison), "GRPO")
     assert (blame["gross: before"], blame["gross: on"], blame["net: on"]) == ("50.00%", "10.00%", "none")
@@ -220,10 +234,14 @@ def test_reported_runs_follow_the_protocol(strand):
 
 
 @pytest.mark.skipif(not STRANDS, reason="no results yet")
-def test_page_is_what_the_results_say(tmp_path, monkeypatch):
-    page, committed = tmp_path / "results.md", learning_report.PAGE.read_text()
-    page.write_text(committed)
-    monkeypatch.setattr(learning_report, "PAGE", page)
-    monkeypatch.setattr(learning, "PAGE", page)
+def test_pages_are_what_the_results_say(tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    for name in ("PAGE", "README"):
+        committed = getattr(learning_report, name)
+        copy = tmp_path / committed.relative_to(BENCHMARKS.parent)
+        copy.write_text(committed.read_text())
+        monkeypatch.setattr(learning_report, name, copy)
+    monkeypatch.setattr(learning, "PAGE", learning_report.PAGE)
     learning.write_results(learning.RESULTS)
-    assert page.read_text() == committed
+    for name in ("README.md", "docs/results.md"):
+        assert (tmp_path / name).read_text() == (BENCHMARKS.parent / name).read_text()
