@@ -26,7 +26,7 @@ from learning_run import make_checkpoint, run
 from runs import PLAYGROUND, Cell, run_all
 
 from trl_cancel.methods import complete_settings
-from trl_cancel.playground import NAME, RICH, VARIED
+from trl_cancel.playground import CHECKPOINTS, NAME, RICH, VARIED
 from trl_cancel.playground.tasks import task_named
 from trl_cancel.precision import best_precision
 
@@ -156,6 +156,8 @@ class Strand:
             Optimizer steps, to try things; those of the regime if not given.
         given_rates (`tuple[float, ...]`, *optional*):
             Learning rates to begin with, to try things; those of the task if not given.
+        warm_start_steps (`int`, *optional*):
+            Steps of the model that the runs start from, where none is embedded; those of the task if not given.
     """
 
     task: str
@@ -164,6 +166,16 @@ class Strand:
     jobs: int = 1
     steps: int | None = None
     given_rates: tuple[float, ...] = ()
+    warm_start_steps: int | None = None
+
+    @property
+    def start(self) -> str:
+        """Name of the model that all runs start from, empty for the embedded one."""
+        return "" if self.task in CHECKPOINTS else f"{self.task}-{self.warm_start}"
+
+    @property
+    def warm_start(self) -> int:
+        return self.warm_start_steps or task_named(self.task).warm_start_steps
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -179,7 +191,7 @@ class Strand:
 
     def run(self, cells: list[tuple[str, float, int, str]]) -> list[dict[str, Any]]:
         """The results of some cells, each a name, a learning rate, a seed and a split."""
-        made = [cell(self.task, self.regime, *one) for one in cells]
+        made = [replace(cell(self.task, self.regime, *one), start=self.start) for one in cells]
         if self.steps:
             made = [replace(one, settings={**one.settings, "max_steps": self.steps}) for one in made]
         return run_all(made, self.file, self.jobs, KEPT, run)
@@ -206,7 +218,7 @@ class Strand:
         """Makes a reported run again; whether it measures and logs what the file says."""
         before = next(one for one in self.runs() if (one["name"], one["seed"], one["split"]) == (name, seed, "test"))
         made = cell(self.task, self.regime, name, before["settings"]["learning_rate"], seed, "test")
-        again = json.loads(json.dumps(run(replace(made, settings=before["settings"]), KEPT)))
+        again = json.loads(json.dumps(run(replace(made, settings=before["settings"], start=self.start), KEPT)))
         differing = [key for key in before if key != "seconds" and before[key] != again[key]]
         print(f"{name}, seed {seed}: sampled {before['sampled']:.2%} in the file, {again['sampled']:.2%} now.")
         print(f"Different: {', '.join(differing)}." if differing else "Everything but the time is the same.")
@@ -244,12 +256,15 @@ def main() -> None:
     parser.add_argument("--warm-start-steps", type=int, help=f"the same of the model for {RICH}")
     options = parser.parse_args()
     for task, regime in itertools.product(options.tasks, options.regimes):
-        strand = Strand(task, regime, options.results, options.jobs, options.steps, tuple(options.rates))
+        strand = Strand(
+            task, regime, options.results, options.jobs, options.steps, tuple(options.rates), options.warm_start_steps
+        )
         if options.check:
             raise SystemExit(not strand.check(options.check, options.check_seed))
         if not options.report:
             print(f"\n{task}, {regime}\n", flush=True)
-            make_checkpoint(task, options.warm_start_steps)
+            if strand.start:
+                make_checkpoint(strand.start, task, strand.warm_start)
             strand.compare(options.methods, options.seeds)
     if options.results == RESULTS:
         write_results(options.results)

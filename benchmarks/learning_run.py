@@ -31,16 +31,16 @@ SAMPLES, PROBLEMS = 8, 128
 OBSERVED = 5  # every so many optimizer steps the blame is measured; shares no factor with the updates of a generation
 
 
-def checkpoint_of(task: str) -> Path:
-    """The model that all runs of a task start from."""
-    return CHECKPOINTS.get(task, MADE / task)
+def checkpoint_of(cell: Cell) -> Path:
+    """The model that a run starts from."""
+    return MADE / cell.start if cell.start else CHECKPOINTS[cell.task]
 
 
-def make_checkpoint(task: str, steps: int | None = None) -> None:
-    """Trains that model, where it is neither embedded in the package nor made before."""
-    if not checkpoint_of(task).exists():
-        print(f"Warm start of {task}, kept in {checkpoint_of(task)}.", flush=True)
-        warm_start(checkpoint_of(task), steps=steps, task=task, use_cpu=not torch.cuda.is_available())
+def make_checkpoint(start: str, task: str, steps: int) -> None:
+    """Trains a model to start from that is not embedded in the package, unless it was made before."""
+    if not (MADE / start).exists():
+        print(f"{steps} steps of warm start on {task}, kept in {MADE / start}.", flush=True)
+        warm_start(MADE / start, steps=steps, task=task, use_cpu=not torch.cuda.is_available())
 
 
 class Budget(TrainerCallback):
@@ -122,7 +122,7 @@ def run(cell: Cell, kept: tuple[str, ...]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, quiet():
         args = CancelGRPOConfig(output_dir=folder, seed=cell.seed, **cell.settings)
         problems = load_prompts("train", 4096, task=cell.task)
-        trainer = CancelGRPOTrainer(checkpoint_of(cell.task), answer_reward, args, problems)
+        trainer = CancelGRPOTrainer(checkpoint_of(cell), answer_reward, args, problems)
         trainer.remove_callback(PrinterCallback)
         layout = args.layout
         updates = layout.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations

@@ -57,6 +57,8 @@ class Cell:
             Tokens of prompts and completions after which training ends, if `max_steps` is not reached before.
         task (`str`):
             Name of the playground's task.
+        start (`str`):
+            Model to start from, a folder of `benchmarks/checkpoints`; the one embedded for the task if empty.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Cell:
     mixture: str = "usual"
     tokens: int | None = None
     task: str = "playground"
+    start: str = ""
 
 
 Run = Callable[[Cell, tuple[str, ...]], dict[str, Any]]

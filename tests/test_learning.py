@@ -117,6 +117,16 @@ def test_blame_and_tuning_tables(comparison):
     assert cells_of(learning_report.tuning_table(comparison), "GRPO") == {"learning rate": "GRPO", "0.0001": "50.0%"}
 
 
+def test_models_that_are_not_embedded_are_told_apart(tmp_path):
+    """Runs from another warm start are other runs."""
+    short = learning.Strand(learning.RICH, "off-policy", tmp_path, warm_start_steps=3)
+    whole = learning.Strand(learning.RICH, "off-policy", tmp_path)
+    assert (short.start, whole.start) == ("playground-rich-3", "playground-rich-4000")
+    assert learning.Strand(learning.VARIED, "off-policy", tmp_path).start == ""
+    one = learning.cell(learning.RICH, "off-policy", "GRPO", 1e-5, 0, "test")
+    assert learning_run.checkpoint_of(replace(one, start=short.start)) == learning_run.MADE / "playground-rich-3"
+
+
 def test_learning_rates_are_tried_until_the_best_is_between_two():
     assert learning.best_rate({1e-4: [0.1, 0.3], 2e-4: [0.15, 0.35]}) == 2e-4
     assert learning.next_rate({1e-4: [0.1], 2e-4: [0.3], 4e-4: [0.2]}) is None
@@ -188,7 +198,7 @@ def test_left_out_on_policy_because_it_is_the_same(name):
         one = learning.cell(learning.NAME, "on-policy", of, 1e-3, 0, "test")
         settings = {**one.settings, "max_steps": 2, "save_strategy": "no"}
         trainer = CancelGRPOTrainer(
-            learning_run.checkpoint_of(learning.NAME),
+            learning_run.checkpoint_of(one),
             answer_reward,
             CancelGRPOConfig(output_dir=tmp, **settings),
             load_prompts("train", 64),
