@@ -61,10 +61,10 @@ REGIMES: dict[str, dict[str, Any]] = {
     "off-policy": {**PLAYGROUND, "num_iterations": 2, "max_steps": 80},
     "on-policy": {
         **PLAYGROUND,
-        "per_device_train_batch_size": 64,
+        "per_device_train_batch_size": 32,
         "gradient_accumulation_steps": 1,
         "steps_per_generation": 1,
-        "max_steps": 40,
+        "max_steps": 60,
     },
 }
 # With one update a generation batch all ratios are 1, and these are the other method to the last bit or to rounding.

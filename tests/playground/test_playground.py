@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_cancel.evaluation import score_samples
-from trl_cancel.playground import CHECKPOINTS
+from trl_cancel.playground import CHECKPOINTS, NAME, VARIED
 from trl_cancel.playground.__main__ import write_playground
 from trl_cancel.playground.data import load_demonstrations, load_prompts
 from trl_cancel.playground.reward import answer_reward
@@ -57,8 +57,8 @@ def test_checkpoint_is_what_the_package_says(task):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", CHECKPOINTS)
-def test_groups_are_mixed(task):
+@pytest.mark.parametrize(("task", "share"), [(NAME, 0.4), (VARIED, 0.7)])
+def test_groups_are_mixed(task, share):
     """Most groups of eight hold right and wrong answers: there is something to learn from."""
     model, tokenizer = (auto.from_pretrained(CHECKPOINTS[task]) for auto in (AutoModelForCausalLM, AutoTokenizer))
     scores = score_samples(
@@ -70,8 +70,8 @@ def test_groups_are_mixed(task):
         max_completion_length=TASKS[task].max_completion_length,
     )
     mixed = (scores.mean(1) > 0) & (scores.mean(1) < 1)
-    assert 0.3 < scores.mean() < 0.55
-    assert mixed.float().mean() > 0.75
+    assert scores.mean().item() == pytest.approx(share, abs=0.1)
+    assert mixed.float().mean() > 0.7
 
 
 def test_warm_start_command(tmp_path):

@@ -57,7 +57,7 @@ class Task:
         return self.forms.write(problem, careless_totals(problem, rng, self.slips), rng)
 
 
-_FREE = Forms(("", "Then ", "So "), ("=", " is "), ("The answer is ", "So ", ""), aside=0.2)
+_FREE = Forms(("", "Then ", "So "), ("=", " is "), ("The answer is ", "So ", ""), aside=0.4)
 # 38 million parameters.
 _LARGE = {
     "hidden_size": 512,
@@ -69,12 +69,12 @@ _LARGE = {
 }
 TASKS = {
     NAME: Task(),
-    # Slips are rare but for the borrow, which is forgotten more often than not: decoding greedily does not avoid it.
+    # Slips are rare and cost the whole response; a third of what is written has nothing to do with the problem.
     VARIED: Task(
-        num_steps=(4, 5, 6, 7),
-        slips=Slips(borrow=0.6, carry=0.1, other=0.01),
+        num_steps=(5, 6, 7, 8),
+        slips=Slips(borrow=0.12, carry=0.05, other=0.003),
         forms=_FREE,
-        max_completion_length=104,
+        max_completion_length=136,
         warm_start_steps=700,
     ),
     RICH: Task(
