@@ -216,7 +216,10 @@ class Strand:
 
     def check(self, name: str, seed: int) -> bool:
         """Makes a reported run again; whether it measures and logs what the file says."""
-        before = next(one for one in self.runs() if (one["name"], one["seed"], one["split"]) == (name, seed, "test"))
+        found = [one for one in self.runs() if (one["name"], one["seed"], one["split"]) == (name, seed, "test")]
+        if not found:
+            raise SystemExit(f"{self.file.name} holds no reported run of {name!r} with seed {seed}.")
+        (before,) = found
         made = cell(self.task, self.regime, name, before["settings"]["learning_rate"], seed, "test")
         again = json.loads(json.dumps(run(replace(made, settings=before["settings"], start=self.start), KEPT)))
         differing = [key for key in before if key != "seconds" and before[key] != again[key]]
