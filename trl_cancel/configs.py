@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -376,6 +378,28 @@ class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
     def layout(self) -> BatchLayout:
         """The sizes that decide which rollouts meet in one optimizer step."""
         return BatchLayout.of(self)
+
+    @contextmanager
+    def set_aside(self, **settings: Any) -> Iterator[None]:
+        """
+        Other settings for a while. What is pickled meanwhile, `training_args.bin`, has the user's.
+
+        Args:
+            **settings:
+                The other settings.
+        """
+        outer = self.__dict__.get("_set_aside", {})
+        before = {name: getattr(self, name) for name in settings}
+        self.__dict__.update(settings, _set_aside={**before, **outer})
+        try:
+            yield
+        finally:
+            self.__dict__.update(before, _set_aside=outer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        users = state.pop("_set_aside", {})
+        return {**state, **users}
 
     @property
     def chooses_groups(self) -> bool:
