@@ -462,7 +462,14 @@ def test_only_what_is_saved_is_said_to_be(tiny_model, tmp_path, caplog):
         if kept:
             finished(tiny_model, max_steps=1, save_strategy="steps", save_steps=1, output_dir=str(tmp_path))
         with pytest.raises(SystemExit):
-            train(tiny_model, max_steps=2, **settings, output_dir=str(tmp_path), resume=kept and True, arguments=arguments)
+            train(
+                tiny_model,
+                max_steps=2,
+                **settings,
+                output_dir=str(tmp_path),
+                resume=kept and True,
+                arguments=arguments,
+            )
         assert f"Stopped by SIGTERM after step 2. {message}" in caplog.text
 
 

@@ -38,6 +38,8 @@ WEIGHTS = (
     *("*model.safetensors", "*model.bin", "*model.*.index.json", "*/adapter_model.*"),
     *("pytorch_model_fsdp*.bin", "pytorch_model_fsdp_*/.metadata", "global_step*/*"),
 )
+# Of these, what can be pushed.
+PUSHED_WEIGHTS = ("*model.safetensors", "*model.safetensors.index.json")
 # And for each state; all of them are there, or none (`save_only_model`).
 STATES = {
     "the optimizer's state": (
@@ -75,6 +77,24 @@ def why_broken(checkpoint: str | os.PathLike) -> str | None:
     if _marker(link).exists() or _marker(checkpoint).exists() or (checkpoint / MARKER_OF_TRANSFORMERS).exists():
         return "it was not written to the end"
     return _missing(checkpoint)
+
+
+def why_unusable(folder: str | os.PathLike) -> str | None:
+    """
+    What is wrong with a model's weights in a folder, of those that are pushed, or `None` if they are whole.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            Folder of the model.
+    """
+    folder = Path(folder)
+    if not _holds(folder, PUSHED_WEIGHTS):
+        return "it holds no weights (*.safetensors)"
+    lacking = _weights_missing(folder)
+    if lacking:
+        return f"{lacking} missing"
+    files = ", ".join(sorted(file.name for file in _cut_off(folder) if file.suffix == ".safetensors"))
+    return f"{files} cut off" if files else None
 
 
 def last_whole(folder: str | os.PathLike) -> Path | None:

@@ -422,12 +422,14 @@ class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
 
     def check(self) -> None:
         """
-        Refuses settings that contradict each other. Done when the configuration is made, and again by the trainer,
-        since fields can be assigned in between.
+        Refuses settings that contradict each other, and takes the end of the line off a token that was read from a
+        file. Done when the configuration is made, and again by the trainer, since fields can be assigned in between.
 
         Raises:
             `ValueError`: Names the settings and what would work.
         """
+        if isinstance(self.hub_token, str):
+            self.hub_token = self.hub_token.strip()
         self._check_values()
         self._check_choices()
         self._check_batches()

@@ -80,7 +80,9 @@ class Resumable(GRPOTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As [`~transformers.Trainer.save_model`]; says what is kept if the disk is full."""
         folder = Path(output_dir or str(self.args.output_dir))
-        with nullcontext() if _internal_call else saved_or_said(folder, self.own_checkpoints):  # within a checkpoint, that is what failed
+        with (
+            nullcontext() if _internal_call else saved_or_said(folder, self.own_checkpoints)
+        ):  # within a checkpoint, that is what failed
             super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial):
