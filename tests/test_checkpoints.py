@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,16 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from trl_cancel import CancelGRPOTrainer
-from trl_cancel.checkpoints import SavingError, find_checkpoint, last_whole, saved_or_said, why_broken, written_whole
+from trl_cancel.checkpoints import (
+    OwnCheckpoints,
+    SavingError,
+    find_checkpoint,
+    how_to_go_on,
+    last_whole,
+    saved_or_said,
+    why_broken,
+    written_whole,
+)
 from trl_cancel.evaluation import EvaluationCallback, EvaluationSettings
 from trl_cancel.playground.data import load_prompts
 
@@ -249,9 +259,27 @@ def test_all_files_are_on_the_disk_before_the_mark_goes(tmp_path, monkeypatch):
     assert not (tmp_path / "checkpoint-1.incomplete").exists()
 
 
+def test_the_files_of_all_processes_are_waited_for(tmp_path, monkeypatch):
+    """Those of the slowest too, before they are flushed and the mark goes."""
+    checkpoint, late = tmp_path / "checkpoint-1", ["trainer_state.json", "rng_state_1.pth"]
+    flushed = set()
+
+    def waited():
+        if (checkpoint / "model.safetensors").exists():
+            write(checkpoint, late)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.add(os.fstat(descriptor).st_ino))
+    processes = SimpleNamespace(
+        is_main_process=True, is_local_main_process=True, num_processes=2, wait_for_everyone=waited
+    )
+    with written_whole(checkpoint, processes):
+        write(checkpoint, ["model.safetensors"])
+    assert {(checkpoint / name).stat().st_ino for name in late} <= flushed
+
+
 def test_what_cannot_be_removed_stays_marked(tmp_path, monkeypatch):
     """Left by an earlier run, or by a save that fails."""
-    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: (path / "model.safetensors").unlink())
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: (path / "model.safetensors").unlink(True))
     for number in (1, 2):
         write(tmp_path / f"checkpoint-{number}", ["model.safetensors", "optimizer.pt"])
     (tmp_path / "checkpoint-1.incomplete").touch()
@@ -299,6 +327,61 @@ def test_a_search_for_the_best_keeps_the_best(tiny_model, tmp_path):
     assert_same_weights(ours.weights, trls.weights)
 
 
+# Several runs in one folder
+
+
+def test_a_checkpoint_of_another_run_is_not_taken_for_progress(tiny_model, saved, caplog):
+    """A fresh start in a folder with checkpoints 1 to 3 that fails after its second step."""
+
+    def failing(completion_ids, trainer_state, **kwargs):
+        if trainer_state.global_step == 2:
+            raise RuntimeError("the grader is down")
+        return noisy_reward(completion_ids)
+
+    settings = {"save_strategy": "steps", "save_steps": 500, "output_dir": str(saved), "seed": 7}
+    others = (saved / "checkpoint-2/model.safetensors").read_bytes()
+    with pytest.raises(RuntimeError) as raised:
+        finished(tiny_model, **settings, reward=failing)
+    assert f"output_dir={saved} holds checkpoints of another run, the latest checkpoint-3" in caplog.text
+    named = saved / "checkpoint-2"
+    note = f"step 2 is saved as {named}; continue with resume_from_checkpoint='{named}', for True takes {saved}/check"
+    assert note in raised.value.__notes__[-1]
+    assert (named / "model.safetensors").read_bytes() != others
+    caplog.clear()
+    assert finished(tiny_model, resume=str(named), **settings).trainer.state.global_step == 3
+    assert "another run" not in caplog.text
+
+
+def test_a_signal_names_the_checkpoint_of_its_run(tiny_model, saved, caplog):
+    settings = {**SAVING, "save_steps": 500, "output_dir": str(saved)}
+    with pytest.raises(SystemExit):
+        finished(tiny_model, **settings, reward=signalling(signal.SIGTERM, 2))
+    named = saved / "checkpoint-2"
+    assert f"Saved as {named}; continue with resume_from_checkpoint='{named}', for True takes" in caplog.text
+
+
+def test_own_checkpoints(saved, monkeypatch):
+    monkeypatch.chdir(saved)
+    own = OwnCheckpoints("checkpoint-2")
+    assert own.holds(saved / "checkpoint-2")
+    assert not own.holds(saved / "checkpoint-1")
+    assert own.last() == saved / "checkpoint-2"
+    own.add(Path("checkpoint-3"))
+    assert how_to_go_on(own.last()) == "continue with resume_from_checkpoint=True"
+    cut(saved / "checkpoint-3/model.safetensors")
+    assert own.last() == saved / "checkpoint-2", "the last that is whole"
+    assert OwnCheckpoints().last() is None
+
+
+def test_nothing_of_another_run_stays_in_a_checkpoint(tmp_path):
+    """Such as its optimizer, where the new one saves only the model."""
+    checkpoint = tmp_path / "checkpoint-1"
+    write(checkpoint, ["trainer_state.json", *LAYOUTS["transformers"]])
+    with written_whole(checkpoint, Accelerator(cpu=True)):
+        write(checkpoint, ["trainer_state.json", "model.safetensors"])
+    assert sorted(path.name for path in checkpoint.iterdir()) == ["model.safetensors", "trainer_state.json"]
+
+
 # Signals
 
 
@@ -332,6 +415,22 @@ def test_signal_saves_and_ends(tiny_model, tmp_path, undisturbed, capfd, caplog,
     assert_ends_alike(resumed, undisturbed(SAVING))
 
 
+def test_what_is_saved_on_a_signal_is_kept_beside_the_best(tiny_model, tmp_path, caplog):
+    """With `save_total_limit=1` transformers leaves only the best checkpoint at the end of a training."""
+    settings = {**SAVING, **EVALUATED, "save_steps": 2, "save_total_limit": 1, "output_dir": str(tmp_path)}
+    settings |= {"metric_for_best_model": "eval_runtime", "greater_is_better": False, "load_best_model_at_end": True}
+    arguments = {"callbacks": [Signalling("on_step_begin", 2)], "eval_dataset": load_prompts("test", 4)}
+    trainer = build(tiny_model, **settings, arguments=arguments)
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert folders(tmp_path) == ["checkpoint-2", "checkpoint-3"]
+    assert f"Saved as {tmp_path}/checkpoint-3; continue with resume_from_checkpoint=True" in caplog.text
+    assert (trainer.args.save_total_limit, trainer.args.load_best_model_at_end) == (1, True)
+    of_checkpoint = torch.load(tmp_path / "checkpoint-3/training_args.bin", weights_only=False)
+    assert of_checkpoint.save_total_limit == 1
+
+
 class Signalling(TrainerCallback):
     """Sends its own process SIGTERM in an event of a step."""
 
@@ -359,11 +458,18 @@ def test_only_what_is_saved_is_said_to_be(tiny_model, tmp_path, caplog):
     """After the last step nothing more is saved."""
     settings = {"save_strategy": "best", "metric_for_best_model": "loss", "eval_strategy": "no"}
     arguments = {"callbacks": [Signalling("on_train_end", 2)]}
-    for kept, message in ((None, "There is no whole checkpoint."), (1, "The last whole checkpoint is")):
+    for kept, message in ((None, "There is no whole checkpoint of"), (1, "The last whole checkpoint of this run is")):
         if kept:
             finished(tiny_model, max_steps=1, save_strategy="steps", save_steps=1, output_dir=str(tmp_path))
         with pytest.raises(SystemExit):
-            train(tiny_model, max_steps=2, **settings, output_dir=str(tmp_path), arguments=arguments)
+            train(
+                tiny_model,
+                max_steps=2,
+                **settings,
+                output_dir=str(tmp_path),
+                resume=kept and True,
+                arguments=arguments,
+            )
         assert f"Stopped by SIGTERM after step 2. {message}" in caplog.text
 
 

@@ -64,6 +64,7 @@ def test_sizes():
         ({"token_shift_steps": 1}, "Forward passes", "adds two without gradients over the rollouts of each optimizer step, before"),
         ({"token_shift_steps": 10}, "Forward passes", "one optimizer step in 10, before it and after it, for shift/*"),
         ({"num_iterations": 2, "save_strategy": "steps", "save_steps": 3}, "Checkpoints", "save_steps=3 saves within generation batches (2 optimizer steps each)"),
+        ({"logging_steps": 2, "save_strategy": "steps", "save_steps": 3}, "Checkpoints", "save_steps=3 and logging_steps=2 save between two logs"),
         ({"num_iterations": 2, "save_strategy": "steps", "save_steps": 5}, "Checkpoints", "Multiples of 2, such as save_steps=4, avoid that."),
         ({}, "Leaks", "Nothing in these settings breaks cancellation."),
         ({"num_iterations": 2}, "Leaks", "loss_type='dapo' treats one ratio differently by sign"),

@@ -23,6 +23,8 @@ REFUSED = {
     "nan": ([1.0, NAN, 2.0, 3.0], "returned nan for completion 1 of 4: it is not a number"),
     "infinite": ([1.0, 2.0, -INF, 3.0], "returned -inf for completion 2 of 4: it is not finite"),
     "too large": ([1e39, 0.0, 0.0, 0.0], "returned 1e.39 for completion 0 of 4: it is not finite in single precision"),
+    "huge": ([10**400, 0, 0, 0], r"returned 10+\.\.\. for completion 0 of 4: it is not finite in single precision"),
+    "a book": ([10**5000, 0, 0, 0], "returned a number of 16610 bits for completion 0 of 4: it is not finite"),
     "text": (["1.0"] * 4, "returned '1.0' for completion 0 of 4: a str is not a number"),
     "nested": ([[1.0], [1.0], [1.0], [1.0]], r"returned \[1.0\] for completion 0 of 4: a list is not a number"),
     "tensor of nan": (torch.tensor([1.0, 2.0, 3.0, NAN]), r"returned tensor\(nan\) for completion 3 of 4"),

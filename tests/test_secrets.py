@@ -3,14 +3,16 @@
 import copy
 import re
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+import trl
 
-from trl_cancel import CancelGRPOConfig
+from trl_cancel import CancelGRPOConfig, DFPOConfig
 from trl_cancel.cli import main
-from trl_cancel.secrets import without_secrets
+from trl_cancel.secrets import quotable, without_secrets
 
 from .runs import build
 
@@ -49,7 +51,43 @@ def test_secrets_stay_in_memory(tmp_path):
 def test_what_is_a_secret():
     kept = {"eos_token": "a", "max_tokens": 1, "pad_token_id": 2, "tokenizer": "t", "monkey": 3}
     hidden = {"token": "a", "hub_token": "b", "api_key": "c", "openai_api_key": "d", "password": "e"}
+    hidden |= {"db_passwd": "f", "credentials": {"user": "g"}, "secret": None}
     assert without_secrets({**kept, "inner": hidden}) == {**kept, "inner": dict.fromkeys(hidden)}
+    assert without_secrets([1, (kept, hidden)]) == [1, (kept, dict.fromkeys(hidden))]
+    assert without_secrets(hidden, "***") == {**dict.fromkeys(hidden, "***"), "secret": None}
+
+
+@dataclass
+class Derived(CancelGRPOConfig):
+    """As a user writes it."""
+
+    other: int = 5
+
+
+@pytest.mark.parametrize("kind", [CancelGRPOConfig, DFPOConfig, Derived])
+def test_secrets_are_not_printed(tmp_path, kind):
+    args = kind(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **copy.deepcopy(SECRETS))
+    for text in (repr(args), str(args), f"{args}"):
+        assert "SECRET" not in text
+        assert text.startswith(f"{kind.__name__}(")
+        assert "symmetric_clip=False" in text
+    assert ("other=5" in repr(args)) == (kind is Derived)
+    assert args.model_init_kwargs == SECRETS["model_init_kwargs"]
+
+
+def test_errors_that_quote_a_token_are_no_causes():
+    inner, outer, plain = ValueError("b'Bearer hf_SECRET'"), RuntimeError("no connection"), OSError("no")
+    outer.__context__ = inner
+    assert quotable(outer) is quotable(inner) is None
+    plain.add_note("of hf_SECRET")
+    assert quotable(plain) is None
+    assert isinstance(quotable(OSError("no")), OSError)
+
+
+@pytest.mark.parametrize("kind", [trl.GRPOConfig, CancelGRPOConfig])
+def test_a_token_that_was_read_from_a_file_is_stripped(tmp_path, kind):
+    args = kind(str(tmp_path), use_cpu=True, bf16=False, hub_token="hf_token\n")
+    assert CancelGRPOConfig.adopt(args).hub_token == "hf_token"
 
 
 def test_a_run_writes_no_secret(tmp_path, monkeypatch, capfd, caplog):

@@ -77,6 +77,8 @@ METHODS = {
     "_get_per_token_logps_and_entropies": ["self", "model", "input_ids", "attention_mask", "logits_to_keep"],
     # Writes a checkpoint: after each so many steps, and when something fails in the middle of a run.
     "_save_checkpoint": ["self", "model", "trial"],
+    # Ends a training (transformers); after a signal it must leave the last checkpoint, which is not the best one.
+    "_finalize_training": ["self", "trial", "num_train_samples", "start_time"],
     # Pushes a checkpoint in the background (transformers); a push that fails is reported.
     "_push_from_checkpoint": ["self", "checkpoint_folder"],
     # Folder of the checkpoints, which differs between the trials of a search.

@@ -38,6 +38,8 @@ WEIGHTS = (
     *("*model.safetensors", "*model.bin", "*model.*.index.json", "*/adapter_model.*"),
     *("pytorch_model_fsdp*.bin", "pytorch_model_fsdp_*/.metadata", "global_step*/*"),
 )
+# Of these, what can be pushed.
+PUSHED_WEIGHTS = ("*model.safetensors", "*model.safetensors.index.json")
 # And for each state; all of them are there, or none (`save_only_model`).
 STATES = {
     "the optimizer's state": (
@@ -75,6 +77,24 @@ def why_broken(checkpoint: str | os.PathLike) -> str | None:
     if _marker(link).exists() or _marker(checkpoint).exists() or (checkpoint / MARKER_OF_TRANSFORMERS).exists():
         return "it was not written to the end"
     return _missing(checkpoint)
+
+
+def why_unusable(folder: str | os.PathLike) -> str | None:
+    """
+    What is wrong with a model's weights in a folder, of those that are pushed, or `None` if they are whole.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            Folder of the model.
+    """
+    folder = Path(folder)
+    if not _holds(folder, PUSHED_WEIGHTS):
+        return "it holds no weights (*.safetensors)"
+    lacking = _weights_missing(folder)
+    if lacking:
+        return f"{lacking} missing"
+    files = ", ".join(sorted(file.name for file in _cut_off(folder) if file.suffix == ".safetensors"))
+    return f"{files} cut off" if files else None
 
 
 def last_whole(folder: str | os.PathLike) -> Path | None:
@@ -124,6 +144,46 @@ def find_checkpoint(resume: str | bool | None, folder: str | os.PathLike) -> str
     return str(resume)
 
 
+class OwnCheckpoints:
+    """
+    The checkpoints of one run, beside which its output folder may hold those of others.
+
+    Args:
+        resumed (`str`, *optional*):
+            The one that the run goes on from.
+    """
+
+    def __init__(self, resumed: str | None = None):
+        self._paths = [Path(resumed).absolute()] if resumed else []
+
+    def add(self, checkpoint: Path) -> None:
+        """Notes one that is written."""
+        self._paths.append(checkpoint.absolute())
+
+    def holds(self, checkpoint: Path) -> bool:
+        """Whether the run has written a checkpoint, or goes on from it, and it is whole."""
+        return checkpoint.absolute() in self._paths and why_broken(checkpoint) is None
+
+    def last(self) -> Path | None:
+        """The latest that is whole."""
+        return next((checkpoint for checkpoint in reversed(self._paths) if why_broken(checkpoint) is None), None)
+
+
+def how_to_go_on(checkpoint: Path) -> str:
+    """
+    How to go on from a checkpoint: `True` would take another one where its folder holds one of more steps.
+
+    Args:
+        checkpoint (`Path`):
+            Folder of the checkpoint.
+    """
+    last = last_whole(checkpoint.parent)
+    if last is not None and last.absolute() == checkpoint.absolute():
+        return "continue with resume_from_checkpoint=True"
+    taken = f", for True takes {last}, of another run" if last else ""
+    return f"continue with resume_from_checkpoint={str(checkpoint)!r}{taken}"
+
+
 def agree_on_checkpoint(resume: str | bool | None, folder: str | os.PathLike, accelerator: Accelerator) -> str | None:
     """
     As [`find_checkpoint`], with the answer of the main process for all: another node may see the folder otherwise.
@@ -141,16 +201,18 @@ def agree_on_checkpoint(resume: str | bool | None, folder: str | os.PathLike, ac
 
 
 @contextmanager
-def written_whole(checkpoint: Path, accelerator: Accelerator) -> Iterator[None]:
+def written_whole(checkpoint: Path, accelerator: Accelerator, own: OwnCheckpoints | None = None) -> Iterator[None]:
     """
     Marks a checkpoint as incomplete until all that is written meanwhile, by all processes, is on the disk. Removes
-    what earlier attempts have left behind, and this one if it fails.
+    what earlier attempts, or another run, have left in its place, and this one if it fails.
 
     Args:
         checkpoint (`Path`):
             Folder of the checkpoint.
         accelerator ([`~accelerate.Accelerator`]):
             Processes that write to it.
+        own ([`OwnCheckpoints`], *optional*):
+            The checkpoints of the run, of which an error tells the last one.
 
     Raises:
         [`SavingError`]: If the disk is full or refuses to be written.
@@ -160,8 +222,11 @@ def written_whole(checkpoint: Path, accelerator: Accelerator) -> Iterator[None]:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             _remove_broken(checkpoint.parent)
             _marker(checkpoint).touch()
+            if checkpoint.exists():  # of another run, some of whose files might stay
+                _removed(checkpoint)
         accelerator.wait_for_everyone()
         yield
+        accelerator.wait_for_everyone()  # for the files of all
         if accelerator.is_local_main_process:
             _flush(checkpoint)
         accelerator.wait_for_everyone()
@@ -169,14 +234,14 @@ def written_whole(checkpoint: Path, accelerator: Accelerator) -> Iterator[None]:
         if accelerator.is_main_process:
             _give_up(checkpoint, error, alone=accelerator.num_processes == 1)
         if is_storage_error(error):
-            raise SavingError(_what_is_kept(checkpoint, error)) from error
+            raise SavingError(_what_is_kept(checkpoint, error, own)) from error
         raise
     if accelerator.is_main_process:
         _marker(checkpoint).unlink(missing_ok=True)
 
 
 @contextmanager
-def rotated_when_whole(checkpoint: Path, trainer: Trainer) -> Iterator[None]:
+def rotated_when_whole(checkpoint: Path, trainer: Trainer, own: OwnCheckpoints) -> Iterator[None]:
     """
     As [`written_whole`]; and the older checkpoints beyond `save_total_limit` go when this one is whole, not before.
 
@@ -185,41 +250,61 @@ def rotated_when_whole(checkpoint: Path, trainer: Trainer) -> Iterator[None]:
             Folder of the checkpoint.
         trainer ([`~transformers.Trainer`]):
             The trainer, which writes it meanwhile.
+        own ([`OwnCheckpoints`]):
+            The checkpoints of the run, of which it becomes one.
     """
     args: Any = trainer.args
-    limit, args.save_total_limit = args.save_total_limit, None
-    try:
-        with written_whole(checkpoint, trainer.accelerator):
-            yield
-    finally:
-        args.save_total_limit = limit
+    with args.set_aside(save_total_limit=None), written_whole(checkpoint, trainer.accelerator, own):
+        yield
+    own.add(checkpoint)
     if args.should_save:
         best = trainer.state.best_model_checkpoint
-        rotate_checkpoints(str(checkpoint.parent), limit, best_model_checkpoint=best, use_mtime=True)
+        rotate_checkpoints(str(checkpoint.parent), args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
 
 
 @contextmanager
-def saved_or_said(folder: Path) -> Iterator[None]:
+def saved_or_said(folder: Path, own: OwnCheckpoints | None = None) -> Iterator[None]:
     """
     Where a model is saved by itself: what is left half written is removed, and the error says what is kept.
 
     Args:
         folder (`Path`):
             Folder of the model.
+        own ([`OwnCheckpoints`], *optional*):
+            The checkpoints of the run, of which an error tells the last one.
 
     Raises:
         [`SavingError`]: If the disk is full or refuses to be written.
+    """
+    try:
+        with no_halves(folder):
+            yield
+    except SavingError:
+        raise
+    except Exception as error:
+        if not is_storage_error(error):
+            raise
+        raise SavingError(_what_is_kept(folder, error, own)) from error
+
+
+@contextmanager
+def no_halves(folder: Path) -> Iterator[None]:
+    """
+    Removes what is left half written in a folder if the disk is full.
+
+    Args:
+        folder (`Path`):
+            Folder of the model.
     """
     before = {file: _version(file) for file in _cut_off(folder)}  # files that are none of ours
     try:
         yield
     except Exception as error:
-        if not is_storage_error(error):
-            raise
-        for file in _cut_off(folder):
-            if _version(file) != before.get(file):
-                file.unlink(missing_ok=True)
-        raise SavingError(_what_is_kept(folder, error)) from error
+        if is_storage_error(error):
+            for file in _cut_off(folder):
+                if _version(file) != before.get(file):
+                    file.unlink(missing_ok=True)
+        raise
 
 
 def is_storage_error(error: BaseException) -> bool:
@@ -347,17 +432,17 @@ def _give_up(checkpoint: Path, error: BaseException, alone: bool) -> None:
         _marker(checkpoint).unlink(missing_ok=True)
 
 
-def _what_is_kept(folder: Path, error: BaseException) -> str:
+def _what_is_kept(folder: Path, error: BaseException, own: OwnCheckpoints | None) -> str:
     is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name) is not None
-    last = last_whole(folder.parent if is_checkpoint else folder)
+    last = last_whole(folder.parent if is_checkpoint else folder) if own is None else own.last()
     reason = " ".join(str(error).split())
     parts = [f"{folder} could not be saved: {reason}; {_free(folder)} free on the disk"]
     if last is None:
-        return f"{parts[0]}. There is no earlier checkpoint."
+        return f"{parts[0]}. There is no earlier checkpoint{'' if own is None else ' of this run'}."
     size = sum(file.stat().st_size for file in last.rglob("*") if file.is_file())
     return (
         f"{parts[0]}, {last.name} takes {_readable(size)}. {last} is whole: make room (save_total_limit keeps fewer "
-        "checkpoints), then continue with resume_from_checkpoint=True."
+        f"checkpoints), then {how_to_go_on(last)}."
     )
 
 

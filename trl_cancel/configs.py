@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -377,6 +379,28 @@ class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
         """The sizes that decide which rollouts meet in one optimizer step."""
         return BatchLayout.of(self)
 
+    @contextmanager
+    def set_aside(self, **settings: Any) -> Iterator[None]:
+        """
+        Other settings for a while. What is pickled meanwhile, `training_args.bin`, has the user's.
+
+        Args:
+            **settings:
+                The other settings.
+        """
+        outer = self.__dict__.get("_set_aside", {})
+        before = {name: getattr(self, name) for name in settings}
+        self.__dict__.update(settings, _set_aside={**before, **outer})
+        try:
+            yield
+        finally:
+            self.__dict__.update(before, _set_aside=outer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        users = state.pop("_set_aside", {})
+        return {**state, **users}
+
     @property
     def chooses_groups(self) -> bool:
         """Whether generation goes on until the groups are as asked for."""
@@ -398,12 +422,14 @@ class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
 
     def check(self) -> None:
         """
-        Refuses settings that contradict each other. Done when the configuration is made, and again by the trainer,
-        since fields can be assigned in between.
+        Refuses settings that contradict each other, and takes the end of the line off a token that was read from a
+        file. Done when the configuration is made, and again by the trainer, since fields can be assigned in between.
 
         Raises:
             `ValueError`: Names the settings and what would work.
         """
+        if isinstance(self.hub_token, str):
+            self.hub_token = self.hub_token.strip()
         self._check_values()
         self._check_choices()
         self._check_batches()

@@ -118,6 +118,14 @@ def _checkpoints(config: CancelGRPOConfig) -> Iterator[str]:
     remark = within_generation(config)
     if remark is not None:
         yield remark
+    intervals = {"save_steps": config.save_steps, "logging_steps": config.logging_steps}
+    in_steps = config.save_strategy == config.logging_strategy == "steps" and min(intervals.values()) >= 1
+    if in_steps and config.save_steps % config.logging_steps:
+        chosen = " and ".join(f"{name}={every:g}" for name, every in intervals.items())
+        yield (
+            f"{chosen} save between two logs: the first log of a run that resumes there averages only the steps since. "
+            "The weights are not affected."
+        )
 
 
 def within_generation(config: CancelGRPOConfig) -> str | None:

@@ -1,6 +1,5 @@
 """Pushing to the Hub: early checks, errors that say what to do next, and a second try from what is on disk."""
 
-import re
 import shlex
 import socket
 import traceback
@@ -13,14 +12,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 
 from . import __version__
 from .model_card import FILE, rename_in_card
+from .secrets import quotable, without_tokens
 
 
 # Files of a model, its tokenizer and its results. Nothing in a folder below, and nothing pickled: checkpoints, states of
 # optimizers, arguments, logs of trackers.
 SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".md")
 MODEL_FILES = ("config.json", "adapter_config.json")
-# What a message of the client or of what is below it may quote.
-TOKEN = re.compile(r"(?<=Bearer )[^\s'\"]+|hf_\w+")
+COMMIT_MESSAGE = "Upload model"
 
 
 class PushError(RuntimeError):
@@ -53,7 +52,7 @@ def check_token(token: str | None) -> None:
     try:
         _api(token).whoami()
     except Exception as error:
-        raise no_access(error) from error
+        raise no_access(error) from quotable(error)
 
 
 def check_write(repo_id: str, token: str | None) -> None:
@@ -73,9 +72,9 @@ def check_write(repo_id: str, token: str | None) -> None:
         _api(token).auth_check(repo_id, write=True)
     except HfHubHTTPError as error:
         if _status(error) in (401, 403):  # not all servers know the question
-            raise no_access(error, repo_id) from error
+            raise no_access(error, repo_id) from quotable(error)
     except Exception as error:
-        raise no_access(error, repo_id) from error
+        raise no_access(error, repo_id) from quotable(error)
 
 
 def no_access(error: Exception, repo_id: str | None = None) -> PushError:
@@ -85,12 +84,18 @@ def no_access(error: Exception, repo_id: str | None = None) -> PushError:
 
 
 def push_failed(
-    error: Exception, folder: str, repo_id: str, revision: str | None = None, private: bool | None = None
+    error: Exception,
+    folder: str,
+    repo_id: str,
+    revision: str | None = None,
+    private: bool | None = None,
+    commit_message: str = COMMIT_MESSAGE,
 ) -> PushError:
     """The error for a push that failed after the model was saved, with the command that makes up for it."""
     words = ["trl-cancel", "push", folder, "--hub_model_id", repo_id]
     words += ["--hub_revision", revision] if revision else []
     words += ["--hub_private_repo"] if private else []
+    words += ["--commit_message", commit_message] if commit_message != COMMIT_MESSAGE else []
     command = shlex.join(words)
     return PushError(
         f"The model could not be pushed to {repo_id}: {reason(error)}. It is saved in {folder}; push it with: {command}",
@@ -134,7 +139,7 @@ def reason(error: BaseException) -> str:
     if isinstance(innermost, (ConnectionRefusedError, socket.gaierror)):
         return f"{constants.ENDPOINT} cannot be reached ({innermost.strerror}); check the network, or HF_ENDPOINT"
     lines = [line for line in str(innermost).strip().splitlines() if line]
-    return TOKEN.sub("***", (lines[0] if lines else type(innermost).__name__).rstrip("."))
+    return without_tokens((lines[0] if lines else type(innermost).__name__).rstrip("."))
 
 
 def push_folder(
@@ -144,7 +149,7 @@ def push_folder(
     token: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
-    commit_message: str = "Upload model",
+    commit_message: str = COMMIT_MESSAGE,
 ) -> str:
     """
     Pushes what a run has left in its output folder: the model, its tokenizer, its card and its results. What the
@@ -188,7 +193,8 @@ def push_folder(
     except PushError:
         raise
     except Exception as error:
-        raise push_failed(error, str(folder), repo_id) from error
+        failed = push_failed(error, str(folder), repo_id, revision, private, commit_message)
+        raise failed from quotable(error)
     return str(repo)
 
 

@@ -9,9 +9,11 @@ from trl import GRPOTrainer
 from . import hub
 from ._upstream import get_config_model_id
 from .active_methods import ActiveMethod
+from .checkpoints import is_storage_error, no_halves
 from .configs import CancelGRPOConfig
 from .evaluation import Evaluation
 from .model_card import complete_model_card, hub_id
+from .secrets import quotable
 
 
 logger = get_logger(__name__)
@@ -81,7 +83,7 @@ class Published(GRPOTrainer):
         try:
             super().init_hf_repo(token=token, private=private)
         except Exception as error:
-            raise hub.no_access(error, self.args.hub_model_id) from error
+            raise hub.no_access(error, self.args.hub_model_id) from quotable(error)
         if self.is_world_process_zero():
             hub.check_write(str(self.hub_model_id), token or self.args.hub_token)
 
@@ -103,16 +105,24 @@ class Published(GRPOTrainer):
         except Exception as error:
             if not isinstance(error, hub.PushError) and not hub.comes_from_hub(error):
                 raise
-            raise self._push_failed(error) from error
+            raise self._push_failed(error) from quotable(error)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Pushes in the background during the training, which goes on whatever becomes of it."""
         pushing: Any = getattr(self, "push_in_progress", None)
         before = list(pushing.jobs) if pushing else []
+        folder = Path(str(self.args.output_dir))
         try:
-            super()._push_from_checkpoint(checkpoint_folder)
+            with no_halves(folder):
+                super()._push_from_checkpoint(checkpoint_folder)
         except Exception as error:
-            logger.warning(str(self._push_failed(error)))
+            if is_storage_error(error):
+                what = (
+                    f"{checkpoint_folder} is not pushed, for it could not be copied to {folder}: {hub.reason(error)}"
+                )
+            else:
+                what = str(self._push_failed(error))
+            logger.warning(f"{what} (the training goes on)")
             return
         pushing = getattr(self, "push_in_progress", None)
         for job in pushing.jobs if pushing else []:

@@ -137,17 +137,21 @@ def _say_whose(error: Exception, name: str) -> None:
 
 
 def _problem(value: Any) -> str | None:
-    if isinstance(value, Real):
-        number = float(value)
-    elif getattr(value, "ndim", None) == 0 and isinstance(value.item(), Real):  # a scalar of NumPy or PyTorch
-        number = float(value.item())
-    else:
+    scalar = value.item() if getattr(value, "ndim", None) == 0 else value  # of NumPy or PyTorch
+    if not isinstance(scalar, Real):
         return f"a {type(value).__name__} is not a number"
+    try:
+        number = float(scalar)
+    except OverflowError:  # a whole number of hundreds of digits
+        number = math.inf
     if math.isnan(number):
         return "it is not a number"
     return None if abs(number) <= LARGEST else "it is not finite in single precision"
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no whole numbers of thousands of digits
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
-from .checkpoints import last_whole
+from .checkpoints import OwnCheckpoints, how_to_go_on
 from .configs import CancelGRPOConfig
 
 
@@ -106,7 +106,7 @@ class StopOnSignal(TrainerCallback):
             numbers = self.accelerator.gather(numbers)
         self.received = int(numbers.max()) or None
 
-    def end(self, args: CancelGRPOConfig, step: int) -> None:
+    def end(self, args: CancelGRPOConfig, step: int, own: OwnCheckpoints) -> None:
         """
         Says how to go on, if a signal has ended the training or come after its last step, and passes it on. All
         processes must call it.
@@ -116,6 +116,8 @@ class StopOnSignal(TrainerCallback):
                 Configuration.
             step (`int`):
                 Optimizer steps that are done.
+            own ([`~trl_cancel.checkpoints.OwnCheckpoints`]):
+                The checkpoints of the run.
 
         Raises:
             `SystemExit`: After SIGTERM, with the exit status that schedulers know it by, 143.
@@ -125,7 +127,7 @@ class StopOnSignal(TrainerCallback):
         if self.received is None:
             return
         logger.warning(
-            f"Stopped by {signal.Signals(self.received).name} after step {step}. {_how_to_go_on(args, step)}"
+            f"Stopped by {signal.Signals(self.received).name} after step {step}. {_what_is_saved(args, step, own)}"
         )
         if self.received == signal.SIGINT:
             raise KeyboardInterrupt
@@ -136,15 +138,15 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_evaluate = False
 
 
-def _how_to_go_on(args: CancelGRPOConfig, step: int) -> str:
+def _what_is_saved(args: CancelGRPOConfig, step: int, own: OwnCheckpoints) -> str:
     if args.save_strategy == "no":
         return 'Nothing was saved: save_strategy="no".'
-    last = last_whole(str(args.output_dir))
+    last = own.last()
     if last is None:
-        return "There is no whole checkpoint."
+        return "There is no whole checkpoint of this run."
     if last.name != f"checkpoint-{step}":  # the signal came after the last step
-        return f"The last whole checkpoint is {last}; continue with resume_from_checkpoint=True."
-    text = f"Saved as {last}; continue with resume_from_checkpoint=True."
+        return f"The last whole checkpoint of this run is {last}; {how_to_go_on(last)}."
+    text = f"Saved as {last}; {how_to_go_on(last)}."
     if step % args.layout.updates_per_generation:
         text += " That was within a generation batch: the resumed run generates another instead of the rest of it."
     return text

@@ -157,7 +157,7 @@ def test_full_disk_at_the_end(small_disk, capfd):
         (small_disk / name).unlink()
     (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - 10_000))
     capfd.readouterr()
-    assert train(small_disk, max_steps=2, resume_from_checkpoint="true") == 1
+    assert train(small_disk, max_steps=2, save_strategy="no", resume_from_checkpoint="true") == 1
     err = capfd.readouterr().err
     assert "Traceback" not in err
     assert f"{small_disk} could not be saved" in err

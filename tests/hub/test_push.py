@@ -1,15 +1,19 @@
 """Pushing with the real client: what arrives, what is refused, what is cut off, and that a second try completes it."""
 
+import errno
 import hashlib
 import logging
 import re
 import shlex
 import time
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from tests.runs import build, load, weights_of
@@ -267,14 +271,52 @@ def test_model_is_saved_before_the_hub_is_asked(hub, tiny_model, tmp_path, monke
     assert str(raised.value).endswith(command)
 
 
+def test_the_second_try_keeps_what_was_chosen(hub, tmp_path, capsys, monkeypatch):
+    """A repository that was to be private above all."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    save_file({}, folder / "model.safetensors")
+    chosen = ["--hub_private_repo", "--hub_revision", "dev", "--commit_message", "the last one"]
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.faults.append(Fault("repos/create", 500, times=RETRIES))
+    line = said(capsys, 1, ["push", str(folder), "--hub_model_id", REPO, *chosen])
+    again = shlex.split(line.partition("push it with: trl-cancel ")[2])
+    assert sorted(again) == sorted(["push", str(folder), "--hub_model_id", REPO, *chosen])
+    hub.faults.clear()
+    assert main([part for part in again if part not in ("--hub_revision", "dev")]) == 0  # the stand-in has one branch
+    assert hub.repos[REPO].private
+
+
+def test_tokens_are_in_no_traceback(hub, tiny_model, tmp_path):
+    """Of a token that cannot be sent the client's error tells all; one with the end of its line can be."""
+    secret = "hf_GoodSECRET\nx"
+    with pytest.raises(PushError, match=r"Bearer \*\*\*") as raised:
+        build(tiny_model, output_dir=str(tmp_path), **{**PUSHING, "hub_token": secret})
+    assert "SECRET" not in "".join(traceback.format_exception(raised.value))
+    with pytest.raises(PushError) as raised:
+        check_token(secret)
+    assert "SECRET" not in "".join(traceback.format_exception(raised.value))
+    trainer = build(tiny_model, output_dir=str(tmp_path), **{**PUSHING, "hub_token": f"{TOKEN}\n"})
+    assert trainer.args.hub_token == TOKEN
+    with pytest.raises(PushError) as raised:
+        check_token("hf_Unknown")
+    assert raised.value.__cause__ is not None, "what quotes no token is told"
+
+
 def test_tokens_are_in_no_message(hub, tmp_path, capsys):
-    """Where the client quotes one that it cannot send, or the user takes another flag."""
+    """Where the client quotes one that it cannot send, or the user takes another flag, or none."""
     assert reason(ValueError("Illegal header value b'Bearer hf_SecretOfTheTests x'")) == (
         "Illegal header value b'Bearer *** x'"
     )
     check_token(f"{TOKEN}\n")  # as read from a file
     line = said(capsys, 2, ["push", str(tmp_path), "--hub_model_id", REPO, "--token", TOKEN, f"--key={TOKEN}"])
     assert line == "trl-cancel push: unrecognized arguments: --token --key"
+    said(capsys, 2, ["push", str(tmp_path), "--hub_model_id", REPO, f"--hub={TOKEN}"])
+    for argv in (["push", str(tmp_path), "--hub_model_id", REPO, TOKEN], ["train", TOKEN], ["demo", TOKEN]):
+        assert "***" in said(capsys, 2, argv)
+    assert main([TOKEN]) == 2
+    assert TOKEN not in capsys.readouterr().err
 
 
 def test_error_in_saving_is_not_the_hubs(hub, tiny_model, tmp_path, monkeypatch):
@@ -307,7 +349,46 @@ def test_failed_push_in_the_background_is_reported_and_stops_nothing(hub, tiny_m
     assert "model.safetensors" in hub.repos[REPO].files
 
 
+def test_full_disk_while_a_push_is_prepared(hub, tiny_model, tmp_path, monkeypatch, caplog):
+    """The copy for it is half written: it is removed, and nothing said to be saved there."""
+
+    def half(source, target):
+        content = Path(source).read_bytes()
+        Path(target).write_bytes(content[: len(content) // 2])
+        if Path(source).suffix == ".safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("transformers.trainer.shutil.copy", half)
+    settings = {"hub_strategy": "every_save", "save_strategy": "steps", "save_steps": 1}
+    trainer = trained(tiny_model, tmp_path, **settings)
+    assert trainer.state.global_step == 1
+    (report,) = [record.message for record in caplog.records if "pushed" in record.message]
+    assert f"{tmp_path}/checkpoint-1 is not pushed, for it could not be copied to {tmp_path}: " in report
+    assert "No space left on device (the training goes on)" in report
+    assert not (tmp_path / "model.safetensors").exists()
+    assert (tmp_path / "checkpoint-1/model.safetensors").exists()
+
+
 # Pushing what is on disk
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        (None, r"it holds no weights \(\*\.safetensors\)"),
+        ("pytorch_model.bin", r"it holds no weights .*"),
+        ("model.safetensors", "model.safetensors cut off"),
+        ("adapter_model.safetensors", "adapter_model.safetensors cut off"),
+        ("model.safetensors.index.json", "model-00002.safetensors is missing"),
+    ],
+)
+def test_weights_that_are_not_whole_are_not_pushed(hub, tmp_path, capsys, weights, expected):
+    (tmp_path / "config.json").write_text("{}")
+    if weights is not None:
+        (tmp_path / weights).write_text('{"weight_map": {"a": "model-00002.safetensors"}}')
+    line = said(capsys, 2, ["push", str(tmp_path), "--hub_model_id", REPO])
+    assert re.search(rf"{re.escape(str(tmp_path))}: {expected}\. Nothing was pushed; save the model again", line)
+    assert not hub.requests
 
 
 @pytest.mark.parametrize(
@@ -336,6 +417,7 @@ def test_only_the_model_and_its_results_are_pushed(hub, tmp_path, monkeypatch):
     for name in [*kept, *left, "checkpoint-1/optimizer.pt", "checkpoint-1/config.json", "wandb/config.json"]:
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_text('---\nlicense: mit\n---\nmodel_id = "another/name"\n')
+    save_file({}, tmp_path / "out" / "model.safetensors")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert main(["push", str(tmp_path / "out"), "--hub_model_id", "model", "--hub_private_repo"]) == 0
     assert sorted(hub.repos[REPO].files) == sorted(kept)

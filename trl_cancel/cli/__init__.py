@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from .. import __version__
+from ..secrets import without_tokens
 
 
 COMMANDS = {
@@ -33,7 +34,7 @@ class OneLineErrors:
         what, unrecognized, given = message.partition("unrecognized arguments: ")
         flags = [word.split("=")[0] for word in given.split() if word.startswith("-")]
         # Without values, of which one may be a secret.
-        raise UsageError(f"{what}{unrecognized}{' '.join(flags)}" if flags else message)
+        raise UsageError(without_tokens(f"{what}{unrecognized}{' '.join(flags)}" if flags else message))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"trl-cancel {__version__}")
         return 0
     if name not in COMMANDS:
-        print(f"trl-cancel: {name!r} is not a command; use one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        word = without_tokens(repr(name))
+        print(f"trl-cancel: {word} is not a command; use one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     try:
         return import_module(f".{name}", __package__).run(arguments)

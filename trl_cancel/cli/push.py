@@ -12,7 +12,7 @@ class PushParser(OneLineErrors, argparse.ArgumentParser):
 
 
 def run(arguments: list[str]) -> int:
-    parser = PushParser(prog="trl-cancel push", description=__doc__)
+    parser = PushParser(prog="trl-cancel push", description=__doc__, allow_abbrev=False)
     parser.add_argument("folder", metavar="FOLDER", help="output folder of a training run")
     parser.add_argument("--hub_model_id", required=True, help="repository, as USER/NAME; made if there is none")
     parser.add_argument("--hub_private_repo", action="store_true", help="make the repository private")
@@ -25,6 +25,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _push(options: argparse.Namespace) -> int:
+    from ..checkpoints import why_unusable
     from ..hub import MODEL_FILES, PushError, push_folder
 
     folder = Path(options.folder)
@@ -32,6 +33,9 @@ def _push(options: argparse.Namespace) -> int:
         raise UsageError(f"{folder}: there is no such folder.")
     if not any((folder / name).is_file() for name in MODEL_FILES):
         raise UsageError(f"{folder}: the folder holds no model (no {' or '.join(MODEL_FILES)}).")
+    reason = why_unusable(folder)
+    if reason is not None:
+        raise UsageError(f"{folder}: {reason}. Nothing was pushed; save the model again, or push a whole checkpoint.")
     try:
         address = push_folder(
             folder,

@@ -13,6 +13,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 from ..configs import CancelGRPOConfig
 from ..methods import METHODS, complete_settings
 from ..precision import Precision, best_precision
+from ..secrets import without_tokens
 from . import OneLineErrors, UsageError
 
 
@@ -78,7 +79,7 @@ class StrictParser(OneLineErrors, TrlParser):
         try:
             return self.parse_args_and_config(arguments)
         except (TypeError, ValueError) as error:
-            raise UsageError(str(error)) from error
+            raise UsageError(without_tokens(str(error))) from error
 
     def _check_names(self, arguments: list[str], yaml_settings: dict[str, Any]) -> None:
         known = {action.dest for action in self._actions} | {"env", "config"}

@@ -169,7 +169,7 @@ def _run(settings: Settings) -> None:
     after = evaluate(trainer, test, rewards[0], settings, "After")
 
     results = Results(_scores(before), _scores(after), *_training_means(trainer), trainer.state.global_step, seconds)
-    with checkpoints.saved_or_said(Path(str(settings.training.output_dir))):
+    with checkpoints.saved_or_said(Path(str(settings.training.output_dir)), trainer.own_checkpoints):
         trainer.save_state()
         trainer.save_metrics("train", asdict(results))
         if trainer.is_world_process_zero():
