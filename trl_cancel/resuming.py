@@ -17,6 +17,7 @@ from .checkpoints import (
     saved_or_said,
 )
 from .configs import CancelGRPOConfig
+from .fit import check_fit
 from .stopping import StopOnSignal
 
 
@@ -54,12 +55,13 @@ class Resumable(GRPOTrainer):
                 Further arguments of [`~transformers.Trainer.train`].
 
         Raises:
-            `ValueError`: If there is no whole checkpoint to go on from.
+            `ValueError`: If there is no whole checkpoint to go on from, or it is one of another model.
             [`~trl_cancel.checkpoints.SavingError`]: If the disk is full.
             [`~trl_cancel.rewards.RewardError`]: If a reward function returns what cannot be used.
             `SystemExit`, `KeyboardInterrupt`: If SIGTERM or SIGINT has ended the training; see `save_on_signal`.
         """
         checkpoint = agree_on_checkpoint(resume_from_checkpoint, str(self.args.output_dir), self.accelerator)
+        check_fit(checkpoint, self.model)
         self.own_checkpoints = OwnCheckpoints(checkpoint)
         if checkpoint is None and self.args.save_strategy != "no" and self.is_world_process_zero():
             _warn_of_others(str(self.args.output_dir))
@@ -68,6 +70,7 @@ class Resumable(GRPOTrainer):
                 result = super().train(checkpoint, *args, **kwargs)
             except (Exception, KeyboardInterrupt) as error:
                 self._save_progress(error)
+                self.is_in_train = False  # as transformers leaves it after a training without an error
                 raise
         self._signals.end(self.args, self.state.global_step, self.own_checkpoints)
         return result

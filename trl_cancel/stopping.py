@@ -75,10 +75,17 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, self._note)
         try:
             yield
+        except BaseException:
+            self._forget()
+            raise
         finally:
             for number, handler in before.items():
                 if signal.getsignal(number) == self._note:
                     signal.signal(number, handler)
+
+    def _forget(self) -> None:
+        """A signal ends one training, and says nothing of what is done with the trainer after it."""
+        self.received = self._own = None
 
     def _note(self, number: int, frame: Any) -> None:
         if self._own is not None:
@@ -124,14 +131,16 @@ class StopOnSignal(TrainerCallback):
             `KeyboardInterrupt`: After SIGINT.
         """
         self._agree()
-        if self.received is None:
+        received = self.received
+        self._forget()
+        if received is None:
             return
         logger.warning(
-            f"Stopped by {signal.Signals(self.received).name} after step {step}. {_what_is_saved(args, step, own)}"
+            f"Stopped by {signal.Signals(received).name} after step {step}. {_what_is_saved(args, step, own)}"
         )
-        if self.received == signal.SIGINT:
+        if received == signal.SIGINT:
             raise KeyboardInterrupt
-        raise SystemExit(128 + self.received)
+        raise SystemExit(128 + received)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.received is not None:  # saved at the end of the step
