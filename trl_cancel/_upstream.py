@@ -104,6 +104,7 @@ ATTRIBUTES = {
     "is_fsdp_enabled": "whether the model is sharded by FSDP",
     "is_deepspeed_enabled": "whether the model is sharded by DeepSpeed",
     "_tag_names": "tags of the model and its card",
+    "async_loop": "event loop of async reward functions, where there are some; evaluation awaits them in it too",
     "_tokenizer": "tokenizer, also where the processing class is a processor of several kinds of input",
 }
 # Number of values that a method returns, where the override unpacks them.

@@ -21,7 +21,8 @@ from .active_methods import ActiveMethod, cited
 from .configs import CancelGRPOConfig
 from .diagnostics.curves import first_tenth, last_tenth
 from .diagnostics.runs import Run
-from .evaluation import Estimate, Evaluation
+from .evaluation import Evaluation
+from .evaluation.result import shown
 from .secrets import without_secrets
 
 
@@ -396,8 +397,8 @@ def _evaluation_rows(evaluations: Sequence[Evaluation]) -> Iterator[dict[str, An
                 "problems": made[-1].problems,
                 "metric": _cell(metric),
                 "steps": " and ".join("?" if one.step is None else str(one.step) for one in compared),
-                "first": _estimate(first) if first else "",
-                "last": _estimate(estimate),
+                "first": shown(first) if first else "",
+                "last": shown(estimate),
             }
 
 
@@ -425,9 +426,3 @@ def _eval_results(evaluations: Sequence[Evaluation]) -> Iterator[EvalResult]:
 def _shown(name: str) -> str:
     """A name of a data set without the folders of this machine."""
     return hub_id(name) or Path(name).name
-
-
-def _estimate(estimate: Estimate) -> str:
-    shown = ".1%" if all(0 <= value <= 1 for value in estimate) else ".4g"  # rewards need not be shares
-    mean, low, high = (format(value, shown) for value in estimate)
-    return f"{mean} [{low}, {high}]"

@@ -1,5 +1,6 @@
 """TRL is the version, and has the private names, that `_upstream.py` says."""
 
+import asyncio
 import configparser
 import inspect
 import re
@@ -11,6 +12,7 @@ import trl
 import trl_cancel
 from tests.runs import build
 from trl_cancel import _upstream
+from trl_cancel.evaluation import rewards_of
 
 
 ROOT = Path(__file__).parents[2]
@@ -70,9 +72,32 @@ def test_missing_method_is_refused():
         _upstream.check_signatures(Without)
 
 
+async def awaited(completions, **_):
+    return [0.0] * len(completions)
+
+
 @pytest.mark.parametrize("name", _upstream.ATTRIBUTES)
 def test_attributes_exist(tiny_model, name):
-    assert hasattr(build(tiny_model, trl.GRPOTrainer), name)
+    arguments = {"reward_funcs": awaited}  # with an event loop, which other trainers lack
+    assert hasattr(build(tiny_model, trl.GRPOTrainer, arguments=arguments), name)
+
+
+def test_what_rewards_are_called_with(tiny_model):
+    """Evaluation gives the same, and runs async ones in the same event loop."""
+    seen = {}
+
+    async def watch(completions, **columns):
+        seen.update(columns, loop=asyncio.get_running_loop())
+        return [0.0] * len(completions)
+
+    trainer = build(tiny_model, trl.GRPOTrainer, arguments={"reward_funcs": watch}, max_steps=1)
+    trainer.train()
+    trained = dict(seen)
+    seen.clear()
+    rewards_of(watch, trainer.processing_class, [trainer.train_dataset[0]], [[1]], trainer)
+    assert seen.keys() == trained.keys()
+    assert seen["trainer_state"] is trained["trainer_state"] is trainer.state
+    assert seen["loop"] is trained["loop"] is trainer.async_loop
 
 
 def test_private_names_of_trl_are_used_only_as_declared():

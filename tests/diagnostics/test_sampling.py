@@ -1,5 +1,7 @@
 """Rollouts to measure on, and the values of their tokens."""
 
+import asyncio
+
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -60,17 +62,22 @@ def test_rewards_of_any_number_type(parts, kind):
     assert set(rollouts.rewards.flatten().tolist()) == {0.0, 1.0}
 
 
-async def patient(prompts, completions, completion_ids, **columns):
-    return [0.0] * len(completion_ids)
+def test_rewards_that_wait(parts):
+    async def patient(prompts, completions, completion_ids, **columns):
+        await asyncio.sleep(0)
+        return [float(sum(ids) % 2) for ids in completion_ids]
+
+    async def in_a_notebook():  # where a loop runs already
+        return sample_rollouts(*parts, patient, num_generations=4, max_completion_length=6)
+
+    assert set(asyncio.run(in_a_notebook()).rewards.flatten().tolist()) == {0.0, 1.0}
 
 
-@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
         (lambda completion_ids, **columns: [1.0], "returned 1 rewards for 12 completions"),
         (lambda completion_ids, **columns: None, "returned NoneType for 12"),
-        (patient, "patient returned coroutine"),
     ],
 )
 def test_rewards_that_are_none(parts, reward, message):

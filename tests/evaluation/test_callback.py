@@ -4,6 +4,7 @@ import os
 import random
 import signal
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
@@ -19,7 +20,8 @@ METRICS = {"greedy", "avg@2", "pass@1", "pass@2", "truncated"}
 
 
 def even(completion_ids, **_):
-    random.random()  # a reward function may be random; the training's random numbers are not its own
+    # A reward function may be random; the training's random numbers are not its own.
+    random.random(), np.random.random(), torch.rand(1)
     return [float(sum(ids) % 2 == 0) for ids in completion_ids]
 
 
@@ -41,9 +43,9 @@ def steps_of(trainer):
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True, "steps_per_generation": 2}])
 def test_training_does_not_notice(tiny_model, settings):
     plain = train(tiny_model, **settings)
-    state = random.getstate(), torch.get_rng_state()
+    state = random.getstate(), np.random.get_state()[2], torch.get_rng_state().tolist()
     watched = train(tiny_model, {"steps": 1}, **settings)
-    assert (random.getstate(), torch.get_rng_state().tolist()) == (state[0], state[1].tolist())
+    assert (random.getstate(), np.random.get_state()[2], torch.get_rng_state().tolist()) == state
     assert_same_weights(weights_of(plain.model), weights_of(watched.model))
     logs = [repeatable(entry) for entry in watched.state.log_history if "eval_set_greedy" not in entry]
     assert logs == [repeatable(entry) for entry in plain.state.log_history]
@@ -169,6 +171,72 @@ def test_a_signal_leaves_no_time_for_an_evaluation(tiny_model):
         trainer.train()
     assert trainer.state.global_step == 3
     assert steps_of(trainer) == []
+
+
+EVALUATING = {"eval_strategy": "no", "num_generations_eval": 2, "per_device_eval_batch_size": 4}
+
+
+def evaluated(tiny_model, **settings):
+    """A trainer that answers when it evaluates, and only then."""
+    trainer = build(tiny_model, arguments={"eval_dataset": load_prompts("tune", 4)}, **{**EVALUATING, **settings})
+    problems = load_prompts("test", 5)
+    trainer.add_callback(EvaluationCallback(trainer, problems, even, SETTINGS, name="set", at_start=False))
+    return trainer
+
+
+def test_other_weights_at_the_same_step_are_evaluated_anew(tiny_model):
+    trainer = evaluated(tiny_model)
+    first = trainer.evaluate()
+    with torch.no_grad():
+        for weight in trainer.model.parameters():
+            weight.neg_()
+    second = trainer.evaluate()
+    assert len(trainer.evaluations) == 2
+    assert first["eval_set_avg@2"] == trainer.evaluations[0].metrics["avg@2"][0]
+    assert second["eval_set_avg@2"] == trainer.evaluations[1].metrics["avg@2"][0]
+    assert trainer.evaluations[0].metrics != trainer.evaluations[1].metrics
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "again while the checkpoint is saved"])
+def test_a_signal_is_over_when_the_training_is(tiny_model, twice, tmp_path):
+    """It leaves no time for an evaluation then, but for later ones."""
+
+    class Signals(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        def on_save(self, args, state, control, **kwargs):
+            if twice:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = evaluated(tiny_model, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=9)
+    trainer.add_callback(Signals())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert steps_of(trainer) == [1]
+    assert not trainer.is_stopped_by_signal
+    assert not trainer.is_in_train
+    metrics = trainer.evaluate()
+    assert steps_of(trainer) == [1, 2]
+    assert metrics["eval_set_avg@2"] == trainer.evaluations[-1].metrics["avg@2"][0]
+
+
+def test_rewards_know_how_far_the_training_is(tiny_model):
+    """And they may wait, and log: TRL gives them the means."""
+    steps = []
+
+    async def judge(completions, trainer_state, log_metric, log_extra, **_):
+        steps.append(trainer_state.global_step)
+        log_metric("calls", len(steps))
+        log_extra("text", completions)
+        return [1.0] * len(completions)
+
+    trainer = build(tiny_model)
+    trainer.add_callback(EvaluationCallback(trainer, load_prompts("test", 2), judge, SETTINGS, name="set"))
+    trainer.train()
+    assert sorted(set(steps)) == [0, 3]
+    assert not any("calls" in entry for entry in trainer.state.log_history)
 
 
 def test_answers_without_a_reward_are_said_once(tiny_model, caplog):

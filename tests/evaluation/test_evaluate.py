@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from tests.runs import load
 from trl_cancel.evaluation import (
@@ -29,6 +29,19 @@ from trl_cancel.playground.data import load_prompts
 from trl_cancel.playground.reward import answer_reward
 
 
+# What a model may ask for itself.
+OWN = {
+    "num_beams": 2,
+    "min_length": 200,
+    "min_new_tokens": 6,
+    "suppress_tokens": list(range(3, 20)),
+    "sequence_bias": [[[5], 20.0]],
+    "forced_eos_token_id": 2,
+    "exponential_decay_length_penalty": (1, 5.0),
+    "encoder_no_repeat_ngram_size": 1,
+    "return_dict_in_generate": True,
+    "stop_strings": ["1"],
+}
 SHORT = EvaluationSettings(num_samples=3, max_completion_length=8, score_truncated=True)
 
 
@@ -128,6 +141,13 @@ def test_a_models_own_generation_config_does_not_count(tiny_model, problems):
     config = model.generation_config
     config.do_sample, config.temperature, config.top_k, config.repetition_penalty = True, 0.3, 2, 1.8
     assert answers((model, tokenizer), problems) == before
+    adapted = get_peft_model(model, LoraConfig(r=2))  # which does nothing yet, and hands the config on
+    for name, value in OWN.items():
+        model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, **{name: value})
+        own = model.generation_config
+        assert answers((model, tokenizer), problems) == before, name
+        assert answers((adapted, tokenizer), problems) == before, name
+        assert model.generation_config is adapted.generation_config is own
 
 
 def test_the_callers_state_stays(tiny, problems):
@@ -204,6 +224,31 @@ def test_answers_that_were_cut_off_are_wrong_and_counted(tiny, problems):
     assert [sample["reward"] for sample in strict] == [float(not was) for was in cut]
     evaluation = summarize(strict, 7, SHORT, "set")
     assert evaluation.metrics["truncated"][0] == pytest.approx(sum(cut) / len(cut))
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0])
+def test_what_is_cut_off_or_without_a_reward_is_wrong_whatever_the_threshold(threshold):
+    samples = [
+        {"problem": problem, "sample": 0, "reward": reward, "finish_reason": reason}
+        for problem, (reward, reason) in enumerate([(None, "stop"), (0.0, "length"), (threshold, "stop")])
+    ]
+    for scored, passed in ((False, 1), (True, 2)):
+        settings = EvaluationSettings(
+            num_samples=1, greedy=False, pass_threshold=threshold, score_truncated=scored, max_completion_length=8
+        )
+        assert summarize(samples, 3, settings, "set").metrics["pass@1"][0] == pytest.approx(passed / 3)
+
+
+def test_answers_that_were_cut_off_get_no_more_than_they_earn(tiny, problems):
+    """Being cut off must not pay where wrong answers cost something."""
+    found = answers(
+        tiny,
+        problems,
+        EvaluationSettings(num_samples=3, max_completion_length=8),
+        lambda completions, **_: [-1.0] * len(completions),
+    )
+    assert {sample["finish_reason"] for sample in found} == {"stop", "length"}
+    assert {sample["reward"] for sample in found} == {-1.0}
 
 
 def test_a_reward_that_is_none_counts_as_wrong(tiny, problems):
@@ -334,6 +379,14 @@ def test_other_settings_are_named(tmp_path):
     (tmp_path / "settings.json").unlink()
     with pytest.raises(ValueError, match=r"no settings.json"):
         SampleLog(tmp_path, {})
+
+
+@pytest.mark.parametrize("damaged", ['{"temperature": 1', "[]", "\0\0"])
+def test_damaged_settings_are_named(tmp_path, damaged):
+    SampleLog(tmp_path, {"temperature": 1.0}).append([{"problem": 0, "sample": 0}])
+    (tmp_path / "settings.json").write_text(damaged)
+    with pytest.raises(ValueError, match=r"settings.json: these are no settings \("):
+        SampleLog(tmp_path, {"temperature": 1.0})
 
 
 @pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\x0b", "\r", "\r\n", "\n"])

@@ -95,6 +95,14 @@ def test_prompts_as_they_are(monkeypatch):
     assert problems[0] == {"level": 3, "prompt": conversation, "solution": "2"}
 
 
+def test_rewards_that_need_no_solution(monkeypatch):
+    """A column of that name is kept, where there is one."""
+    for columns in ({"prompt": ["1+1"]}, {"prompt": ["1+1"], "solution": ["2"]}):
+        monkeypatch.setattr(presets, "load_dataset", lambda *_, rows=columns, **__: Dataset.from_dict(rows))
+        problems = load_problems(DataSource("any", "test", "prompt", solution=None))
+        assert problems.to_dict() == columns
+
+
 def test_what_cannot_be_loaded_is_named(hub, monkeypatch):
     with pytest.raises(ValueError, match=r"data set no/where, split 'test': cannot load it \(no/where is not here\)"):
         load_problems(DataSource("no/where", "test"))

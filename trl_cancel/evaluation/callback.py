@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
@@ -104,9 +105,9 @@ class EvaluationCallback(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         if self.steps is None:
-            self._evaluate(state.global_step)
+            logged = self._evaluate(state.global_step)
             if metrics is not None:
-                metrics.update(self._logged)
+                metrics.update(logged)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         has_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
@@ -122,9 +123,13 @@ class EvaluationCallback(TrainerCallback):
         """Whether a signal ends the training, and there may not be time."""
         return getattr(self.trainer, "is_stopped_by_signal", False)  # of this package's trainers
 
-    def _evaluate(self, step: int) -> None:
-        if self._last == step or self._is_stopped():
-            return
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """What is logged of the weights as they are; nothing where a signal leaves no time."""
+        if self.trainer.is_in_train:  # outside, the weights may have been replaced at the same step
+            if self._last == step:
+                return self._logged
+            if self._is_stopped():
+                return {}
         self._last = step
         with unchanged_random_state():
             samples = answer_problems(
@@ -132,6 +137,7 @@ class EvaluationCallback(TrainerCallback):
                 self.problems,
                 self.reward,
                 self.settings,
+                trainer=self.trainer,
                 description=None if self.trainer.args.disable_tqdm else f"Evaluation on {self.name}",
             )
         evaluation = summarize(samples, len(self.problems), self.settings, self.name, step)
@@ -148,6 +154,7 @@ class EvaluationCallback(TrainerCallback):
         # Not TRL's, which would take this for a log of its own metrics, and forget them.
         Trainer.log(self.trainer, dict(self._logged))
         self.trainer.control.should_log = is_log_due  # that of the step is still to come
+        return self._logged
 
 
 def record(trainer: Any, evaluation: Evaluation) -> None:
@@ -193,10 +200,12 @@ def trainer_engine(trainer: Any, batch_size: int = 32) -> TransformersEngine:
 
 @contextmanager
 def unchanged_random_state() -> Iterator[None]:
-    """Puts the random states of Python and NumPy back, which a reward function may use; PyTorch's is not touched."""
+    """Puts the random states of Python, NumPy and PyTorch back, which a reward function may use."""
     python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
-        yield
+        with torch.random.fork_rng(devices):
+            yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)

@@ -37,6 +37,7 @@ def evaluate(
     name: str,
     step: int | None = None,
     description: str | None = None,
+    trainer: Any = None,
 ) -> Evaluation:
     """
     Answers problems, scores the answers and estimates how good the model is.
@@ -56,11 +57,13 @@ def evaluate(
             Optimizer steps that the model had been trained for.
         description (`str`, *optional*):
             Label of the progress bar; no bar without one.
+        trainer ([`~transformers.Trainer`], *optional*):
+            The trainer that the model is of, for reward functions that ask for its state.
 
     Returns:
         [`Evaluation`]: The estimates, the same on all processes.
     """
-    samples = answer_problems(engine, problems, reward, settings, description=description)
+    samples = answer_problems(engine, problems, reward, settings, description=description, trainer=trainer)
     return summarize(samples, len(problems), settings, name, step)
 
 
@@ -72,6 +75,7 @@ def answer_problems(
     *,
     log: SampleLog | None = None,
     description: str | None = None,
+    trainer: Any = None,
 ) -> list[Sample]:
     """
     Answers problems and scores the answers, batch by batch. Several processes take turns in the batches.
@@ -92,6 +96,8 @@ def answer_problems(
             Where to write the samples, and what an earlier run has left; on the first process alone.
         description (`str`, *optional*):
             Label of the progress bar; no bar without one.
+        trainer ([`~transformers.Trainer`], *optional*):
+            The trainer that the model is of, for reward functions that ask for its state.
 
     Returns:
         `list[dict]`: The samples of all processes, by problem and number.
@@ -119,7 +125,7 @@ def answer_problems(
         for turn in _chunks(pending, state.num_processes):
             # Whoever has no batch of its own joins in another one: a sharded model needs all processes.
             tasks = turn[state.process_index % len(turn)]
-            made = _answer(engine, tasks, rows, prompt_ids, reward, settings)
+            made = _answer(engine, tasks, rows, prompt_ids, reward, settings, trainer)
             everyone = gather_object([made])[: len(turn)]
             new = [sample for samples in everyone for sample in samples if key_of(sample) not in done]
             done |= {key_of(sample): sample for sample in new}
@@ -143,7 +149,7 @@ def summarize(
 
     Args:
         samples (`Iterable[dict]`):
-            The samples of [`answer_problems`], in its order. A reward that is `None` counts as 0.
+            The samples of [`answer_problems`], in its order. A reward that is `None` counts as 0, and as wrong.
         num_problems (`int`):
             Number of problems P.
         settings ([`EvaluationSettings`]):
@@ -159,21 +165,34 @@ def summarize(
     """
     samples = list(samples)
 
-    def matrix(of: Iterable[Sample]) -> torch.Tensor:
-        return torch.tensor([sample["reward"] or 0.0 for sample in of], dtype=torch.float64).view(num_problems, -1)
+    def matrix(values: Iterable[float]) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.float64).view(num_problems, -1)
+
+    def rewards_in(of: Iterable[Sample]) -> torch.Tensor:
+        return matrix(sample["reward"] or 0.0 for sample in of)
 
     metrics: dict[str, Estimate] = {}
     if settings.greedy:
-        metrics["greedy"] = mean_with_interval(matrix(sample for sample in samples if sample["sample"] is None))
+        metrics["greedy"] = mean_with_interval(rewards_in(sample for sample in samples if sample["sample"] is None))
     if settings.num_samples:
-        rewards = matrix(sample for sample in samples if sample["sample"] is not None)  # (P, n)
-        metrics[f"avg@{settings.num_samples}"] = mean_with_interval(avg_at_k(rewards).unsqueeze(1))
+        sampled = [sample for sample in samples if sample["sample"] is not None]
+        metrics[f"avg@{settings.num_samples}"] = mean_with_interval(avg_at_k(rewards_in(sampled)).unsqueeze(1))
+        right = matrix(float(_is_right(sample, settings)) for sample in sampled).bool()  # (P, n)
         for k in settings.tries:
-            passed = pass_at_k(rewards >= settings.pass_threshold, k)
-            metrics[f"pass@{k}"] = mean_with_interval(passed.unsqueeze(1))
-    truncated = [{**sample, "reward": float(sample["finish_reason"] == "length")} for sample in samples]
-    metrics["truncated"] = mean_with_interval(matrix(truncated))
+            metrics[f"pass@{k}"] = mean_with_interval(pass_at_k(right, k).unsqueeze(1))
+    metrics["truncated"] = mean_with_interval(matrix(float(_is_cut_off(sample)) for sample in samples))
     return Evaluation(name, num_problems, metrics, asdict(settings), step)
+
+
+def _is_cut_off(sample: Sample) -> bool:
+    return sample["finish_reason"] == "length"
+
+
+def _is_right(sample: Sample, settings: EvaluationSettings) -> bool:
+    """Neither without a reward nor cut off, whatever the threshold is."""
+    if sample["reward"] is None or (_is_cut_off(sample) and not settings.score_truncated):
+        return False
+    return sample["reward"] >= settings.pass_threshold
 
 
 def _batches(prompt_ids: list[list[int]], settings: EvaluationSettings, size: int) -> list[list[Task]]:
@@ -195,13 +214,14 @@ def _answer(
     prompt_ids: Sequence[list[int]],
     reward: RewardFunction,
     settings: EvaluationSettings,
+    trainer: Any,
 ) -> list[Sample]:
     """Samples of one batch."""
     seeds = [None if task.sample is None else seed_of(settings.seed, task.problem, task.sample) for task in tasks]
     requests = [Request(prompt_ids[task.problem], seed) for task, seed in zip(tasks, seeds, strict=True)]
     answers = engine.generate(requests, settings)
     own = [rows[task.problem] for task in tasks]
-    rewards = _rewards(engine, reward, own, answers, settings)
+    rewards = _rewards(engine, reward, own, answers, settings, trainer)
     texts = engine.tokenizer.batch_decode([answer.ids for answer in answers], skip_special_tokens=True)
     return [
         {
@@ -224,10 +244,11 @@ def _rewards(
     rows: list[dict[str, Any]],
     answers: list[Answer],
     settings: EvaluationSettings,
+    trainer: Any,
 ) -> list[float | None]:
     name = getattr(reward, "__name__", type(reward).__name__)
     try:
-        rewards = rewards_of(reward, engine.tokenizer, rows, [answer.ids for answer in answers])
+        rewards = rewards_of(reward, engine.tokenizer, rows, [answer.ids for answer in answers], trainer)
     except Exception as error:
         if isinstance(error, ValueError) and "The reward function" in str(error):
             raise
@@ -237,4 +258,7 @@ def _rewards(
             raise ValueError(f"The reward function {name} returned {score}; it must return finite numbers or None.")
     if settings.score_truncated:
         return rewards
-    return [0.0 if answer.finish_reason == "length" else score for answer, score in zip(answers, rewards, strict=True)]
+    return [
+        min(score or 0.0, 0.0) if answer.finish_reason == "length" else score
+        for answer, score in zip(answers, rewards, strict=True)
+    ]

@@ -24,7 +24,7 @@ class DataSource:
         problem (`str`, *optional*, defaults to `"problem"`):
             Column of the problems: texts, or conversations.
         solution (`str`, *optional*, defaults to `"answer"`):
-            Column of the right answers.
+            Column of the right answers; `None` where the reward function needs none.
         config (`str`, *optional*):
             Configuration of the data set.
     """
@@ -32,7 +32,7 @@ class DataSource:
     path: str
     split: str
     problem: str = "problem"
-    solution: str = "answer"
+    solution: str | None = "answer"
     config: str | None = None
 
 
@@ -126,8 +126,8 @@ def load_problems(
             template.
 
     Returns:
-        [`~datasets.Dataset`]: Columns `prompt` and, where the source names one that exists, `solution`; further
-        columns are kept.
+        [`~datasets.Dataset`]: Columns `prompt` and, if the source names one for it, `solution`; further columns are
+        kept.
 
     Raises:
         `ValueError`: If the data set cannot be loaded or lacks a column.
@@ -142,7 +142,7 @@ def load_problems(
         raise ValueError(f"data set {source.path}, split {source.split!r}: it has no problems.")
     columns = dataset.column_names
     for column in (source.problem, source.solution):
-        if column not in columns:
+        if column is not None and column not in columns:
             raise ValueError(
                 f"data set {source.path}, split {source.split!r}: it has the columns {', '.join(columns)} but no "
                 f"{column!r}."
@@ -154,6 +154,8 @@ def load_problems(
         question = f"{problem}\n\n{instruction}"
         return [{"role": "user", "content": question}] if conversational else f"{question}\n"
 
-    kept = {column: dataset[column][:] for column in columns if column not in ("prompt", "solution")}
-    prompts = [prompt(problem) for problem in dataset[source.problem]]
-    return Dataset.from_dict({**kept, "prompt": prompts, "solution": dataset[source.solution][:]})
+    made = {column: dataset[column][:] for column in columns if column != "prompt"}
+    made["prompt"] = [prompt(problem) for problem in dataset[source.problem]]
+    if source.solution is not None:
+        made["solution"] = dataset[source.solution][:]
+    return Dataset.from_dict(made)

@@ -7,6 +7,19 @@ from typing import Any
 Estimate = tuple[float, float, float]  # mean, and the ends of its 95% interval
 
 
+def shown(estimate: Estimate) -> str:
+    """
+    An estimate in words: in percent, unless it is one of rewards that are no shares.
+
+    Args:
+        estimate (`tuple[float, float, float]`):
+            Mean, and the ends of its interval.
+    """
+    form = ".1%" if all(0 <= value <= 1 for value in estimate) else ".4g"
+    mean, low, high = (format(value, form) for value in estimate)
+    return f"{mean} [{low}, {high}]"
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """

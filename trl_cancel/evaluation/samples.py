@@ -29,7 +29,7 @@ class SampleLog:
             What an earlier run has left.
 
     Raises:
-        `ValueError`: If the folder holds samples that were made with other settings, or a line that is no sample.
+        `ValueError`: If the folder holds samples that were made with other settings, or a file of it is damaged.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
@@ -48,7 +48,7 @@ class SampleLog:
         if not self.path.exists() or not self.path.stat().st_size:  # settings without samples bind nobody
             path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         elif path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = _settings_in(path)
             for name in {**settings, **found}:
                 if found.get(name) != settings.get(name):
                     raise ValueError(
@@ -80,3 +80,16 @@ class SampleLog:
                 "and its answer is made once more; or use another output folder."
             ) from error
         return sample
+
+
+def _settings_in(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError(f"it holds a {type(found).__name__}")
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path}: these are no settings ({type(error).__name__}: {error}), so nobody knows how the samples beside "
+            "it were made. Put the file back, or use another output folder."
+        ) from error
+    return found

@@ -1,11 +1,16 @@
 """Sampling answers from a model and scoring them."""
 
-from collections.abc import Callable, Iterator, Sized
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sized
 from contextlib import contextmanager
+from functools import cache
+from inspect import isawaitable
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -16,18 +21,7 @@ from ..intervals import mean_with_interval as mean_with_interval
 from ..states import without_dropout
 
 
-RewardFunction = Callable[..., list[float | None]]
-# Beats what models like Qwen2.5 ask for in their generation config, a penalty on repetitions among them.
-NEUTRAL = {
-    "do_sample": False,
-    "temperature": None,
-    "top_k": None,
-    "top_p": None,
-    "min_p": None,
-    "typical_p": None,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-}
+RewardFunction = Callable[..., list[float | None] | Awaitable[list[float | None]]]
 
 
 def score_samples(
@@ -85,10 +79,15 @@ def score_samples(
 
 
 def rewards_of(
-    reward: RewardFunction, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], ids: list[list[int]]
+    reward: RewardFunction,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
+    ids: list[list[int]],
+    trainer: Any = None,
 ) -> list[float | None]:
     """
-    What a reward function says of some completions.
+    What a reward function says of some completions. It is called as TRL calls it in training, but what it logs
+    (`log_extra`, `log_metric`) goes nowhere.
 
     Args:
         reward (`Callable`):
@@ -99,22 +98,49 @@ def rewards_of(
             The data set's row behind each completion; columns other than `prompt` are passed on.
         ids (`list[list[int]]`):
             Token ids of the completions, without padding.
+        trainer ([`~transformers.Trainer`], *optional*):
+            The trainer that the model is of: its `state` is the reward function's `trainer_state`, `None` without one.
 
     Raises:
         `ValueError`: If it does not return one reward for each.
     """
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
     prompts = columns.pop("prompt")
     answers = as_answers(tokenizer, ids, prompts)
+    columns |= {"trainer_state": getattr(trainer, "state", None), "log_extra": _nowhere, "log_metric": _nowhere}
     scores = reward(prompts=prompts, completions=answers, completion_ids=ids, **columns)
+    if isawaitable(scores):
+        scores = _awaited(scores, trainer)
     if not isinstance(scores, Sized) or len(scores) != len(ids):
         found = f"{len(scores)} rewards" if isinstance(scores, Sized) else type(scores).__name__
         name = getattr(reward, "__name__", type(reward).__name__)
         raise ValueError(
             f"The reward function {name} returned {found} for {len(ids)} completions; it must return a list with one "
-            "number or None for each (and cannot be async here)."
+            "number or None for each."
         )
     return [None if score is None else float(score) for score in scores]
+
+
+def _nowhere(name: str, value: Any) -> None:
+    """In the place of a trainer's logs."""
+
+
+def _awaited(scores: Awaitable[Any], trainer: Any) -> Any:
+    """The result of an async reward function, in the event loop of TRL's trainer, to which its client may be bound."""
+
+    async def wait() -> Any:
+        return await scores
+
+    loop = getattr(trainer, "async_loop", None) or _event_loop()
+    return asyncio.run_coroutine_threadsafe(wait(), loop).result()
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """A loop in a thread of its own, since a notebook's thread has one that runs already."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop
 
 
 @contextmanager
@@ -179,8 +205,8 @@ def generate_batch(
     **how: Any,
 ) -> list[list[int]]:
     """
-    Continues sequences of tokens until an answer ends, in one batch. What a model's own generation config says of
-    sampling and penalties does not count.
+    Continues sequences of tokens until an answer ends, in one batch. Of a model's own generation config only the
+    tokens that end an answer count.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -211,15 +237,30 @@ def generate_batch(
     ids = pad_sequence(rows, batch_first=True, padding_value=filler, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     generate: Any = model.generate
-    output = generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=filler,
-        eos_token_id=end,
-        **{**NEUTRAL, **how},
-    )
+    with _without_own_settings(model):
+        output = generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=filler,
+            eos_token_id=end,
+            **how,
+        )
     return [_until_end(row, end) for row in output[:, ids.size(1) :].tolist()]
+
+
+@contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """
+    An empty generation config in the place of a model's: transformers fills in from it whatever `generate` is not
+    given, penalties, forced tokens and beams for example.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model  # the one that PEFT hands on
+    own, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def as_answers(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], prompts: list[Any]) -> list[Any]:

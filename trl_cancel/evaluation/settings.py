@@ -23,11 +23,12 @@ class EvaluationSettings:
         max_completion_length (`int`, *optional*, defaults to `256`):
             Longest answer, in tokens.
         score_truncated (`bool`, *optional*, defaults to `False`):
-            Whether answers that were cut off at this length are scored like the others. Otherwise they get 0.
+            Whether answers that were cut off at this length are scored like the others. Otherwise they are wrong and
+            get 0, or their reward if that is less.
         pass_at_k (`tuple[int, ...]`, *optional*):
             Numbers of tries k of pass@k; 1, 2, 4, ... and `num_samples` if not given.
         pass_threshold (`float`, *optional*, defaults to `1.0`):
-            An answer is correct, for pass@k, from this reward on.
+            An answer is correct, for pass@k, from this reward on. One without a reward never is.
         seed (`int`, *optional*, defaults to `0`):
             Each answer has a seed of its own, made of this one, its problem and its number.
 
