@@ -93,7 +93,7 @@ def why_unusable(folder: str | os.PathLike) -> str | None:
     lacking = _weights_missing(folder)
     if lacking:
         return f"{lacking} missing"
-    files = ", ".join(sorted(file.name for file in _cut_off(folder) if file.suffix == ".safetensors"))
+    files = ", ".join(weights_cut_off(folder))
     return f"{files} cut off" if files else None
 
 
@@ -305,6 +305,17 @@ def no_halves(folder: Path) -> Iterator[None]:
                 if _version(file) != before.get(file):
                     file.unlink(missing_ok=True)
         raise
+
+
+def weights_cut_off(folder: str | os.PathLike) -> list[str]:
+    """
+    Names of the files of weights in a folder that end too early.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            Folder of a model or an adapter.
+    """
+    return sorted(file.name for file in _cut_off(Path(folder)) if file.suffix == ".safetensors")
 
 
 def is_storage_error(error: BaseException) -> bool:

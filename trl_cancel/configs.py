@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any
 
 from trl import GRPOConfig
@@ -446,6 +447,10 @@ class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
             value = getattr(self, setting.name)
             if setting.name in _OWN_FIELDS and isinstance(setting.default, bool) and not isinstance(value, bool):
                 raise ValueError(f"{setting.name}={value!r} must be True or False.")
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"{setting.name}={value!r} must be a number.")
+        if not (isinstance(self.learning_rate, Real) and 0 <= self.learning_rate < math.inf):
+            raise ValueError(f"learning_rate={self.learning_rate!r} must be a number of at least 0, e.g. 1e-6.")
         if isinstance(self.delta, bool):
             raise ValueError(
                 f"delta={self.delta}: delta is TRL's name for a bound on the ratio, a number. Did you mean "

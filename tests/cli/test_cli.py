@@ -1,16 +1,22 @@
 """The command line: what it makes, and one line with exit status 2 for every mistake."""
 
 import json
+import os
+import random
+import shutil
 import subprocess
 import sys
+from io import StringIO
 
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_cancel.cli import COMMANDS, main
 from trl_cancel.cli.demo import SETTINGS
+from trl_cancel.cli.training import Results
 from trl_cancel.methods import METHODS
 
 
@@ -202,6 +208,11 @@ MISTAKES = {
         ["train", *flags(**{**QUICK, "reward_funcs": "no_such.module"})],
         "reward_funcs=no_such.module: not found",
     ),
+    "reward, a relative path": (
+        ["train", *flags(**{**QUICK, "reward_funcs": "..x"})],
+        "reward_funcs=..x: not found (it starts with a dot)",
+    ),
+    "learning rate": (["train", *flags(**{**QUICK, "learning_rate": "nan"})], "learning_rate=nan must be a number"),
     "sizes of TRL": (
         ["train", *flags(**{**QUICK, "num_generations": 7})],
         "is not a multiple of num_generations=7. Set one of",
@@ -285,6 +296,110 @@ def test_errors_in_training_are_not_hidden(tmp_path):
 
 def broken(**_):
     return [1 / 0]
+
+
+def good_at_first(prompts, trainer_state, **_):
+    if trainer_state.global_step == SHORT["max_steps"]:
+        raise ConnectionError("the judge is gone")
+    return one_in_two(prompts)
+
+
+async def awaited(prompts, trainer_state, log_extra, log_metric, **_):
+    return one_in_two(prompts)
+
+
+SHORT = {**QUICK, "max_steps": 1, "max_completion_length": 8}
+
+
+def test_a_reward_that_fails_after_the_training_costs_no_model(tmp_path, capsys):
+    settings = {**SHORT, "output_dir": tmp_path / "out", "reward_funcs": "tests.cli.test_cli.good_at_first"}
+    assert main(["train", *flags(**settings)]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == (
+        'trl-cancel train: The evaluation "After" has failed: The reward function good_at_first raised '
+        f"ConnectionError: the judge is gone. The trained model is saved in {tmp_path}/out."
+    )
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name in ("trainer_state.json", "README.md"):
+        assert (tmp_path / "out" / name).exists()
+
+
+def test_a_reward_that_fails_before_the_training_is_one_line(tmp_path, capsys):
+    settings = {**SHORT, "output_dir": tmp_path / "out", "reward_funcs": "tests.cli.test_cli.broken"}
+    assert main(["train", *flags(**settings)]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith('trl-cancel train: The evaluation "Before" has failed: The reward function broken raised')
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_that_waits_is_waited_for(tmp_path, capsys):
+    settings = {**SHORT, "output_dir": tmp_path / "out", "reward_funcs": "tests.cli.test_cli.awaited"}
+    assert main(["train", *flags(**settings)]) == 0
+    assert "accuracy, greedy" in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "## Evaluation" in card
+
+
+def test_evaluations_leave_the_training_alone(tmp_path, monkeypatch):
+    """Also where the reward is random: the run is the one without them."""
+    weights = []
+    for problems in (0, 4):
+        output = tmp_path / str(problems)
+        settings = {**SHORT, "max_steps": 2, "eval_problems": problems, "output_dir": output}
+        assert main(["train", *flags(**settings, reward_funcs="tests.cli.test_cli.drawn")]) == 0
+        weights.append((output / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def drawn(prompts, **_):
+    return [random.random() for _ in prompts]
+
+
+def test_a_broken_module_of_rewards(tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken_rewards.py").write_text("def length(:\n")
+    monkeypatch.chdir(tmp_path)
+    settings = {**QUICK, "output_dir": "out", "reward_funcs": "broken_rewards.length"}
+    assert main(["train", *flags(**settings)]) == 2
+    said = "reward_funcs=broken_rewards.length: its module cannot be read: invalid syntax (broken_rewards.py, line 1)."
+    assert capsys.readouterr().err == f"trl-cancel train: {said}\n"
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+@pytest.mark.parametrize("early", [True, False])
+def test_weights_that_are_cut_off(command, early, tiny_model, tmp_path, monkeypatch, capsys):
+    """In a folder, which is looked at first; and in the Hub's cache, say, where they turn out when they are loaded."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    os.truncate(model / "model.safetensors", 1000)
+    if not early:
+        monkeypatch.setattr("trl_cancel.checkpoints.weights_cut_off", lambda folder: [])
+    settings = {**SHORT, "output_dir": tmp_path / "out"} if command == "train" else {"output": tmp_path / "out"}
+    settings |= {"dataset_name": "playground", "model_name_or_path": model}
+    assert main([command, *flags(**settings)]) == 2
+    error = capsys.readouterr().err
+    said = "model.safetensors cut off; copy or download" if early else "cannot load it: Error while deserializing"
+    assert f"trl-cancel {command}: model_name_or_path={model}: {said}" in error
+    assert "Traceback" not in error
+
+
+def test_going_on_with_another_model(tmp_path, capsys):
+    settings = {**SHORT, "output_dir": tmp_path, "save_strategy": "steps", "save_steps": 1, "eval_problems": 0}
+    assert main(["train", *flags(**settings)]) == 0
+    capsys.readouterr()
+    settings |= {"max_steps": 2, "resume_from_checkpoint": "auto", "use_peft": True, "eval_problems": 4}
+    assert main(["train", *flags(**settings)]) == 2
+    error = capsys.readouterr().err
+    assert f"trl-cancel train: resume_from_checkpoint={tmp_path}/checkpoint-1 does not fit the model" in error
+    assert "Before" not in error, "it comes before the evaluation"
+
+
+def test_rewards_that_are_no_shares_are_no_percentages():
+    results = Results({"greedy": (-1.5, -2.0, -1.0)}, {"greedy": (0.5, 0.25, 0.75)}, {}, {}, None, 1, 1.0)
+    console = Console(width=120, file=StringIO())
+    console.print(results.table())
+    printed = console.file.getvalue()
+    assert "-1.5 [-2, -1]" in printed
+    assert "50.0% [25.0%, 75.0%]" in printed
 
 
 def test_resume_and_what_it_needs(tmp_path, capsys):

@@ -282,6 +282,23 @@ def test_data_of_ones_own(tiny_model, tmp_path):
     assert results["problems"] == 2
 
 
+def test_data_without_solutions(tiny_model, tmp_path, monkeypatch, capsys):
+    """Math-Verify needs them, and whoever names their column; a reward function of one's own may not."""
+    Dataset.from_dict({"prompt": ["Compute 1+1."] * 2}).to_json(tmp_path / "data" / "test.jsonl")
+    (tmp_path / "no_judge.py").write_text(
+        "def scale(completions, trainer_state, log_metric, log_extra, **_):\n"
+        "    log_metric('a', 1.0), log_extra('b', completions)\n"
+        "    return [-7.25] * len(completions)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    data, own = ["--dataset_name", "data", *QUICK], ["--reward_funcs", "no_judge.scale"]
+    for arguments in ([], [*own, "--solution_column", "solution"]):
+        assert evaluate(tiny_model, *data, *arguments, output="out") == 2
+        assert "it has the columns prompt but no 'solution'" in capsys.readouterr().err
+    assert evaluate(tiny_model, *data, *own, output="out") == 0
+    assert "-7.25 [-7.25, -7.25]" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -18,6 +18,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from trl import ModelConfig
 
 from .. import playground
@@ -33,6 +34,7 @@ from ..evaluation.models import (
     weights_of,
 )
 from ..evaluation.presets import INSTRUCTION, PRESETS, DataSource, load_problems
+from ..evaluation.result import shown
 from ..evaluation.samples import Sample, SampleLog
 from ..evaluation.settings import EvaluationSettings
 from . import Failure, UsageError
@@ -62,8 +64,10 @@ class EvalArguments:
             Its configuration.
         dataset_split (`str`, *optional*, defaults to `"test"`):
             Its split.
-        prompt_column, solution_column (`str`, *optional*, default to `"prompt"` and `"solution"`):
-            Its columns of problems and of right answers.
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Its column of problems.
+        solution_column (`str`, *optional*):
+            Its column of right answers; `solution` for Math-Verify, none is needed for `reward_funcs`.
         instruction (`str`, *optional*):
             What is said after each problem that is a text, which then becomes a user's message.
         num_problems (`int`, *optional*):
@@ -96,7 +100,10 @@ class EvalArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     dataset_split: str = field(default="test", metadata={"help": "Split of the data set."})
     prompt_column: str = field(default="prompt", metadata={"help": "Column of the problems."})
-    solution_column: str = field(default="solution", metadata={"help": "Column of the right answers."})
+    solution_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the right answers (default: solution; none is needed with --reward_funcs)."},
+    )
     instruction: str | None = field(
         default=None,
         metadata={
@@ -287,9 +294,8 @@ def data_sets(run: EvalArguments) -> list[DataSet]:
     if run.dataset_name in playground.CHECKPOINTS:
         return [_playground(run.dataset_name, run, given)]
     if run.dataset_name:
-        source = DataSource(
-            run.dataset_name, run.dataset_split, run.prompt_column, run.solution_column, run.dataset_config
-        )
+        solution = run.solution_column or (None if run.reward_funcs else "solution")
+        source = DataSource(run.dataset_name, run.dataset_split, run.prompt_column, solution, run.dataset_config)
         settings = EvaluationSettings(**{"max_completion_length": 1024, **given})
         return [_data_set(run.dataset_name, source, settings, run, reward, run.instruction)]
     found = []
@@ -397,7 +403,7 @@ def evaluate_model(name: str, sets: list[DataSet], settings: EvalSettings) -> li
     chosen = EngineSettings(**{setting.name: getattr(run, setting.name) for setting in fields(EngineSettings)})
     try:
         engine = load_engine(path, tokenizer, arguments, chosen, state.device)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UsageError(_cannot_load(name, error)) from error
     evaluations = []
     for data, rows, how, folder, log in zip(sets, problems, made_by, folders, logs, strict=True):
@@ -485,9 +491,9 @@ def table(evaluations: list[tuple[str, Evaluation]]) -> Table:
     models = list(dict.fromkeys(model for model, _ in evaluations))
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for model, evaluation in evaluations:
-        for metric, (mean, low, high) in evaluation.metrics.items():
+        for metric, estimate in evaluation.metrics.items():
             label = f"{evaluation.name} ({evaluation.problems})"
-            rows.setdefault((label, metric), {})[model] = f"{mean:.1%} [{low:.1%}, {high:.1%}]"
+            rows.setdefault((label, metric), {})[model] = shown(estimate)
     result = Table(title="Evaluation")
     result.add_column("data (problems)")
     result.add_column("metric")

@@ -16,6 +16,7 @@ import trl.rewards
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import (
     PrinterCallback,
@@ -27,7 +28,9 @@ from trl import get_dataset, get_peft_config, get_quantization_config
 from .. import checkpoints, playground
 from ..evaluation import Estimate, Evaluation, EvaluationSettings
 from ..evaluation import evaluate as evaluate_problems
-from ..evaluation.callback import record, trainer_engine
+from ..evaluation.callback import record, trainer_engine, unchanged_random_state
+from ..evaluation.result import shown
+from ..fit import check_fit
 from ..hub import PushError, check_token
 from ..rewards import RewardError
 from ..trainers import CancelGRPOTrainer
@@ -77,7 +80,7 @@ class Results:
         table.add_column("after", justify="right")
         if self.before and self.after:
             for metric, score in self.before.items():
-                table.add_row(f"accuracy, {metric}", _percent(score), _percent(self.after[metric]))
+                table.add_row(f"accuracy, {metric}", shown(score), shown(self.after[metric]))
         for name, label in LOGGED.items():
             if name in self.first:
                 table.add_row(label, f"{self.first[name]:.3g}", f"{self.last[name]:.3g}")
@@ -86,11 +89,6 @@ class Results:
         table.add_row("optimizer steps", "", str(self.steps))
         table.add_row("training time", "", f"{self.seconds:.0f} s")
         return table
-
-
-def _percent(estimate: Estimate) -> str:
-    mean, low, high = estimate
-    return f"{mean:.1%} [{low:.1%}, {high:.1%}]"
 
 
 def _scores(evaluation: Evaluation | None) -> dict[str, Estimate] | None:
@@ -152,6 +150,7 @@ def _run(settings: Settings) -> None:
     dataset = load_data(settings)
     rewards = find_rewards(settings)
     trainer = build_trainer(settings, dataset, rewards)
+    check_checkpoint(checkpoint, trainer)
     test = pick_test_problems(settings, dataset)
     if settings.precision and trainer.is_world_process_zero():
         console.print(f"Precision: {settings.precision.reason}")
@@ -166,29 +165,40 @@ def _run(settings: Settings) -> None:
     finally:
         ProgressBar.close_of(trainer)
     seconds = time.perf_counter() - started
-    after = evaluate(trainer, test, rewards[0], settings, "After")
+    folder = Path(str(settings.training.output_dir))
+    with checkpoints.saved_or_said(folder, trainer.own_checkpoints):
+        _save(trainer)
+    try:
+        after = evaluate(trainer, test, rewards[0], settings, "After")
+    except Failure as error:
+        raise Failure(f"{str(error).rstrip('.')}. The trained model is saved in {folder}.") from error
 
     results = Results(_scores(before), _scores(after), *_training_means(trainer), trainer.state.global_step, seconds)
-    with checkpoints.saved_or_said(Path(str(settings.training.output_dir)), trainer.own_checkpoints):
-        trainer.save_state()
+    with checkpoints.saved_or_said(folder, trainer.own_checkpoints):
         trainer.save_metrics("train", asdict(results))
         if trainer.is_world_process_zero():
             console.print(results.table())
-        _save(trainer)
+        _publish(trainer)
     if hasattr(trainer, "end"):  # transformers 5.18: ends trackers and process groups
         trainer.end()
 
 
 def _save(trainer: CancelGRPOTrainer) -> None:
-    """Saves the model and its card, and pushes both if that is wanted."""
-    folder = trainer.args.output_dir
+    """Saves the model, the logs and the card, before anything else can fail."""
     if trainer.is_fsdp_enabled:  # checkpoints may be sharded, but a model that is loaded elsewhere must not be
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_state()
+    trainer.save_model(str(trainer.args.output_dir), _internal_call=True)  # otherwise it would push, too
+    trainer.create_model_card()
+
+
+def _publish(trainer: CancelGRPOTrainer) -> None:
+    """Completes the card by the last evaluation, and pushes model and card if that is wanted."""
+    folder = trainer.args.output_dir
     try:
         if trainer.args.push_to_hub:
-            trainer.push_to_hub()  # saves first
+            trainer.push_to_hub()
         else:
-            trainer.save_model(folder)
             trainer.create_model_card()
     except PushError as error:
         raise Failure(str(error)) from error
@@ -230,6 +240,14 @@ def find_checkpoint(settings: Settings) -> str | bool | None:
         return wanted
     try:
         return checkpoints.find_checkpoint(wanted, str(settings.training.output_dir))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def check_checkpoint(checkpoint: str | bool | None, trainer: CancelGRPOTrainer) -> None:
+    """Refuses a checkpoint of another model before anything is evaluated."""
+    try:
+        check_fit(str(checkpoint) if isinstance(checkpoint, str) else None, trainer.model)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -306,9 +324,13 @@ def find_reward(name: str) -> Callable[..., Any]:
         return trl.rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
     module, _, function = name.rpartition(".")
     try:
+        if name.startswith("."):
+            raise ImportError("it starts with a dot")
         if module:
             sys.path.insert(0, os.getcwd())
         reward = getattr(importlib.import_module(module) if module else trl.rewards, function)
+    except SyntaxError as error:
+        raise UsageError(f"reward_funcs={name}: its module cannot be read: {error}.") from error
     except (ImportError, AttributeError) as error:
         raise UsageError(
             f"reward_funcs={name}: not found ({error}). Name one of TRL's ({', '.join(_reward_names())}) or a function "
@@ -349,7 +371,7 @@ def build_trainer(settings: Settings, dataset: Any, rewards: list[Any]) -> Cance
         )
     except PushError as error:
         raise (UsageError if error.refused else Failure)(str(error)) from error
-    except OSError as error:  # what transformers raises for a path or Hub id that holds no model
+    except (OSError, SafetensorError) as error:  # the first if a path or Hub id holds no model
         reason = str(error).splitlines()[0]
         raise UsageError(
             f"model_name_or_path={model.model_name_or_path}: cannot load it: {reason} Give a Hub id, a local folder "
@@ -378,6 +400,9 @@ def check_model_path(path: str) -> None:
         raise UsageError(f"model_name_or_path={path}: there is no such folder.")
     if folder.is_dir() and not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         raise UsageError(f"model_name_or_path={path}: the folder holds no model (no config.json).")
+    damaged = checkpoints.weights_cut_off(folder) if folder.is_dir() else []
+    if damaged:
+        raise UsageError(f"model_name_or_path={path}: {', '.join(damaged)} cut off; copy or download the model again.")
 
 
 def _eval_split(settings: Settings, dataset: Any) -> Dataset | IterableDataset:
@@ -401,7 +426,12 @@ def pick_test_problems(settings: Settings, dataset: Any) -> Dataset | None:
 def evaluate(
     trainer: CancelGRPOTrainer, problems: Dataset | None, reward: Any, settings: Settings, label: str
 ) -> Evaluation | None:
-    """Answers the test problems greedily and by sampling, as the training samples."""
+    """
+    Answers the test problems greedily and by sampling, as the training samples.
+
+    Raises:
+        `Failure`: If the answers cannot be made or scored.
+    """
     if problems is None:
         return None
     training = settings.training
@@ -413,15 +443,24 @@ def evaluate(
         max_completion_length=training.max_completion_length or 256,
         score_truncated=True,  # as in training
     )
-    evaluation = evaluate_problems(
-        trainer_engine(trainer, EVALUATION_BATCH),
-        problems,
-        reward,
-        how,
-        name=settings.run.dataset_name or "test problems",
-        step=trainer.state.global_step,
-        description=label,
-    )
+    try:
+        engine = trainer_engine(trainer, EVALUATION_BATCH)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    try:
+        with unchanged_random_state():
+            evaluation = evaluate_problems(
+                engine,
+                problems,
+                reward,
+                how,
+                name=settings.run.dataset_name or "test problems",
+                step=trainer.state.global_step,
+                description=label,
+                trainer=trainer,
+            )
+    except ValueError as error:
+        raise Failure(f'The evaluation "{label}" has failed: {error}') from error
     record(trainer, evaluation)
     return evaluation
 
