@@ -238,7 +238,8 @@ def write_results(results: Path) -> None:
             comparisons.append(Comparison(f"{setting.title}, {regime}", runs, BASELINE, UNTRAINED))
             figures.append(f"images/results-{strand.file.stem}.png")
             draw(comparisons[-1], PAGE.parent / figures[-1], FOLLOWED)
-    write_page(comparisons, figures)
+    if comparisons:
+        write_page(comparisons, figures)
 
 
 def main() -> None:
