@@ -31,7 +31,7 @@ def all_right_responses(problem, forms):
 
 def test_right_responses():
     listed, pattern = all_right_responses(PROBLEM, FREE), FREE.right_responses(PROBLEM)
-    assert len(listed) == 3 * 2 * 3 * 2 * 3
+    assert len(listed) == 2 * 2 * 2 * 2 * 3
     assert all(pattern.fullmatch(text) for text in listed)
     for text in list(listed)[:20]:
         assert pattern.fullmatch("(7+2=5)\n" + text), "an aside does no harm, even a wrong one"
@@ -46,7 +46,7 @@ def test_first_wrong_token(data):
     listed = all_right_responses(PROBLEM, FREE)
     text = data.draw(st.sampled_from(sorted(listed)))
     index = data.draw(st.integers(0, len(text)))
-    text = text[:index] + data.draw(st.sampled_from(["", "1", "=", "4+8", "So "])) + text[index + 1 :]
+    text = text[:index] + data.draw(st.sampled_from(["", "1", "=", "4+8", "Then "])) + text[index + 1 :]
     beginnings = (place for place in range(len(text)) if not any(one.startswith(text[: place + 1]) for one in listed))
     expected = None if text in listed else next(beginnings, len(text))
     without_asides = Forms(FREE.openers, FREE.verbs, FREE.endings)
@@ -67,7 +67,7 @@ def test_first_wrong_token_of_the_plain_form_is_where_it_leaves_the_solution():
     [
         ("8-4=4\n4+8=12\nThe answer is \\boxed{12}.", None),
         ("8-4=4\n4+8=2\nThe answer is \\boxed{2}.", 10),
-        ("(1+1=2)\nSo 8-4 is 4\n4+8=12\n\\boxed{12}.", None),
+        ("(1+1=2)\nThen 8-4 is 4\n4+8=12\n\\boxed{12}.", None),
         ("8-4=4\n4+8=12\nSo \\boxed{12}", 26),  # ends too early: the token that ends it is wrong
         ("", 0),
     ],

@@ -14,6 +14,9 @@ import regex
 from .task import Problem
 
 
+PLAIN = ("", "=", "The answer is ")  # opener, verb and ending
+
+
 @dataclass(frozen=True)
 class Forms:
     r"""
@@ -31,15 +34,15 @@ class Forms:
             parentheses. A mistake in it does no harm.
     """
 
-    openers: tuple[str, ...] = ("",)
-    verbs: tuple[str, ...] = ("=",)
-    endings: tuple[str, ...] = ("The answer is ",)
+    openers: tuple[str, ...] = PLAIN[:1]
+    verbs: tuple[str, ...] = PLAIN[1:2]
+    endings: tuple[str, ...] = PLAIN[2:]
     aside: float = 0.0
 
     @property
     def words(self) -> tuple[str, ...]:
         """Words of these forms that the plain form has none of, each to be one token."""
-        choices = [word for word in (*self.openers, *self.verbs) if word.strip().isalpha()]
+        choices = [word for word in (*self.openers, *self.verbs, *self.endings) if word not in PLAIN]
         return tuple(dict.fromkeys([*choices, *("()" if self.aside else "")]))
 
     def write(self, problem: Problem, totals: list[int], rng: random.Random) -> str:

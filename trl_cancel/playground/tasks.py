@@ -57,7 +57,8 @@ class Task:
         return self.forms.write(problem, careless_totals(problem, rng, self.slips), rng)
 
 
-_FREE = Forms(("", "Then ", "So "), ("=", " is "), ("The answer is ", "So ", ""), aside=0.4)
+# Asides are rarer than either opener, so that decoding greedily writes none.
+_FREE = Forms(("", "Then "), ("=", " is "), ("The answer is ", "So ", ""), aside=0.3)
 # 38 million parameters.
 _LARGE = {
     "hidden_size": 512,
@@ -69,13 +70,13 @@ _LARGE = {
 }
 TASKS = {
     NAME: Task(),
-    # Slips are rare and cost the whole response; a third of what is written has nothing to do with the problem.
+    # Slips are rare and cost the whole response; a quarter of what is written has nothing to do with the problem.
     VARIED: Task(
         num_steps=(5, 6, 7, 8),
         slips=Slips(borrow=0.12, carry=0.05, other=0.003),
         forms=_FREE,
         max_completion_length=136,
-        warm_start_steps=700,
+        warm_start_steps=1200,
     ),
     RICH: Task(
         num_steps=(6, 8, 10, 12),
