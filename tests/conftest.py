@@ -17,6 +17,8 @@ from accelerate.state import AcceleratorState, GradientState
 from trl_cancel.playground.tokenizer import build_tokenizer
 from trl_cancel.playground.warm_start import build_model
 
+from .runs import TINY
+
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("shared machines", deadline=None)
@@ -37,15 +39,7 @@ def tiny_model(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
-    model = build_model(
-        tokenizer,
-        hidden_size=16,
-        intermediate_size=32,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        initializer_range=0.4,  # peaked enough that rollouts share prefixes
-    )
+    model = build_model(tokenizer, **TINY, initializer_range=0.4)  # peaked enough that rollouts share prefixes
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

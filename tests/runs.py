@@ -29,6 +29,15 @@ DEFAULTS = {
     "disable_tqdm": True,
     "beta": 0.0,
 }
+# A model of a few thousand parameters.
+TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
 # Several optimizer steps with one generation batch, so that ratios leave 1 and groups can be torn.
 OFF_POLICY = {"steps_per_generation": 4, "gradient_accumulation_steps": 1, "num_iterations": 2, "max_steps": 8}
 

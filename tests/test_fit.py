@@ -3,24 +3,15 @@
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from tests.runs import build, load
 from trl_cancel.fit import check_fit, why_unfit
 from trl_cancel.playground.tokenizer import build_tokenizer
 from trl_cancel.playground.warm_start import build_model
 
-
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-}
+from .runs import TINY, build, load
 
 
 def model(**sizes):
-    return build_model(build_tokenizer(), **{**SIZES, **sizes})
+    return build_model(build_tokenizer(), **{**TINY, **sizes})
 
 
 def adapter(**settings):

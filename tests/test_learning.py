@@ -4,9 +4,13 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from trl_cancel.playground.tasks import task_named
+from trl_cancel.playground.tokenizer import build_tokenizer
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -58,6 +62,7 @@ def comparison():
     runs = [result("untrained", seed, 0.4, rate=0.0) for seed in range(4)]
     runs += [result("GRPO", seed, 0.50 + 0.01 * seed) for seed in range(4)]
     runs += [result("better", seed, 0.55 + 0.01 * seed + 0.001 * (seed % 2)) for seed in range(4)]
+    runs += [result("undecided", seed, 0.5 + 0.02 * (seed % 2)) for seed in range(4)]
     runs += [result("worse", seed, 0.30 + 0.01 * seed, rewards=[0.1] * 6) for seed in reversed(range(4))]
     runs += [result("GRPO", 100, 0.45, "tune"), result("GRPO", 101, 0.55, "tune")]
     return learning_report.Comparison("Title", runs, "GRPO", "untrained")
@@ -69,7 +74,7 @@ def cells_of(table, name):
 
 
 def test_differences_are_paired_by_seed(comparison):
-    assert comparison.ranked() == ["better", "GRPO", "worse"]
+    assert comparison.ranked() == ["better", "GRPO", "undecided", "worse"]
     assert comparison.differences("worse") == pytest.approx([-0.2] * 4)
     assert comparison.differences("better") == pytest.approx([0.05, 0.051, 0.05, 0.051])
 
@@ -80,6 +85,9 @@ def test_accuracy_table(comparison):
     assert better["minus GRPO"] == "+5.0% [+5.0%, +5.1%]"
     assert (better["verdict"], grpo["verdict"], worse["verdict"]) == ("**more**", "", "**less**")
     assert grpo["minus GRPO"] == ""
+    undecided = cells_of(table, "undecided")
+    assert undecided["minus GRPO"].startswith("-0.5% [-1.")
+    assert undecided["verdict"] == ""
     assert worse["worse than before"] == "4 of 4"
     assert better["worse than before"] == "0 of 4"
 
@@ -112,8 +120,9 @@ def test_text_between_marks(tmp_path):
 
 
 def test_blame_and_tuning_tables(comparison):
+    comparison.methods["GRPO"][0]["blame"]["gross"] = [0.1, 0.5, 0.4]  # of four seeds
     blame = cells_of(learning_report.blame_table(comparison), "GRPO")
-    assert (blame["gross: before"], blame["gross: on"], blame["net: on"]) == ("50.00%", "10.00%", "none")
+    assert (blame["gross: before"], blame["gross: on"], blame["net: on"]) == ("40.00%", "20.00%", "none")
     assert cells_of(learning_report.tuning_table(comparison), "GRPO") == {"learning rate": "GRPO", "0.0001": "50.0%"}
 
 
@@ -186,21 +195,54 @@ def test_budget_of_methods_that_generate_more():
     assert control.should_training_stop
 
 
+def test_blame_of_a_step(tmp_path):
+    """Two micro-batches of one group: a right rollout, and one whose first wrong token is the fifth, of nine."""
+    tokenizer = build_tokenizer()
+    trainer = SimpleNamespace(
+        processing_class=tokenizer,
+        _monitor=SimpleNamespace(observers=[]),
+        state=SimpleNamespace(global_step=0),
+        accelerator=SimpleNamespace(sync_gradients=False),
+    )
+    watched = learning_run.Blame(trainer, task_named(learning.NAME))
+    (observe,) = trainer._monitor.observers
+
+    def micro_batch(answer, advantage):
+        prompt, ids = (tokenizer(text, return_tensors="pt")["input_ids"] for text in ("Compute 8-4.", answer))
+        rows = {"prompt_ids": prompt, "completion_ids": ids, "completion_mask": torch.ones_like(ids)}
+        rows |= {"group_ids": torch.tensor([0]), "rollout_advantages": torch.tensor([advantage])}
+        return torch.full(ids.shape, advantage), rows
+
+    right = micro_batch("8-4=4\nThe answer is \\boxed{4}.<|im_end|>", 1.0)
+    wrong = micro_batch("8-4=5\nThe answer is \\boxed{5}.<|im_end|>", -1.0)
+    length = right[0].numel()
+    observe(*right)
+    assert watched.shares() == {"gross": None, "net": None}, "the step is not over"
+    trainer.accelerator.sync_gradients = True
+    observe(*wrong)
+    after = length - 5
+    assert watched.shares()["gross"] == pytest.approx([4 / length, 1 / length, after / length], abs=1e-4)
+    assert watched.shares()["net"] == pytest.approx([0, 1 / (1 + after), after / (1 + after)], abs=1e-4)
+    trainer.state.global_step = 1
+    observe(*wrong)
+    assert not watched.waiting, "not every step is looked at"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", learning.SAME_ON_POLICY)
-def test_left_out_on_policy_because_it_is_the_same(name):
+def test_left_out_on_policy_because_it_is_the_same(tmp_path, name):
     """The methods that are not run on policy would train what another one trains."""
     from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
     from trl_cancel.playground.data import load_prompts
     from trl_cancel.playground.reward import answer_reward
 
-    def weights(of, tmp="trl-cancel-same"):
+    def weights(of):
         one = learning.cell(learning.NAME, "on-policy", of, 1e-3, 0, "test")
-        settings = {**one.settings, "max_steps": 2, "save_strategy": "no"}
+        settings = {**one.settings, "max_steps": 2}
         trainer = CancelGRPOTrainer(
             learning_run.checkpoint_of(one),
             answer_reward,
-            CancelGRPOConfig(output_dir=tmp, **settings),
+            CancelGRPOConfig(output_dir=tmp_path, **settings),
             load_prompts("train", 64),
         )
         trainer.train()
@@ -213,7 +255,7 @@ def test_left_out_on_policy_because_it_is_the_same(name):
 
 
 @pytest.mark.slow
-def test_a_cell_repeats_itself(tmp_path):
+def test_a_cell_repeats_itself():
     one = learning.cell(learning.NAME, "off-policy", "DelTA", 1e-4, 0, "test")
     one = replace(one, settings={**one.settings, "max_steps": 9})
     first, second = (json.loads(json.dumps(learning_run.run(one, learning.KEPT))) for _ in range(2))

@@ -8,15 +8,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl_cancel import states
 from trl_cancel.states import GIB, LMHead, StateStore, last_hidden_states
 
+from .runs import TINY
+
 
 SMALL = {
+    **TINY,
     "vocab_size": 50,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,

@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 import torch
 
-from tests.runs import assert_same_weights
+from tests.runs import TINY, assert_same_weights
 from trl_cancel.playground.tokenizer import build_tokenizer
 from trl_cancel.playground.warm_start import build_model
 
@@ -37,8 +37,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("untied")
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-    model = build_model(tokenizer, **sizes, head_dim=8, initializer_range=0.4, tie_word_embeddings=False)
+    model = build_model(tokenizer, **TINY, initializer_range=0.4, tie_word_embeddings=False)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

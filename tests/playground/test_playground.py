@@ -38,6 +38,7 @@ def test_reward(text, reward):
 def test_datasets():
     prompts = load_prompts("test", 10)
     assert prompts.column_names == ["prompt", "solution", "response"]
+    assert {row["response"].count("=") for row in load_prompts("test", 4, num_steps=(2,))} == {2}
     row = prompts[0]
     assert row["prompt"][0]["content"].startswith("Compute ")
     assert answer_reward([says(row["response"])], [row["solution"]]) == [1.0]
