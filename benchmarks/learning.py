@@ -57,6 +57,21 @@ COMPARED: dict[str, dict[str, Any]] = {
     "NTHR + DelTA": {**complete_settings("nthr"), "delta_credit": True},
     "Pos Only + DelTA": {**complete_settings("positive-only"), "delta_credit": True},
 }
+# Of a method, the one that lacks just what it adds, where that is not the baseline. Query-preserved batches are GRPO's
+# on policy.
+CONTROLS = {
+    "GRPO-fix": "query-preserved",
+    "DFPO min": "GSPO",
+    "DFPO orth": "GSPO",
+    "DFPO positive_orth": "GSPO",
+    "NTHR": "NTHR, random",
+    "DelTA": "DelTA, random",
+    "reward-balanced": "query-preserved",
+    "dynamic sampling": "query-preserved",
+    "GRPO-fix + DelTA": "GRPO-fix",
+    "NTHR + DelTA": "NTHR",
+    "Pos Only + DelTA": "Pos Only",
+}
 REGIMES: dict[str, dict[str, Any]] = {
     "off-policy": {**PLAYGROUND, "num_iterations": 2, "max_steps": 80},
     "on-policy": {
@@ -235,7 +250,7 @@ def write_results(results: Path) -> None:
         strand = Strand(task, regime, results)
         runs = strand.runs()
         if any(one["name"] == BASELINE and one["split"] == "test" for one in runs):
-            comparisons.append(Comparison(f"{setting.title}, {regime}", runs, BASELINE, UNTRAINED))
+            comparisons.append(Comparison(f"{setting.title}, {regime}", runs, BASELINE, UNTRAINED, CONTROLS))
             figures.append(f"images/results-{strand.file.stem}.png")
             draw(comparisons[-1], PAGE.parent / figures[-1], FOLLOWED)
     if comparisons:

@@ -38,9 +38,13 @@ class Comparison:
             All runs, those of the tuning and the untrained ones too.
         baseline, untrained (`str`):
             Names of the method that the others are compared with, and of the runs without training.
+        controls (`dict[str, str]`, *optional*):
+            Of some methods, the one that lacks just what they add.
     """
 
-    def __init__(self, title: str, runs: list[Result], baseline: str, untrained: str):
+    def __init__(
+        self, title: str, runs: list[Result], baseline: str, untrained: str, controls: dict[str, str] | None = None
+    ):
         self.title, self.runs, self.baseline = title, runs, baseline
         reported = [run for run in runs if run["split"] == "test"]
         seeds = {run["seed"]: run["sampled"] for run in reported if run["name"] == untrained}
@@ -49,6 +53,11 @@ class Comparison:
         for run in sorted(reported, key=lambda run: run["seed"]):
             if run["name"] != untrained:
                 self.methods.setdefault(run["name"], []).append(run)
+        self.controls = {
+            name: control
+            for name, control in (controls or {}).items()
+            if name in self.methods and control in self.methods
+        }
         self.threshold = self._threshold()
 
     def _threshold(self) -> float:
@@ -57,10 +66,10 @@ class Comparison:
         start = statistics.mean(map(first_tenth, rewards))
         return start + WAY * (statistics.mean(map(last_tenth, rewards)) - start)
 
-    def differences(self, name: str, measure: str = "sampled") -> list[float]:
-        """What a method has more than the baseline, seed by seed."""
-        baseline = {run["seed"]: run[measure] for run in self.methods[self.baseline]}
-        return [run[measure] - baseline[run["seed"]] for run in self.methods[name] if run["seed"] in baseline]
+    def differences(self, name: str, other: str | None = None) -> list[float]:
+        """What a method's sampled accuracy is more than that of another one or the baseline, seed by seed."""
+        others = {run["seed"]: run["sampled"] for run in self.methods[other or self.baseline]}
+        return [run["sampled"] - others[run["seed"]] for run in self.methods[name] if run["seed"] in others]
 
     def ranked(self) -> list[str]:
         """The methods, the best first."""
@@ -124,6 +133,16 @@ def accuracy_table(comparison: Comparison) -> str:
             ]
         )
     return table(header, rows)
+
+
+def control_table(comparison: Comparison) -> str:
+    """What a method has more than the one that lacks just what it adds."""
+    rows = []
+    for name, control in comparison.controls.items():
+        difference = comparison.differences(name, control)
+        if len(difference) > 1:
+            rows.append([name, control, interval(difference, "{:+.1%}"), verdict(difference)])
+    return table(["", "its control", "minus its control", "verdict"], rows)
 
 
 def training_table(comparison: Comparison) -> str:
@@ -230,6 +249,8 @@ def section(comparison: Comparison, figure: str) -> str:
         f"{seconds / 3600:.1f} core hours, tuning and evaluation included.",
         f"![{comparison.title}: {alt}]({figure})",
         accuracy_table(comparison),
+        "### Against its own control",
+        control_table(comparison),
         "### The training",
         training_table(comparison),
         "### Blame",

@@ -65,7 +65,8 @@ def comparison():
     runs += [result("undecided", seed, 0.5 + 0.02 * (seed % 2)) for seed in range(4)]
     runs += [result("worse", seed, 0.30 + 0.01 * seed, rewards=[0.1] * 6) for seed in reversed(range(4))]
     runs += [result("GRPO", 100, 0.45, "tune"), result("GRPO", 101, 0.55, "tune")]
-    return learning_report.Comparison("Title", runs, "GRPO", "untrained")
+    controls = {"worse": "undecided", "better": "worse", "not run": "GRPO", "undecided": "not run"}
+    return learning_report.Comparison("Title", runs, "GRPO", "untrained", controls)
 
 
 def cells_of(table, name):
@@ -77,6 +78,7 @@ def test_differences_are_paired_by_seed(comparison):
     assert comparison.ranked() == ["better", "GRPO", "undecided", "worse"]
     assert comparison.differences("worse") == pytest.approx([-0.2] * 4)
     assert comparison.differences("better") == pytest.approx([0.05, 0.051, 0.05, 0.051])
+    assert comparison.differences("better", "worse") == pytest.approx([0.25, 0.251, 0.25, 0.251])
 
 
 def test_accuracy_table(comparison):
@@ -90,6 +92,15 @@ def test_accuracy_table(comparison):
     assert undecided["verdict"] == ""
     assert worse["worse than before"] == "4 of 4"
     assert better["worse than before"] == "0 of 4"
+
+
+def test_control_table(comparison):
+    table = learning_report.control_table(comparison)
+    assert len(table.splitlines()) == 4, "only where both were run"
+    better = cells_of(table, "better")
+    assert (better["its control"], better["verdict"]) == ("worse", "**more**")
+    assert better["minus its control"] == "+25.0% [+25.0%, +25.1%]"
+    assert cells_of(table, "worse")["verdict"] == "**less**"
 
 
 def test_training_table(comparison):
