@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from learning_report import PAGE, Comparison, draw, write_page
-from learning_run import make_checkpoint, run
+from learning_run import ORACLE, make_checkpoint, run
 from runs import PLAYGROUND, Cell, run_all
 
 from trl_cancel.methods import complete_settings
@@ -56,6 +56,7 @@ COMPARED: dict[str, dict[str, Any]] = {
     "GRPO-fix + DelTA": {**complete_settings("grpo-fix"), "delta_credit": True},
     "NTHR + DelTA": {**complete_settings("nthr"), "delta_credit": True},
     "Pos Only + DelTA": {**complete_settings("positive-only"), "delta_credit": True},
+    ORACLE: complete_settings("query-preserved"),
 }
 # Of a method, the one that lacks just what it adds, where that is not the baseline. Query-preserved batches are GRPO's
 # on policy.
@@ -120,7 +121,7 @@ class Setting:
 
 PRECISION = best_precision()
 SETTINGS = {
-    VARIED: Setting("Responses of varied form"),
+    VARIED: Setting("Responses of varied form, with filler"),
     NAME: Setting("The plain chains"),
     RICH: Setting(
         "38 million parameters, longer and more varied problems",

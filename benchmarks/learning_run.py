@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from oracle import Oracle, first_wrong, response_tokens
 from runs import Cell
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
 from trl_cancel.cli._quiet import quiet
@@ -21,13 +22,13 @@ from trl_cancel.evaluation import continuations, pass_at_k, prompt_token_ids, re
 from trl_cancel.playground import CHECKPOINTS
 from trl_cancel.playground.data import load_prompts
 from trl_cancel.playground.reward import answer_reward
-from trl_cancel.playground.task import Problem
 from trl_cancel.playground.tasks import Task, task_named
 from trl_cancel.playground.warm_start import warm_start
 
 
 MADE = Path(__file__).parent / "checkpoints"
 SAMPLES, PROBLEMS = 8, 128
+ORACLE = "oracle"  # a run of this name gets its credit
 OBSERVED = 5  # every so many optimizer steps the blame is measured; shares no factor with the updates of a generation
 
 
@@ -88,12 +89,8 @@ class Blame:
         self.sums["net"] += blame_by_place(net_pushes(pushes, prefix_ids(ids, mask, groups)), where, mask.bool())
 
     def _first_wrong(self, prompt: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> int:
-        problem = Problem.parse(self.tokenizer.decode(prompt))
-        tokens = self.tokenizer.convert_ids_to_tokens(ids[mask])
-        if tokens and tokens[-1] == self.tokenizer.eos_token:
-            tokens = tokens[:-1]
-        index = self.task.forms.first_wrong_token(problem, tokens)
-        return ids.numel() if index is None else index
+        wrong = first_wrong(self.task, self.tokenizer, prompt, response_tokens(self.tokenizer, ids[mask]))
+        return ids.numel() if wrong is None else wrong
 
     def shares(self) -> dict[str, list[float] | None]:
         """Shares of the push before, on and after the first wrong token; `None` where nothing is pushed down."""
@@ -122,7 +119,9 @@ def run(cell: Cell, kept: tuple[str, ...]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, quiet():
         args = CancelGRPOConfig(output_dir=folder, seed=cell.seed, **cell.settings)
         problems = load_prompts("train", 4096, task=cell.task)
-        trainer = CancelGRPOTrainer(checkpoint_of(cell), answer_reward, args, problems)
+        start = checkpoint_of(cell)
+        credits = [Oracle(task, AutoTokenizer.from_pretrained(start))] if cell.name == ORACLE else []
+        trainer = CancelGRPOTrainer(start, answer_reward, args, problems, credits=credits)
         trainer.remove_callback(PrinterCallback)
         layout = args.layout
         updates = layout.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations

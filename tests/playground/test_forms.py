@@ -19,7 +19,7 @@ PROBLEM = Problem(8, (("-", 4), ("+", 8)))
 
 
 def all_right_responses(problem, forms):
-    """Every right response without asides, written out one by one."""
+    """Every right response without filler, written out one by one."""
     lines, total = [], problem.start
     for (sign, operand), result in zip(problem.steps, problem.totals, strict=True):
         work = f"{total}{sign}{operand}"
@@ -34,7 +34,8 @@ def test_right_responses():
     assert len(listed) == 2 * 2 * 2 * 2 * 3
     assert all(pattern.fullmatch(text) for text in listed)
     for text in list(listed)[:20]:
-        assert pattern.fullmatch("(7+2=5)\n" + text), "an aside does no harm, even a wrong one"
+        assert all(pattern.fullmatch(f"({filler})\n{text}") for filler in ("", "725", "123456")), "none does harm"
+        assert not pattern.fullmatch("(7+2=9)\n" + text)
         for index, symbol in itertools.product(range(len(text)), "09+=x\n"):
             changed = text[:index] + symbol + text[index + 1 :]
             assert bool(pattern.fullmatch(changed)) == (changed in listed)
@@ -49,8 +50,8 @@ def test_first_wrong_token(data):
     text = text[:index] + data.draw(st.sampled_from(["", "1", "=", "4+8", "Then "])) + text[index + 1 :]
     beginnings = (place for place in range(len(text)) if not any(one.startswith(text[: place + 1]) for one in listed))
     expected = None if text in listed else next(beginnings, len(text))
-    without_asides = Forms(FREE.openers, FREE.verbs, FREE.endings)
-    assert without_asides.first_wrong_token(PROBLEM, list(text)) == expected
+    without_filler = Forms(FREE.openers, FREE.verbs, FREE.endings)
+    assert without_filler.first_wrong_token(PROBLEM, list(text)) == expected
 
 
 def test_first_wrong_token_of_the_plain_form_is_where_it_leaves_the_solution():
@@ -67,7 +68,7 @@ def test_first_wrong_token_of_the_plain_form_is_where_it_leaves_the_solution():
     [
         ("8-4=4\n4+8=12\nThe answer is \\boxed{12}.", None),
         ("8-4=4\n4+8=2\nThe answer is \\boxed{2}.", 10),
-        ("(1+1=2)\nThen 8-4 is 4\n4+8=12\n\\boxed{12}.", None),
+        ("(402817)\nThen 8-4 is 4\n4+8=12\n\\boxed{12}.", None),
         ("8-4=4\n4+8=12\nSo \\boxed{12}", 26),  # ends too early: the token that ends it is wrong
         ("", 0),
     ],
@@ -76,7 +77,7 @@ def test_first_wrong_character(text, index):
     assert FREE.first_wrong_token(PROBLEM, list(text)) == index
 
 
-@pytest.mark.parametrize(("name", "share"), [(VARIED, 0.8), (RICH, 0.3)])
+@pytest.mark.parametrize(("name", "share"), [(VARIED, 0.45), (RICH, 0.3)])
 def test_teacher(name, share):
     task, rng = task_named(name), random.Random(0)
     tokenizer, lengths, right = build_tokenizer(task.words), [], 0

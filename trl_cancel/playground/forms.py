@@ -1,5 +1,5 @@
 """
-Free choices in how a response is written: words that open a line, words for "=", ways to give the answer, and asides.
+Free choices in how a response is written: words that open a line, words for "=", ways to give the answer, and filler.
 
 None of them matters to the reward, so a token of theirs deserves no credit; but responses of one prompt part early and
 in many ways, and a prompt has many right ones. These are a regular language, so the first wrong token of a response is
@@ -8,6 +8,7 @@ the first after which none of them can be reached.
 
 import random
 from dataclasses import dataclass
+from string import digits
 
 import regex
 
@@ -29,40 +30,39 @@ class Forms:
             What may stand before the result of a line.
         endings (`tuple[str, ...]`, *optional*, defaults to `("The answer is ",)`):
             What may stand before the box.
-        aside (`float`, *optional*, defaults to `0.0`):
-            Probability that a line of work is preceded by a sum that has nothing to do with the problem, in
-            parentheses. A mistake in it does no harm.
+        filler (`int`, *optional*, defaults to `0`):
+            Number of random digits in parentheses before each line of work. They have nothing to do with the problem;
+            another number of them, or none, does no harm.
     """
 
     openers: tuple[str, ...] = PLAIN[:1]
     verbs: tuple[str, ...] = PLAIN[1:2]
     endings: tuple[str, ...] = PLAIN[2:]
-    aside: float = 0.0
+    filler: int = 0
 
     @property
     def words(self) -> tuple[str, ...]:
         """Words of these forms that the plain form has none of, each to be one token."""
         choices = [word for word in (*self.openers, *self.verbs, *self.endings) if word not in PLAIN]
-        return tuple(dict.fromkeys([*choices, *("()" if self.aside else "")]))
+        return tuple(dict.fromkeys([*choices, *("()" if self.filler else "")]))
 
     def write(self, problem: Problem, totals: list[int], rng: random.Random) -> str:
         """Writes out a response whose running totals after each step are `totals`."""
         lines, total = [], problem.start
         for (sign, operand), result in zip(problem.steps, totals, strict=True):
-            if self.aside and rng.random() < self.aside:
-                first, second = rng.randint(1, 9), rng.randint(1, 9)
-                lines.append(f"({first}+{second}={first + second})")
+            if self.filler:
+                lines.append(f"({''.join(rng.choices(digits, k=self.filler))})")
             lines.append(f"{_one(self.openers, rng)}{total}{sign}{operand}{_one(self.verbs, rng)}{result}")
             total = result
         return "\n".join([*lines, f"{_one(self.endings, rng)}\\boxed{{{total}}}."])
 
     def right_responses(self, problem: Problem) -> "regex.Pattern[str]":
         """All right responses to a problem, as a regular expression."""
-        aside = r"(?:\(\d\+\d=\d{1,2}\)\n)?" if self.aside else ""
+        filler = r"(?:\(\d*\)\n)?" if self.filler else ""
         lines, total = "", problem.start
         for (sign, operand), result in zip(problem.steps, problem.totals, strict=True):
             work = regex.escape(f"{total}{sign}{operand}")
-            lines += f"{aside}{_any(self.openers)}{work}{_any(self.verbs)}{result}\\n"
+            lines += f"{filler}{_any(self.openers)}{work}{_any(self.verbs)}{result}\\n"
             total = result
         return regex.compile(lines + _any(self.endings) + regex.escape(f"\\boxed{{{total}}}."))
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 
 _PROMPT = re.compile(r"Compute (?:from left to right )?(?P<start>\d+)(?P<steps>(?:[-+*]\d+)+)\.")
+_DRAWS = 20_000  # without a new problem, after which there is none
 SPLITS = {"warm_start": range(50), "train": range(50, 80), "tune": range(80, 90), "test": range(90, 100)}
 
 
@@ -136,7 +137,7 @@ def sample_problems(
             Operations to choose from, of `+`, `-` and `*`.
 
     Raises:
-        `ValueError`: If `split` is unknown or `num_problems` is not positive.
+        `ValueError`: If `split` is unknown, or `num_problems` is not positive or more than there are of a length.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not a playground split; use one of {', '.join(SPLITS)}.")
@@ -144,10 +145,16 @@ def sample_problems(
         raise ValueError(f"num_problems={num_problems} must be at least 1.")
     rng = random.Random(f"{split}-{seed}")
     problems: dict[Problem, None] = {}  # an ordered set
-    while len(problems) < num_problems:
-        problem = sample_problem(rng, num_steps[len(problems) % len(num_steps)], signs)
-        if problem.split == split:
-            problems[problem] = None
+    for index in range(num_problems):
+        length = num_steps[index % len(num_steps)]
+        draws = (sample_problem(rng, length, signs) for _ in range(_DRAWS))
+        new = next((problem for problem in draws if problem.split == split and problem not in problems), None)
+        if new is None:
+            raise ValueError(
+                f"num_problems={num_problems} is more than the {split!r} split has: {index} were found, then no further "
+                f"one of {length} operations. Ask for fewer problems or allow more operations in num_steps={num_steps}."
+            )
+        problems[new] = None
     return list(problems)
 
 

@@ -57,8 +57,7 @@ class Task:
         return self.forms.write(problem, careless_totals(problem, rng, self.slips), rng)
 
 
-# Asides are rarer than either opener, so that decoding greedily writes none.
-_FREE = Forms(("", "Then "), ("=", " is "), ("The answer is ", "So ", ""), aside=0.3)
+_FREE = Forms(("", "Then "), ("=", " is "), ("The answer is ", "So ", ""), filler=6)
 # 38 million parameters.
 _LARGE = {
     "hidden_size": 512,
@@ -70,13 +69,13 @@ _LARGE = {
 }
 TASKS = {
     NAME: Task(),
-    # Slips are rare and cost the whole response; a quarter of what is written has nothing to do with the problem.
+    # Most of the entropy is in what has nothing to do with the problem.
     VARIED: Task(
-        num_steps=(5, 6, 7, 8),
-        slips=Slips(borrow=0.12, carry=0.05, other=0.003),
+        num_steps=(3, 4),
+        slips=Slips(borrow=0.45, carry=0.35, other=0.1),
         forms=_FREE,
-        max_completion_length=136,
-        warm_start_steps=1200,
+        max_completion_length=88,
+        warm_start_steps=900,
     ),
     RICH: Task(
         num_steps=(6, 8, 10, 12),
@@ -84,7 +83,7 @@ TASKS = {
         slips=Slips(borrow=0.45, carry=0.1, other=0.01),
         forms=_FREE,
         architecture=_LARGE,
-        max_completion_length=208,
+        max_completion_length=248,
         warm_start_steps=4000,
         warm_start_learning_rate=1e-3,
     ),

@@ -1,0 +1,59 @@
+"""The credit of one who knows the playground: an upper bound for what credit can do there."""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from trl_cancel import Rollouts
+from trl_cancel.playground.task import Problem
+from trl_cancel.playground.tasks import Task
+
+
+class Oracle:
+    """
+    Only tokens that decide carry credit: of a right rollout the results of its lines, of a wrong one the first wrong
+    token.
+
+    Args:
+        task ([`~trl_cancel.playground.tasks.Task`]):
+            The task.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+    """
+
+    scope = "rollout"
+
+    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase):
+        self.task, self.tokenizer = task, tokenizer
+
+    def coefficients(self, rollouts: Rollouts) -> torch.Tensor:
+        """Coefficients of shape `(B, T)`: 1 for the tokens that decide, else 0."""
+        credit = torch.zeros(rollouts.completion_ids.shape)
+        rows = zip(credit, rollouts.prompt_ids, rollouts.completion_ids, rollouts.mask.bool(), strict=True)
+        for row, prompt, ids, mask in rows:
+            tokens = response_tokens(self.tokenizer, ids[mask])
+            wrong = first_wrong(self.task, self.tokenizer, prompt, tokens)
+            if wrong is None:
+                row[: len(tokens)] = torch.tensor(results(self.task, tokens))
+            else:
+                row[wrong : wrong + 1] = 1  # none, if a response is right as far as it goes and then cut off
+        return credit
+
+
+def response_tokens(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:
+    """The texts of a completion's tokens, without the one that ends it."""
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    return tokens[:-1] if tokens and tokens[-1] == tokenizer.eos_token else tokens
+
+
+def first_wrong(task: Task, tokenizer: PreTrainedTokenizerBase, prompt: torch.Tensor, tokens: list[str]) -> int | None:
+    """Index of the first wrong token of a response, `None` if it is right."""
+    return task.forms.first_wrong_token(Problem.parse(tokenizer.decode(prompt)), tokens)
+
+
+def results(task: Task, tokens: list[str]) -> list[bool]:
+    """Which tokens stand between the verb and the end of a line, and so are a result."""
+    inside, found = False, []
+    for token in tokens:
+        inside = token != "\n" and (inside or token in task.forms.verbs)
+        found.append(inside and token not in task.forms.verbs)
+    return found
