@@ -83,7 +83,7 @@ def test_bad_arguments_are_refused():
         sample_problems("dev", 1)
     with pytest.raises(ValueError, match="num_problems=0"):
         sample_problems("train", 0)
-    with pytest.raises(ValueError, match="num_problems=500 is more than the 'test' split has: .* of 2 operations"):
+    with pytest.raises(ValueError, match=r"num_problems=500 is more than the 'test' split has: .* of 2 operations"):
         sample_problems("test", 500, num_steps=(2, 3))
 
 
