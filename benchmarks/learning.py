@@ -74,7 +74,7 @@ CONTROLS = {
     "Pos Only + DelTA": "Pos Only",
 }
 REGIMES: dict[str, dict[str, Any]] = {
-    "off-policy": {**PLAYGROUND, "num_iterations": 2, "max_steps": 80},
+    "off-policy": {**PLAYGROUND, "num_iterations": 2, "max_steps": 64},
     "on-policy": {
         **PLAYGROUND,
         "per_device_train_batch_size": 32,
