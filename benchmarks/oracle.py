@@ -35,8 +35,8 @@ class Oracle:
             if wrong is None:
                 row[: len(tokens)] = torch.tensor(results(self.task, tokens))
             else:
-                row[wrong : wrong + 1] = 1  # none, if a response is right as far as it goes and then cut off
-        return credit
+                row[wrong : wrong + 1] = 1
+        return credit * rollouts.mask  # a response that is right as far as it goes has no wrong token of its own
 
 
 def response_tokens(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:

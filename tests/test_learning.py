@@ -18,6 +18,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import learning  # noqa: E402
 import learning_report  # noqa: E402
 import learning_run  # noqa: E402
+import oracle  # noqa: E402
 
 
 STRANDS = [
@@ -237,6 +238,29 @@ def test_blame_of_a_step(tmp_path):
     trainer.state.global_step = 1
     observe(*wrong)
     assert not watched.waiting, "not every step is looked at"
+
+
+def test_oracle_credits_what_decides():
+    """The results of right rollouts, the first wrong token of wrong ones, nothing of one that is cut off."""
+    task = task_named(learning.VARIED)
+    tokenizer = build_tokenizer(task.words)
+    texts = (
+        "(123456)\nThen 9-4 is 5\n5+8=13\nSo \\boxed{13}.<|im_end|>",
+        "(123456)\n9-4=5\n(65)\n5+8=3\nSo \\boxed{3}.<|im_end|>",
+        "9-4=5\n5+8=13\n\\boxed{13}<|im_end|>",
+        "9-4=5\n5+8=",
+    )
+    batch = tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="right")
+    prompts = tokenizer(["Compute 9-4+8."] * len(texts), return_tensors="pt")["input_ids"]
+    rollouts = SimpleNamespace(prompt_ids=prompts, completion_ids=batch["input_ids"], mask=batch["attention_mask"])
+    credit = oracle.Oracle(task, tokenizer).coefficients(rollouts)
+    credited = [
+        tokenizer.convert_ids_to_tokens(row[one == 1]) for row, one in zip(batch["input_ids"], credit, strict=True)
+    ]
+    assert credited == [["5", "1", "3"], ["3"], ["<|im_end|>"], []]
+    before = tokenizer.decode(batch["input_ids"][1, : credit[1].argmax()])
+    assert before == "(123456)\n9-4=5\n(65)\n5+8="
+    assert set(credit.unique().tolist()) == {0, 1}
 
 
 @pytest.mark.slow
