@@ -174,6 +174,8 @@ class Strand:
             Learning rates to begin with, to try things; those of the task if not given.
         warm_start_steps (`int`, *optional*):
             Steps of the model that the runs start from, where none is embedded; those of the task if not given.
+        problems (`int`, *optional*):
+            Problems to evaluate on, to try things.
     """
 
     task: str
@@ -183,6 +185,7 @@ class Strand:
     steps: int | None = None
     given_rates: tuple[float, ...] = ()
     warm_start_steps: int | None = None
+    problems: int | None = None
 
     @property
     def start(self) -> str:
@@ -207,7 +210,7 @@ class Strand:
 
     def run(self, cells: list[tuple[str, float, int, str]]) -> list[dict[str, Any]]:
         """The results of some cells, each a name, a learning rate, a seed and a split."""
-        made = [replace(cell(self.task, self.regime, *one), start=self.start) for one in cells]
+        made = [replace(cell(self.task, self.regime, *one), start=self.start, problems=self.problems) for one in cells]
         if self.steps:
             made = [replace(one, settings={**one.settings, "max_steps": self.steps}) for one in made]
         return run_all(made, self.file, self.jobs, KEPT, run)
@@ -237,7 +240,8 @@ class Strand:
             raise SystemExit(f"{self.file.name} holds no reported run of {name!r} with seed {seed}.")
         (before,) = found
         made = cell(self.task, self.regime, name, before["settings"]["learning_rate"], seed, "test")
-        again = json.loads(json.dumps(run(replace(made, settings=before["settings"], start=self.start), KEPT)))
+        made = replace(made, settings=before["settings"], start=before["start"], problems=before.get("problems"))
+        again = json.loads(json.dumps(run(made, KEPT)))
         differing = [key for key in before if key != "seconds" and before[key] != again[key]]
         print(f"{name}, seed {seed}: sampled {before['sampled']:.2%} in the file, {again['sampled']:.2%} now.")
         print(f"Different: {', '.join(differing)}." if differing else "Everything but the time is the same.")
@@ -274,10 +278,18 @@ def main() -> None:
         "--rates", nargs="+", type=float, default=(), help="the same of the learning rates; one is taken"
     )
     parser.add_argument("--warm-start-steps", type=int, help=f"the same of the model for {RICH}")
+    parser.add_argument("--problems", type=int, help="the same of the problems to evaluate on")
     options = parser.parse_args()
     for task, regime in itertools.product(options.tasks, options.regimes):
         strand = Strand(
-            task, regime, options.results, options.jobs, options.steps, tuple(options.rates), options.warm_start_steps
+            task,
+            regime,
+            options.results,
+            options.jobs,
+            options.steps,
+            tuple(options.rates),
+            options.warm_start_steps,
+            options.problems,
         )
         if options.check:
             raise SystemExit(not strand.check(options.check, options.check_seed))

@@ -146,7 +146,7 @@ def run(cell: Cell, kept: tuple[str, ...]) -> dict[str, Any]:
 
 def evaluated(trainer: CancelGRPOTrainer, cell: Cell, task: Task) -> dict[str, Any]:
     """Accuracies on problems of the cell's split, each seed having its own, and the variety of right answers."""
-    problems = load_prompts(cell.split, PROBLEMS, seed=cell.seed, task=cell.task)
+    problems = load_prompts(cell.split, cell.problems or PROBLEMS, seed=cell.seed, task=cell.task)
     tokenizer = trainer.processing_class
     _, greedy = answers(trainer, problems, task, 1, 0.0, cell.seed)
     ids, sampled = answers(trainer, problems, task, SAMPLES, 1.0, cell.seed)

@@ -59,6 +59,8 @@ class Cell:
             Name of the playground's task.
         start (`str`):
             Model to start from, a folder of `benchmarks/checkpoints`; the one embedded for the task if empty.
+        problems (`int`, *optional*):
+            Problems to evaluate on; as many as the benchmark says if not given.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Cell:
     tokens: int | None = None
     task: str = "playground"
     start: str = ""
+    problems: int | None = None
 
 
 Run = Callable[[Cell, tuple[str, ...]], dict[str, Any]]
@@ -104,7 +107,7 @@ def run(cell: Cell, kept: tuple[str, ...]) -> dict[str, Any]:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Budget())
         trainer.train()
-        problems = load_prompts(cell.split, 256)
+        problems = load_prompts(cell.split, cell.problems or 256)
         evaluated = {
             how: score_samples(
                 trainer.model,
@@ -188,7 +191,9 @@ def _write(file: Path, results: list[dict[str, Any]]) -> None:
 
 def _key(cell: dict[str, Any]) -> str:
     more = [
-        cell[name] for name in ("mixture", "tokens", "task") if cell.get(name) not in (None, "usual", "playground")
+        cell[name]
+        for name in ("mixture", "tokens", "task", "start", "problems")
+        if cell.get(name) not in (None, "usual", "playground", "")
     ]
     return json.dumps([cell["name"], cell["settings"], cell["seed"], cell["split"], *more], sort_keys=True)
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +19,7 @@ import learning  # noqa: E402
 import learning_report  # noqa: E402
 import learning_run  # noqa: E402
 import oracle  # noqa: E402
+from runs import _key  # noqa: E402
 
 
 STRANDS = [
@@ -145,6 +146,8 @@ def test_models_that_are_not_embedded_are_told_apart(tmp_path):
     assert (short.start, whole.start) == ("playground-rich-3", "playground-rich-4000")
     assert learning.Strand(learning.VARIED, "off-policy", tmp_path).start == ""
     one = learning.cell(learning.RICH, "off-policy", "GRPO", 1e-5, 0, "test")
+    others = [replace(one, start=short.start), replace(one, start=whole.start), replace(one, problems=8)]
+    assert len({_key(asdict(each)) for each in [one, *others]}) == 4
     assert learning_run.checkpoint_of(replace(one, start=short.start)) == learning_run.MADE / "playground-rich-3"
 
 
