@@ -1,6 +1,9 @@
 """The tables and figures of `docs/results.md`, from the runs of `learning.py`."""
 
+import itertools
+import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,13 @@ from trl_cancel.evaluation import mean_with_interval
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 README = PAGE.parents[1] / "README.md"
 SUMMARY = (
-    "Sampled accuracy (avg@8) minus that of GRPO with the same seed, in points, means and 95% paired bootstrap intervals "
-    "over seeds; bold where the interval leaves out 0."
+    "Sampled accuracy (avg@8) minus that of GRPO with the same seed, in points: means and 95% paired bootstrap intervals "
+    "over seeds; bold where a sign-flip test finds a difference (p < 0.05)."
 )
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 WAY = 0.9  # of the way that the baseline's reward goes: the threshold
-WINDOW = 3  # rewards of the moving average
+SMOOTHED = 384  # rollouts of the moving average of rewards
+LEVEL = 0.05  # of the tests
 Result = dict[str, Any]
 
 
@@ -47,8 +51,10 @@ class Comparison:
     ):
         self.title, self.runs, self.baseline = title, runs, baseline
         reported = [run for run in runs if run["split"] == "test"]
-        seeds = {run["seed"]: run["sampled"] for run in reported if run["name"] == untrained}
-        self.before = seeds
+        twice = [one for one, count in Counter((run["name"], run["seed"]) for run in reported).items() if count > 1]
+        if twice:
+            raise ValueError(f"{title} has several runs of {twice[0]}; keep those of one learning rate and setting.")
+        self.before = {run["seed"]: run["sampled"] for run in reported if run["name"] == untrained}
         self.methods: dict[str, list[Result]] = {}
         for run in sorted(reported, key=lambda run: run["seed"]):
             if run["name"] != untrained:
@@ -60,11 +66,12 @@ class Comparison:
         }
         self.threshold = self._threshold()
 
-    def _threshold(self) -> float:
-        """Nine tenths of the way from the first to the last rewards of the baseline."""
+    def _threshold(self) -> float | None:
+        """Nine tenths of the way from the first to the last rewards of the baseline, if that goes up."""
         rewards = [series for run in self.methods[self.baseline] if (series := as_run(run).series("reward"))]
         start = statistics.mean(map(first_tenth, rewards))
-        return start + WAY * (statistics.mean(map(last_tenth, rewards)) - start)
+        end = statistics.mean(map(last_tenth, rewards))
+        return start + WAY * (end - start) if end > start else None
 
     def differences(self, name: str, other: str | None = None) -> list[float]:
         """What a method's sampled accuracy is more than that of another one or the baseline, seed by seed."""
@@ -78,21 +85,43 @@ class Comparison:
 
 def as_run(result: Result) -> Run:
     """As what a training has logged; `learning.py` logs every optimizer step."""
+    names = ["num_tokens" if name == "generated_tokens" else name for name in result["logs"]]
     logs = [
-        {"step": step, **dict(zip(result["logs"], values, strict=True))}
+        {"step": step, **dict(zip(names, values, strict=True))}
         for step, values in enumerate(zip(*result["logs"].values(), strict=True), 1)
     ]
     return Run(Path(), result["steps"], logs, {})
 
 
 def mean(runs: Sequence[Result], measure: str) -> float:
-    return statistics.mean(run[measure] for run in runs)
+    """Over the runs that have a value; not a number if none has."""
+    values = [run[measure] for run in runs if run[measure] is not None]
+    return statistics.mean(values) if values else math.nan
+
+
+def p_value(differences: Sequence[float]) -> float:
+    """
+    The exact two-sided sign-flip test of paired differences (Fisher's randomization test): how often their mean would be
+    as far from 0, if the sign of each were a coin's. It keeps its level with few pairs, which percentile bootstrap
+    intervals do not; with fewer than six it finds nothing at 5%.
+    """
+    flips = itertools.product((1, -1), repeat=len(differences))
+    sums = torch.tensor([[sign * value for sign, value in zip(flip, differences, strict=True)] for flip in flips]).sum(
+        1
+    )
+    return (sums.abs() >= abs(sum(differences)) - 1e-9).double().mean().item()
 
 
 def verdict(differences: list[float]) -> str:
-    """Whether the whole interval lies on one side."""
-    _, low, high = mean_with_interval(torch.tensor(differences).unsqueeze(1))
-    return "**more**" if low > 0 else "**less**" if high < 0 else ""
+    if p_value(differences) >= LEVEL:
+        return ""
+    return "**more**" if sum(differences) > 0 else "**less**"
+
+
+def window(run: Result) -> int:
+    """How many logged rewards the moving average takes."""
+    rewards = sum(reward is not None for reward in run["logs"]["reward"])
+    return max(1, round(SMOOTHED * rewards / run["rollouts"]))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -114,7 +143,7 @@ def accuracy_table(comparison: Comparison) -> str:
     rows = []
     for name in comparison.ranked():
         runs = comparison.methods[name]
-        worse = sum(run["sampled"] < comparison.before.get(run["seed"], 0.0) for run in runs)
+        paired = [(run["sampled"], comparison.before[run["seed"]]) for run in runs if run["seed"] in comparison.before]
         difference = comparison.differences(name)
         compared = name != comparison.baseline and len(difference) > 1
         rows.append(
@@ -129,7 +158,7 @@ def accuracy_table(comparison: Comparison) -> str:
                 f"{mean(runs, 'pass'):.1%}",
                 f"{mean(runs, 'distinct'):.2f}",
                 f"{mean(runs, 'variety'):.2f}",
-                f"{worse} of {len(runs)}",
+                f"{sum(after < before for after, before in paired)} of {len(paired)}",
             ]
         )
     return table(header, rows)
@@ -146,17 +175,20 @@ def control_table(comparison: Comparison) -> str:
 
 
 def training_table(comparison: Comparison) -> str:
-    header = ["", "tokens generated", "steps", f"steps to reward {comparison.threshold:.2f}", "tokens to it"]
-    header += ["Jitter₂", "entropy at the end", "residual", "seconds of training"]
+    reward = "the reward" if comparison.threshold is None else f"reward {comparison.threshold:.2f}"
+    header = ["", "rollouts", "tokens generated", "steps", f"steps to {reward}", "tokens to it"]
+    header += ["Jitter₂", "entropy at the end", "residual"]
     rows = []
     for name in comparison.ranked():
         runs = comparison.methods[name]
         summaries = [
-            summarize(as_run(run), ("cancel/shared_prefix_residual",), WINDOW, comparison.threshold) for run in runs
+            summarize(as_run(run), ("cancel/shared_prefix_residual",), window(run), comparison.threshold)
+            for run in runs
         ]
         rows.append(
             [
                 name,
+                f"{mean(runs, 'rollouts'):.0f}",
                 f"{mean(runs, 'generated_tokens') / 1000:.0f}k",
                 f"{mean(runs, 'steps'):.0f}",
                 reached(summaries, "steps_to_threshold", "{:.0f}".format),
@@ -164,7 +196,6 @@ def training_table(comparison: Comparison) -> str:
                 f"{statistics.mean(summary['jitter2'] for summary in summaries):.3f}",
                 f"{mean(runs, 'entropy'):.3f}",
                 f"{statistics.mean(summary['last/cancel/shared_prefix_residual'] for summary in summaries):.2g}",
-                f"{statistics.mean(run['seconds']['training'] for run in runs):.0f}",
             ]
         )
     return table(header, rows)
@@ -216,7 +247,9 @@ def draw(comparison: Comparison, file: Path, followed: Sequence[str]) -> None:
     figure, (left, right) = new_figure(11, 1.2 + 0.26 * max(len(names), 10), columns=2)
     for row, name in enumerate(names):
         middle, low, high = mean_with_interval(torch.tensor(comparison.differences(name)).unsqueeze(1))
-        colour = COLOURS["green" if low > 0 else "boosted" if high < 0 else "neutral"]
+        colour = COLOURS[
+            {"**more**": "green", "**less**": "boosted", "": "neutral"}[verdict(comparison.differences(name))]
+        ]
         left.plot([100 * low, 100 * high], [row, row], color=colour, linewidth=2)
         left.plot(100 * middle, row, "o", color=colour)
     left.axvline(0, color="black", linewidth=0.8)
@@ -224,13 +257,14 @@ def draw(comparison: Comparison, file: Path, followed: Sequence[str]) -> None:
     left.set_xlabel(f"sampled accuracy minus that of {comparison.baseline}, points, 95% intervals")
     for name, colour in zip([name for name in followed if name in comparison.methods], COLOURS.values(), strict=False):
         series = [
-            smoothed(found, WINDOW) for run in comparison.methods[name] if (found := as_run(run).series("reward"))
+            smoothed(found, window(run)) for run in comparison.methods[name] if (found := as_run(run).series("reward"))
         ]
         curve = band([(one.tokens or one.steps, one.values) for one in series])
         right.plot(curve.x / 1000, curve.mean, color=colour, label=name)
         right.fill_between(curve.x / 1000, curve.low, curve.high, color=colour, alpha=0.12, linewidth=0)
-    right.axhline(comparison.threshold, color="black", linewidth=0.8, linestyle=":")
-    right.set_xlabel("thousand tokens")
+    if comparison.threshold is not None:
+        right.axhline(comparison.threshold, color="black", linewidth=0.8, linestyle=":")
+    right.set_xlabel("thousand tokens generated")
     right.set_ylabel("reward; mean, lowest and highest of the seeds")
     right.legend(frameon=False, fontsize="small")
     figure.suptitle(comparison.title)
@@ -240,13 +274,13 @@ def draw(comparison: Comparison, file: Path, followed: Sequence[str]) -> None:
 
 def section(comparison: Comparison, figure: str) -> str:
     """Its part of the page."""
-    before = statistics.mean(comparison.before.values())
+    before = statistics.mean(comparison.before.values()) if comparison.before else math.nan
     seconds = sum(run["seconds"]["all"] for run in comparison.runs)
     alt = "differences from the baseline with intervals, and rewards during training"
     parts = [
         f"## {comparison.title}",
         f"Sampled accuracy before the training: {before:.1%}. {len(comparison.runs)} runs took "
-        f"{seconds / 3600:.1f} core hours, tuning and evaluation included.",
+        f"{seconds / 3600:.1f} hours, one a core, tuning and evaluation included.",
         f"![{comparison.title}: {alt}]({figure})",
         accuracy_table(comparison),
         "### Against its own control",

@@ -1,7 +1,9 @@
 """One run of the comparison of learning: a training on the playground, and all that is measured of it."""
 
+import hashlib
 import itertools
 import statistics
+import subprocess
 import tempfile
 import time
 import warnings
@@ -24,6 +26,7 @@ from trl_cancel.playground.data import load_prompts
 from trl_cancel.playground.reward import answer_reward
 from trl_cancel.playground.tasks import Task, task_named
 from trl_cancel.playground.warm_start import warm_start
+from trl_cancel.precision import best_precision
 
 
 MADE = Path(__file__).parent / "checkpoints"
@@ -41,19 +44,38 @@ def make_checkpoint(start: str, task: str, steps: int) -> None:
     """Trains a model to start from that is not embedded in the package, unless it was made before."""
     if not (MADE / start).exists():
         print(f"{steps} steps of warm start on {task}, kept in {MADE / start}.", flush=True)
-        warm_start(MADE / start, steps=steps, task=task, use_cpu=not torch.cuda.is_available())
+        unfinished = MADE / f"{start}.part"
+        warm_start(unfinished, steps=steps, task=task, use_cpu=not torch.cuda.is_available())
+        unfinished.rename(MADE / start)
 
 
 class Budget(TrainerCallback):
-    """Ends a training that generates further rounds when it has generated as much as one that does not."""
+    """
+    Counts what is generated, and ends a training that generates further rounds when it has generated as much as one
+    that does not: before the generation after which it would be further from that.
 
-    def __init__(self, rollouts: int, rollouts_per_round: int, updates: int):
-        self.rollouts, self.rollouts_per_round, self.updates = rollouts, rollouts_per_round, updates
-        self.spent = 0.0
+    Args:
+        rounds (`int`):
+            Rounds of generation that a training has.
+        rollouts (`int`):
+            Rollouts of a round.
+        updates (`int`):
+            Optimizer steps with each generation batch.
+    """
+
+    def __init__(self, rounds: int, rollouts: int, updates: int):
+        self.rounds, self.rollouts, self.updates = rounds, rollouts, updates
+        self.spent, self.generations = 0.0, 0
+        self.tokens: list[float] = []  # generated so far, at each log
 
     def on_log(self, args, state, control, logs, **kwargs):
-        self.spent += self.rollouts_per_round * logs.get("balance/rounds", 0)
-        if state.global_step % self.updates == 0 and self.spent >= self.rollouts:  # what is paid for is trained on
+        rounds = logs.get("balance/rounds", 1) if "completions/mean_length" in logs else 0
+        self.spent += rounds
+        self.generations += rounds > 0
+        generated = rounds * self.rollouts * logs.get("completions/mean_length", 0)
+        self.tokens.append(generated + (self.tokens[-1] if self.tokens else 0))
+        expected = self.spent / max(1, self.generations)
+        if state.global_step % self.updates == 0 and self.spent + expected / 2 >= self.rounds:
             control.should_training_stop = True
 
 
@@ -117,7 +139,7 @@ def run(cell: Cell, kept: tuple[str, ...]) -> dict[str, Any]:
     torch.set_num_threads(1)
     started, task = time.perf_counter(), task_named(cell.task)
     with tempfile.TemporaryDirectory() as folder, quiet():
-        args = CancelGRPOConfig(output_dir=folder, seed=cell.seed, **cell.settings)
+        args = CancelGRPOConfig(output_dir=folder, seed=cell.seed, **{**cell.settings, **device_settings(cell)})
         problems = load_prompts("train", 4096, task=cell.task)
         start = checkpoint_of(cell)
         credits = [Oracle(task, AutoTokenizer.from_pretrained(start))] if cell.name == ORACLE else []
@@ -126,8 +148,8 @@ def run(cell: Cell, kept: tuple[str, ...]) -> dict[str, Any]:
         layout = args.layout
         updates = layout.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations
         rollouts = layout.prompts_per_generation * args.num_generations
-        if args.chooses_groups:
-            trainer.add_callback(Budget(args.max_steps // updates * rollouts, rollouts, updates))
+        budget = Budget(args.max_steps // updates, rollouts, updates)
+        trainer.add_callback(budget)
         watched = Blame(trainer, task)
         trainer.train()
         trained = time.perf_counter()
@@ -136,12 +158,34 @@ def run(cell: Cell, kept: tuple[str, ...]) -> dict[str, Any]:
             **evaluated(trainer, cell, task),
             "blame": watched.shares(),
             "steps": trainer.state.global_step,
-            "generated_tokens": max(entry.get("num_tokens", 0) for entry in history),
+            "rollouts": round(budget.spent * rollouts),
+            "generated_tokens": round(budget.tokens[-1]),
             "entropy": statistics.mean(entry["entropy"] for entry in history[-max(1, len(history) // 10) :]),
             "seconds": {"training": round(trained - started, 1), "all": round(time.perf_counter() - started, 1)},
         }
     logs = {name: [_short(entry.get(name)) for entry in history] for name in kept}
-    return {**asdict(cell), **measured, "logs": logs}
+    logs["generated_tokens"] = [round(tokens) for tokens in budget.tokens[: len(history)]]
+    made_with = {"model": digest(checkpoint_of(cell)), "commit": commit()}
+    return {**asdict(cell), **measured, **made_with, "logs": logs}
+
+
+def device_settings(cell: Cell) -> dict[str, Any]:
+    """Where a model that is not embedded is trained, and how precisely: whatever the machine has."""
+    precision = best_precision()
+    return {"use_cpu": False, "bf16": precision.bf16, "fp16": precision.fp16} if cell.start else {}
+
+
+def digest(checkpoint: Path) -> str:
+    """What tells the weights of a checkpoint from others."""
+    return hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()[:12]
+
+
+def commit() -> str | None:
+    """The commit that is checked out."""
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=MADE.parent, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None
 
 
 def evaluated(trainer: CancelGRPOTrainer, cell: Cell, task: Task) -> dict[str, Any]:
@@ -151,7 +195,7 @@ def evaluated(trainer: CancelGRPOTrainer, cell: Cell, task: Task) -> dict[str, A
     _, greedy = answers(trainer, problems, task, 1, 0.0, cell.seed)
     ids, sampled = answers(trainer, problems, task, SAMPLES, 1.0, cell.seed)
     right = [
-        [tokenizer.decode(ids) for ids, reward in zip(several, rewards, strict=True) if reward == 1]
+        [task.forms.bare(tokenizer.decode(ids)) for ids, reward in zip(several, rewards, strict=True) if reward == 1]
         for several, rewards in zip(ids, sampled.tolist(), strict=True)
     ]
     return {

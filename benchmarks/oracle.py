@@ -1,4 +1,4 @@
-"""The credit of one who knows the playground: an upper bound for what credit can do there."""
+"""The credit of one who knows the playground, to compare with: is there anything for credit to find?"""
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -10,8 +10,8 @@ from trl_cancel.playground.tasks import Task
 
 class Oracle:
     """
-    Only tokens that decide carry credit: of a right rollout the results of its lines, of a wrong one the first wrong
-    token.
+    Only tokens that decide carry credit: what is pushed up are results, before the first wrong token if there is one
+    (two slips may cancel); what is pushed down is the first wrong token.
 
     Args:
         task ([`~trl_cancel.playground.tasks.Task`]):
@@ -28,15 +28,16 @@ class Oracle:
     def coefficients(self, rollouts: Rollouts) -> torch.Tensor:
         """Coefficients of shape `(B, T)`: 1 for the tokens that decide, else 0."""
         credit = torch.zeros(rollouts.completion_ids.shape)
-        rows = zip(credit, rollouts.prompt_ids, rollouts.completion_ids, rollouts.mask.bool(), strict=True)
-        for row, prompt, ids, mask in rows:
+        columns = (rollouts.prompt_ids, rollouts.completion_ids, rollouts.mask.bool(), rollouts.advantages > 0)
+        for row, prompt, ids, mask, up in zip(credit, *(column.cpu() for column in columns), strict=True):
             tokens = response_tokens(self.tokenizer, ids[mask])
             wrong = first_wrong(self.task, self.tokenizer, prompt, tokens)
-            if wrong is None:
-                row[: len(tokens)] = torch.tensor(results(self.task, tokens))
+            if wrong is None or up:
+                right = results(self.task, tokens[:wrong])
+                row[: len(right)] = torch.tensor(right)
             else:
-                row[wrong : wrong + 1] = 1
-        return credit * rollouts.mask  # a response that is right as far as it goes has no wrong token of its own
+                row[wrong : wrong + 1] = 1  # of a response that is cut off, this is padding, which does not count
+        return credit.to(rollouts.mask.device)
 
 
 def response_tokens(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:

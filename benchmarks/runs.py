@@ -154,16 +154,25 @@ def run_all(
     if done:
         known = f"{len(cells) - len(missing)} of {len(cells)} runs are in {file.name}"
         if missing and json.loads(file.read_text())["environment"] != _environment():
-            raise SystemExit(f"{known}, made with other versions; give --output a new file to make all of them.")
-        print(f"{known}; give --output a new file to make them again.", flush=True)
+            raise SystemExit(f"{known}, made with other versions; give another file or folder to make all of them.")
+        print(f"{known}; give another file or folder to make them again.", flush=True)
+    failures = []
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        for count, future in enumerate(as_completed([pool.submit(run, cell, kept) for cell in missing]), 1):
+        futures = {pool.submit(run, cell, kept): cell for cell in missing}
+        for count, future in enumerate(as_completed(futures), 1):
+            if error := future.exception():
+                failures.append(f"{futures[future].name} seed {futures[future].seed}: {error!r}")
+                continue
             result = future.result()
             done[_key(result)] = result
             _write(file, list(done.values()))
             print(
                 f"{count}/{len(missing)} {result['name']} seed {result['seed']}: {result['sampled']:.1%}", flush=True
             )
+    if failures:
+        raise RuntimeError(
+            f"{len(failures)} of {len(missing)} runs failed; the others are kept. " + "; ".join(failures)
+        )
     return [done[_key(asdict(cell))] for cell in cells]
 
 

@@ -19,7 +19,7 @@ import learning  # noqa: E402
 import learning_report  # noqa: E402
 import learning_run  # noqa: E402
 import oracle  # noqa: E402
-from runs import _key  # noqa: E402
+from runs import _key, run_all  # noqa: E402
 
 
 STRANDS = [
@@ -48,12 +48,13 @@ def result(name, seed, sampled, split="test", rate=1e-4, rewards=(0.1, 0.2, 0.3,
         "variety": 0.5,
         "blame": {"gross": [0.5, 0.1, 0.4], "net": None},
         "steps": 6,
+        "rollouts": 768,
         "generated_tokens": 600,
         "entropy": 0.3,
         "seconds": {"training": 10.0, "all": 20.0},
         "logs": {
             "reward": list(rewards),
-            "num_tokens": [100.0 * step for step in range(1, 7)],
+            "generated_tokens": [100.0 * step for step in range(1, 7)],
             "cancel/shared_prefix_residual": [0.1] * 6,
         },
     }
@@ -61,11 +62,11 @@ def result(name, seed, sampled, split="test", rate=1e-4, rewards=(0.1, 0.2, 0.3,
 
 @pytest.fixture
 def comparison():
-    runs = [result("untrained", seed, 0.4, rate=0.0) for seed in range(4)]
-    runs += [result("GRPO", seed, 0.50 + 0.01 * seed) for seed in range(4)]
-    runs += [result("better", seed, 0.55 + 0.01 * seed + 0.001 * (seed % 2)) for seed in range(4)]
-    runs += [result("undecided", seed, 0.5 + 0.02 * (seed % 2)) for seed in range(4)]
-    runs += [result("worse", seed, 0.30 + 0.01 * seed, rewards=[0.1] * 6) for seed in reversed(range(4))]
+    runs = [result("untrained", seed, 0.4, rate=0.0) for seed in range(6)]
+    runs += [result("GRPO", seed, 0.50 + 0.01 * seed) for seed in range(6)]
+    runs += [result("better", seed, 0.55 + 0.01 * seed + 0.001 * (seed % 2)) for seed in range(6)]
+    runs += [result("undecided", seed, 0.5 + 0.04 * (seed % 2)) for seed in range(6)]
+    runs += [result("worse", seed, 0.30 + 0.01 * seed, rewards=[0.1] * 6) for seed in reversed(range(6))]
     runs += [result("GRPO", 100, 0.45, "tune"), result("GRPO", 101, 0.55, "tune")]
     controls = {"worse": "undecided", "better": "worse", "not run": "GRPO", "undecided": "not run"}
     return learning_report.Comparison("Title", runs, "GRPO", "untrained", controls)
@@ -78,9 +79,38 @@ def cells_of(table, name):
 
 def test_differences_are_paired_by_seed(comparison):
     assert comparison.ranked() == ["better", "GRPO", "undecided", "worse"]
-    assert comparison.differences("worse") == pytest.approx([-0.2] * 4)
-    assert comparison.differences("better") == pytest.approx([0.05, 0.051, 0.05, 0.051])
-    assert comparison.differences("better", "worse") == pytest.approx([0.25, 0.251, 0.25, 0.251])
+    assert comparison.differences("worse") == pytest.approx([-0.2] * 6)
+    assert comparison.differences("better") == pytest.approx([0.05, 0.051] * 3)
+    assert comparison.differences("better", "worse") == pytest.approx([0.25, 0.251] * 3)
+
+
+def test_runs_that_are_there_twice_are_refused(comparison):
+    runs = [*comparison.runs, result("GRPO", 3, 0.9, rate=2e-4)]
+    with pytest.raises(ValueError, match=r"Title has several runs of \('GRPO', 3\)"):
+        learning_report.Comparison("Title", runs, "GRPO", "untrained")
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 2 / 64),
+        ([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0], 2 / 64),
+        ([1.0, 2.0, 3.0, 4.0, 5.0], 2 / 32),
+        ([-1.0, 2.0, 3.0], 4 / 8),  # sums 4 and 6, and their opposites
+        ([0.0, 0.0], 1.0),
+    ],
+)
+def test_sign_flips(differences, expected):
+    assert learning_report.p_value(differences) == expected
+
+
+def test_a_collapsed_run_does_not_spoil_the_page(comparison):
+    """Where no problem has two right answers, there is no variety."""
+    comparison.methods["worse"][0]["variety"] = None
+    assert cells_of(learning_report.accuracy_table(comparison), "worse")["variety"] == "0.50"
+    for run in comparison.methods["worse"]:
+        run["variety"] = None
+    assert cells_of(learning_report.accuracy_table(comparison), "worse")["variety"] == "nan"
 
 
 def test_accuracy_table(comparison):
@@ -90,10 +120,10 @@ def test_accuracy_table(comparison):
     assert (better["verdict"], grpo["verdict"], worse["verdict"]) == ("**more**", "", "**less**")
     assert grpo["minus GRPO"] == ""
     undecided = cells_of(table, "undecided")
-    assert undecided["minus GRPO"].startswith("-0.5% [-1.")
+    assert undecided["minus GRPO"].startswith("-0.5% [-2.")
     assert undecided["verdict"] == ""
-    assert worse["worse than before"] == "4 of 4"
-    assert better["worse than before"] == "0 of 4"
+    assert worse["worse than before"] == "6 of 6"
+    assert better["worse than before"] == "0 of 6"
 
 
 def test_control_table(comparison):
@@ -106,9 +136,11 @@ def test_control_table(comparison):
 
 
 def test_training_table(comparison):
-    # The baseline goes from 0.1 to 0.6, so the threshold is 0.55, which means over three rewards never reach.
+    # The baseline goes from 0.1 to 0.6, so the threshold is 0.55, which means over three rewards (of 128 rollouts)
+    # never reach.
     assert comparison.threshold == pytest.approx(0.55)
     rising = [result("fast", seed, 0.5, rewards=[0.1, 0.5, 0.6, 0.7, 0.8, 0.9]) for seed in range(4)]
+    assert learning_report.window(rising[0]) == 3
     rising[3]["logs"]["reward"] = [0.1] * 6
     comparison.methods["fast"] = rising
     cells = cells_of(learning_report.training_table(comparison), "fast")
@@ -119,7 +151,7 @@ def test_training_table(comparison):
 
 
 def test_summary(comparison):
-    other = learning_report.Comparison("Other", comparison.runs[:8], "GRPO", "untrained")
+    other = learning_report.Comparison("Other", comparison.runs[:12], "GRPO", "untrained")
     summary = learning_report.summary([comparison, other])
     assert cells_of(summary, "better") == {"": "better", "Title": "**+5.0 [+5.0, +5.1]**", "Other": ""}
     assert cells_of(summary, "worse")["Title"] == "**-20.0 [-20.0, -20.0]**"
@@ -133,9 +165,9 @@ def test_text_between_marks(tmp_path):
 
 
 def test_blame_and_tuning_tables(comparison):
-    comparison.methods["GRPO"][0]["blame"]["gross"] = [0.1, 0.5, 0.4]  # of four seeds
+    comparison.methods["GRPO"][0]["blame"]["gross"] = [0.1, 0.5, 0.4]  # of six seeds
     blame = cells_of(learning_report.blame_table(comparison), "GRPO")
-    assert (blame["gross: before"], blame["gross: on"], blame["net: on"]) == ("40.00%", "20.00%", "none")
+    assert (blame["gross: before"], blame["gross: on"], blame["net: on"]) == ("43.33%", "16.67%", "none")
     assert cells_of(learning_report.tuning_table(comparison), "GRPO") == {"learning rate": "GRPO", "0.0001": "50.0%"}
 
 
@@ -189,9 +221,16 @@ def test_protocol(tmp_path, monkeypatch):
         ("NTHR", 8e-4),
     }
     assert len(reported) == 3 * 8
-    sizes = ("max_steps", "num_generations", "per_device_train_batch_size", "steps_per_generation", "num_iterations")
-    trained = [one for one in reported if one.name != "untrained"]
-    assert len({tuple(one.settings[size] for size in sizes) for one in trained}) == 1, "compute is matched"
+
+
+@pytest.mark.parametrize("regime", learning.REGIMES)
+def test_compute_is_matched(regime):
+    """No method changes what a regime or a task sets."""
+    for name, settings in learning.COMPARED.items():
+        made = learning.cell(learning.VARIED, regime, name, 1e-4, 200, "test").settings
+        assert learning.REGIMES[regime].items() - {("max_completion_length", 64)} <= made.items()
+        assert made["max_completion_length"] == task_named(learning.VARIED).max_completion_length
+        assert settings.items() <= made.items()
 
 
 def test_variety():
@@ -200,14 +239,51 @@ def test_variety():
     assert learning_run.variety([["a"], []]) is None
 
 
-def test_budget_of_methods_that_generate_more():
-    budget = learning_run.Budget(rollouts=256, rollouts_per_round=64, updates=2)
-    control = type("Control", (), {"should_training_stop": False})()
-    for step, rounds in ((1, 2), (2, 0), (3, 3)):
-        budget.on_log(None, type("State", (), {"global_step": step})(), control, {"balance/rounds": rounds})
-        assert not control.should_training_stop
-    budget.on_log(None, type("State", (), {"global_step": 4})(), control, {})
-    assert control.should_training_stop
+@pytest.mark.parametrize(
+    ("rounds", "generations", "spent"),
+    [
+        ([1] * 20, 8, 8),
+        ([2] * 20, 4, 8),
+        ([3] * 20, 3, 9),  # nearer than 6
+        ([1, 4, 4, 4], 3, 9),
+        ([4, 4, 4], 2, 8),
+    ],
+)
+def test_budget_of_methods_that_generate_more(rounds, generations, spent):
+    """Training ends at the generation batch with which it has generated most nearly what the others have."""
+    budget = learning_run.Budget(rounds=8, rollouts=64, updates=2)
+    control = SimpleNamespace(should_training_stop=False)
+    for made, number in enumerate(rounds, 1):
+        logs = {"balance/rounds": number, "completions/mean_length": 10.0}
+        budget.on_log(None, SimpleNamespace(global_step=2 * made - 1), control, logs)
+        assert not control.should_training_stop, "what is paid for is trained on"
+        budget.on_log(None, SimpleNamespace(global_step=2 * made), control, {})
+        if control.should_training_stop:
+            break
+    assert (made, budget.spent) == (generations, spent)
+    assert budget.tokens[-1] == spent * 64 * 10
+    assert len(budget.tokens) == 2 * generations
+
+
+def test_trials_do_not_reach_the_page(monkeypatch, capsys):
+    for arguments, message in ((["--steps", "2"], "--steps is for trying"), (["--check", "GRPO"], "takes one of")):
+        monkeypatch.setattr(sys, "argv", ["learning.py", *arguments])
+        with pytest.raises(SystemExit):
+            learning.main()
+        assert message in capsys.readouterr().err
+
+
+def raises(cell, kept):
+    if cell.seed == 1:
+        raise ValueError("no luck")
+    return {**asdict(cell), "sampled": 0.5}
+
+
+def test_a_run_that_fails_takes_no_other_with_it(tmp_path):
+    cells = [learning.Cell("GRPO", {}, seed) for seed in range(4)]
+    with pytest.raises(RuntimeError, match=r"1 of 4 runs failed; the others are kept. GRPO seed 1: .*no luck"):
+        run_all(cells, tmp_path / "runs.json", 1, run=raises)
+    assert [run["seed"] for run in json.loads((tmp_path / "runs.json").read_text())["runs"]] == [0, 2, 3]
 
 
 def test_blame_of_a_step(tmp_path):
@@ -247,20 +323,23 @@ def test_oracle_credits_what_decides():
     """The results of right rollouts, the first wrong token of wrong ones, nothing of one that is cut off."""
     task = task_named(learning.VARIED)
     tokenizer = build_tokenizer(task.words)
+    advantages = torch.tensor([1.0, -1.0, -1.0, -1.0, 1.0])
     texts = (
         "(123456)\nThen 9-4 is 5\n5+8=13\nSo \\boxed{13}.<|im_end|>",
         "(123456)\n9-4=5\n(65)\n5+8=3\nSo \\boxed{3}.<|im_end|>",
         "9-4=5\n5+8=13\n\\boxed{13}<|im_end|>",
         "9-4=5\n5+8=",
+        "9-4=6\n6+8=13\n\\boxed{13}.<|im_end|>",  # two slips cancel
     )
     batch = tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="right")
     prompts = tokenizer(["Compute 9-4+8."] * len(texts), return_tensors="pt")["input_ids"]
-    rollouts = SimpleNamespace(prompt_ids=prompts, completion_ids=batch["input_ids"], mask=batch["attention_mask"])
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    rollouts = SimpleNamespace(prompt_ids=prompts, completion_ids=ids, mask=mask, advantages=advantages)
     credit = oracle.Oracle(task, tokenizer).coefficients(rollouts)
     credited = [
         tokenizer.convert_ids_to_tokens(row[one == 1]) for row, one in zip(batch["input_ids"], credit, strict=True)
     ]
-    assert credited == [["5", "1", "3"], ["3"], ["<|im_end|>"], []]
+    assert credited == [["5", "1", "3"], ["3"], ["<|im_end|>"], ["<|pad|>"], []]
     before = tokenizer.decode(batch["input_ids"][1, : credit[1].argmax()])
     assert before == "(123456)\n9-4=5\n(65)\n5+8="
     assert set(credit.unique().tolist()) == {0, 1}
@@ -316,6 +395,8 @@ def test_reported_runs_follow_the_protocol(strand):
     for run in runs:
         assert (run["seed"] in learning.TUNING_SEEDS) == (run["split"] == "tune")
         assert run["task"] == strand.task
+        assert run["model"] == learning_run.digest(learning.CHECKPOINTS[strand.task]), "of another checkpoint"
+        assert run.get("problems") is None
         if run["split"] == "test" and run["name"] != learning.UNTRAINED:
             made = learning.cell(
                 strand.task, strand.regime, run["name"], learning.best_rate(tuning[run["name"]]), run["seed"], "test"

@@ -56,6 +56,10 @@ class Forms:
             total = result
         return "\n".join([*lines, f"{_one(self.endings, rng)}\\boxed{{{total}}}."])
 
+    def bare(self, response: str) -> str:
+        """A response without its filler."""
+        return regex.sub(r"\(\d*\)\n", "", response) if self.filler else response
+
     def right_responses(self, problem: Problem) -> "regex.Pattern[str]":
         """All right responses to a problem, as a regular expression."""
         filler = r"(?:\(\d*\)\n)?" if self.filler else ""
