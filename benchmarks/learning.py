@@ -104,21 +104,23 @@ class Setting:
     A task to compare on.
 
     Args:
-        title (`str`):
-            What the page calls it.
+        title, short (`str`):
+            What the page calls it, and what a cell of a table does.
         rates (`tuple[float, ...]`):
             Learning rates to begin with.
     """
 
     title: str
+    short: str
     rates: tuple[float, ...] = (1e-4, 2e-4, 4e-4)
 
 
 SETTINGS = {
-    VARIED: Setting("Responses of varied form, with filler"),
-    NAME: Setting("The plain chains"),
+    VARIED: Setting("Responses of varied form, with filler", "varied"),
+    NAME: Setting("The plain chains", "plain"),
     RICH: Setting(
         "38 million parameters, longer and more varied problems",
+        "rich",
         rates=(1e-5, 2e-5, 4e-5),
     ),
 }
@@ -250,7 +252,8 @@ def write_results(results: Path) -> None:
         if any(one["name"] == BASELINE and one["split"] == "test" for one in runs):
             same = SAME_ON_POLICY if regime == "on-policy" else {}
             controls = {name: same.get(control, control) for name, control in CONTROLS.items()}
-            comparisons.append(Comparison(f"{setting.title}, {regime}", runs, BASELINE, UNTRAINED, controls))
+            titles = (f"{setting.title}, {regime}", f"({setting.short}, {regime})")
+            comparisons.append(Comparison(*titles, runs, BASELINE, UNTRAINED, controls))
             figures.append(f"images/results-{strand.file.stem}.png")
             draw(comparisons[-1], PAGE.parent / figures[-1], FOLLOWED)
     if comparisons:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ SUMMARY = (
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 WAY = 0.9  # of the way that the baseline's reward goes: the threshold
 SMOOTHED = 384  # rollouts of the moving average of rewards
-LEVEL = 0.05  # of the tests
+LEVEL, FEWEST = 0.05, 6  # of the sign-flip tests, and the pairs it takes to find something
 Result = dict[str, Any]
 
 
@@ -36,8 +37,8 @@ class Comparison:
     The finished runs of one task in one regime.
 
     Args:
-        title (`str`):
-            What they are called.
+        title, short (`str`):
+            What they are called, in a heading and in a cell of a table.
         runs (`list[dict]`):
             All runs, those of the tuning and the untrained ones too.
         baseline, untrained (`str`):
@@ -47,9 +48,15 @@ class Comparison:
     """
 
     def __init__(
-        self, title: str, runs: list[Result], baseline: str, untrained: str, controls: dict[str, str] | None = None
+        self,
+        title: str,
+        short: str,
+        runs: list[Result],
+        baseline: str,
+        untrained: str,
+        controls: dict[str, str] | None = None,
     ):
-        self.title, self.runs, self.baseline = title, runs, baseline
+        self.title, self.short, self.runs, self.baseline = title, short, runs, baseline
         reported = [run for run in runs if run["split"] == "test"]
         twice = [one for one, count in Counter((run["name"], run["seed"]) for run in reported).items() if count > 1]
         if twice:
@@ -309,16 +316,31 @@ def summary(comparisons: Sequence[Comparison]) -> str:
     return table(["", *(one.title for one in comparisons)], rows)
 
 
+def gave(name: str, comparisons: Sequence[Comparison]) -> str:
+    """What a method has more than the baseline, where a difference was found."""
+    differences = {one.short: one.differences(name) for one in comparisons if name in one.methods}
+    compared = {short: values for short, values in differences.items() if len(values) >= FEWEST}
+    told = [f"{100 * statistics.mean(values):+.1f} {short}" for short, values in compared.items() if verdict(values)]
+    return ", ".join(told) or ("no difference found" if compared else "not compared yet")
+
+
 def write_between(file: Path, begin: str, text: str, end: str) -> None:
     """Replaces what stands between two marks."""
     before, _, rest = file.read_text().partition(begin)
     _, _, after = rest.partition(end)
-    file.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+    file.write_text(f"{before}{begin}{text}{end}{after}")
+
+
+def write_gains(comparisons: Sequence[Comparison]) -> None:
+    """Fills in the cells of the README's table of methods that are marked with a method's name."""
+    for name in re.findall(r"<!-- gave: (.+?) -->", README.read_text()):
+        write_between(README, f"<!-- gave: {name} -->", gave(name, comparisons), "<!-- / -->")
 
 
 def write_page(comparisons: Sequence[Comparison], figures: Sequence[str]) -> None:
-    """Puts the summary and the sections between the page's marks, and the summary into the README."""
+    """Puts the summary and the sections between the page's marks, and what they say into the README."""
     short = summary(comparisons)
     parts = ["## Summary", SUMMARY, short, *map(section, comparisons, figures)]
-    write_between(PAGE, BEGIN, "\n\n".join(parts), END)
-    write_between(README, BEGIN, short, END)
+    write_between(PAGE, BEGIN, "\n\n{}\n\n".format("\n\n".join(parts)), END)
+    write_between(README, BEGIN, f"\n\n{short}\n\n", END)
+    write_gains(comparisons)

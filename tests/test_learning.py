@@ -69,7 +69,7 @@ def comparison():
     runs += [result("worse", seed, 0.30 + 0.01 * seed, rewards=[0.1] * 6) for seed in reversed(range(6))]
     runs += [result("GRPO", 100, 0.45, "tune"), result("GRPO", 101, 0.55, "tune")]
     controls = {"worse": "undecided", "better": "worse", "not run": "GRPO", "undecided": "not run"}
-    return learning_report.Comparison("Title", runs, "GRPO", "untrained", controls)
+    return learning_report.Comparison("Title", "(here)", runs, "GRPO", "untrained", controls)
 
 
 def cells_of(table, name):
@@ -87,7 +87,7 @@ def test_differences_are_paired_by_seed(comparison):
 def test_runs_that_are_there_twice_are_refused(comparison):
     runs = [*comparison.runs, result("GRPO", 3, 0.9, rate=2e-4)]
     with pytest.raises(ValueError, match=r"Title has several runs of \('GRPO', 3\)"):
-        learning_report.Comparison("Title", runs, "GRPO", "untrained")
+        learning_report.Comparison("Title", "(here)", runs, "GRPO", "untrained")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_training_table(comparison):
 
 
 def test_summary(comparison):
-    other = learning_report.Comparison("Other", comparison.runs[:12], "GRPO", "untrained")
+    other = learning_report.Comparison("Other", "(there)", comparison.runs[:12], "GRPO", "untrained")
     summary = learning_report.summary([comparison, other])
     assert cells_of(summary, "better") == {"": "better", "Title": "**+5.0 [+5.0, +5.1]**", "Other": ""}
     assert cells_of(summary, "worse")["Title"] == "**-20.0 [-20.0, -20.0]**"
@@ -161,7 +161,17 @@ def test_text_between_marks(tmp_path):
     file = tmp_path / "page.md"
     file.write_text("before <!-- a --> old <!-- b --> after")
     learning_report.write_between(file, "<!-- a -->", "new", "<!-- b -->")
-    assert file.read_text() == "before <!-- a -->\n\nnew\n\n<!-- b --> after"
+    assert file.read_text() == "before <!-- a -->new<!-- b --> after"
+
+
+def test_what_a_method_gave(comparison):
+    other = learning_report.Comparison("Other", "(there)", comparison.runs[:18], "GRPO", "untrained")
+    assert learning_report.gave("better", [comparison, other]) == "+5.1 (here), +5.1 (there)"
+    assert learning_report.gave("worse", [comparison, other]) == "-20.0 (here)"
+    assert learning_report.gave("undecided", [comparison, other]) == "no difference found"
+    assert learning_report.gave("not run", [comparison, other]) == "not compared yet"
+    comparison.methods["better"] = comparison.methods["better"][:5]
+    assert learning_report.gave("better", [comparison]) == "not compared yet"
 
 
 def test_blame_and_tuning_tables(comparison):
