@@ -77,7 +77,7 @@ def test_first_wrong_character(text, index):
     assert FREE.first_wrong_token(PROBLEM, list(text)) == index
 
 
-@pytest.mark.parametrize(("name", "share"), [(VARIED, 0.45), (RICH, 0.3)])
+@pytest.mark.parametrize(("name", "share"), [(VARIED, 0.4), (RICH, 0.3)])
 def test_teacher(name, share):
     task, rng = task_named(name), random.Random(0)
     tokenizer, lengths, right = build_tokenizer(task.words), [], 0

@@ -58,7 +58,7 @@ def test_checkpoint_is_what_the_package_says(task):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "share"), [(NAME, 0.4), (VARIED, 0.45)])
+@pytest.mark.parametrize(("task", "share"), [(NAME, 0.4), (VARIED, 0.4)])
 def test_groups_are_mixed(task, share):
     """Most groups of eight hold right and wrong answers: there is something to learn from."""
     model, tokenizer = (auto.from_pretrained(CHECKPOINTS[task]) for auto in (AutoModelForCausalLM, AutoTokenizer))
