@@ -237,8 +237,9 @@ class Strand:
         made = cell(self.task, self.regime, name, before["settings"]["learning_rate"], seed, "test")
         made = replace(made, settings=before["settings"], start=before["start"], problems=before.get("problems"))
         again = json.loads(json.dumps(run(made, KEPT)))
-        differing = [key for key in before if key != "seconds" and before[key] != again[key]]
+        differing = [key for key in before if key not in ("seconds", "commit") and before[key] != again[key]]
         print(f"{name}, seed {seed}: sampled {before['sampled']:.2%} in the file, {again['sampled']:.2%} now.")
+        print(f"At commit {before['commit']} then, at {again['commit']} now.")
         print(f"Different: {', '.join(differing)}." if differing else "Everything but the time is the same.")
         return not differing
 
