@@ -272,7 +272,7 @@ def draw(comparison: Comparison, file: Path, followed: Sequence[str]) -> None:
     if comparison.threshold is not None:
         right.axhline(comparison.threshold, color="black", linewidth=0.8, linestyle=":")
     right.set_xlabel("thousand tokens generated")
-    right.set_ylabel("reward; mean, lowest and highest of the seeds")
+    right.set_ylabel("reward: mean and range of the seeds")
     right.legend(frameon=False, fontsize="small")
     figure.suptitle(comparison.title)
     file.parent.mkdir(parents=True, exist_ok=True)
