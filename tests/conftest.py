@@ -1,6 +1,7 @@
 """What every test needs: one thread a process, no network, and warnings that count."""
 
 import os
+import signal
 
 
 # Set before PyTorch is imported: several threads on shared cores mostly wait for each other.
@@ -21,6 +22,7 @@ from .runs import TINY
 
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that was started in the background ignores it
 hypothesis.settings.register_profile("shared machines", deadline=None)
 hypothesis.settings.load_profile("shared machines")
 
