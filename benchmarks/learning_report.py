@@ -287,7 +287,7 @@ def section(comparison: Comparison, figure: str) -> str:
     parts = [
         f"## {comparison.title}",
         f"Sampled accuracy before the training: {before:.1%}. {len(comparison.runs)} runs took "
-        f"{seconds / 3600:.1f} hours, one a core, tuning and evaluation included.",
+        f"{seconds / 3600:.1f} hours, added up, tuning and evaluation included.",
         f"![{comparison.title}: {alt}]({figure})",
         accuracy_table(comparison),
         "### Against its own control",

@@ -1,6 +1,7 @@
 """The comparison of learning: its protocol, its statistics, and that the committed results are what the page says."""
 
 import json
+import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -243,6 +244,21 @@ def test_compute_is_matched(regime):
         assert settings.items() <= made.items()
 
 
+def test_right_answers_are_counted_without_filler(monkeypatch):
+    """Of two problems: three right answers in two forms, and none."""
+    task = task_named(learning.VARIED)
+    tokenizer = build_tokenizer(task.words)
+    texts = ["(123456)\n1+2=3\n\\boxed{3}.", "(654321)\n1+2=3\n\\boxed{3}.", "(1)\nThen 1+2=3\n\\boxed{3}.", "1+2=4"]
+    several = [tokenizer(text)["input_ids"] for text in texts]
+    rewards = torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.0] * 4])
+    monkeypatch.setattr(learning_run, "SAMPLES", 4)
+    monkeypatch.setattr(learning_run, "answers", lambda *arguments: ([several, several], rewards))
+    one = replace(learning.cell(learning.VARIED, "on-policy", "GRPO", 1e-4, 0, "tune"), problems=2)
+    found = learning_run.evaluated(SimpleNamespace(processing_class=tokenizer), one, task)
+    assert (found["distinct"], found["sampled"], found["pass"]) == ((2 + 0) / 2, 3 / 8, 1 / 2)
+    assert found["variety"] == pytest.approx(2 / 3)
+
+
 def test_variety():
     """How often two right answers to a problem differ, over all pairs of all problems."""
     assert learning_run.variety([["a", "a", "b"], ["c", "c"], ["d"], []]) == 2 / 4
@@ -420,7 +436,9 @@ def test_pages_are_what_the_results_say(tmp_path, monkeypatch):
     for name in ("PAGE", "README"):
         committed = getattr(learning_report, name)
         copy = tmp_path / committed.relative_to(BENCHMARKS.parent)
-        copy.write_text(committed.read_text())
+        emptied = re.sub(r"(<!-- gave: .+? -->).*?(<!-- / -->)", r"\1\2", committed.read_text())
+        copy.write_text(re.sub(r"(?s)(<!-- results -->).*(<!-- end of results -->)", r"\1\2", emptied))
+        assert copy.read_text() != committed.read_text()
         monkeypatch.setattr(learning_report, name, copy)
     monkeypatch.setattr(learning, "PAGE", learning_report.PAGE)
     learning.write_results(learning.RESULTS)
