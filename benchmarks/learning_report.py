@@ -303,7 +303,7 @@ def section(comparison: Comparison, figure: str) -> str:
 
 
 def summary(comparisons: Sequence[Comparison]) -> str:
-    """What each method has more than the baseline, one column a comparison; bold where the interval leaves out 0."""
+    """What each method has more than the baseline, one column a comparison; bold where a difference is found."""
     names = list(dict.fromkeys(name for one in comparisons for name in one.methods if name != one.baseline))
     rows = []
     for name in names:

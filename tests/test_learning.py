@@ -151,6 +151,12 @@ def test_training_table(comparison):
     assert cells_of(learning_report.training_table(comparison), "worse")["Jitter₂"] == "0.000"
 
 
+def test_a_baseline_that_learns_nothing_sets_no_threshold():
+    runs = [result("GRPO", seed, 0.5, rewards=[0.6, 0.5, 0.4, 0.3, 0.2, 0.1]) for seed in range(2)]
+    collapsed = learning_report.Comparison("Title", "(here)", runs, "GRPO", "untrained")
+    assert cells_of(learning_report.training_table(collapsed), "GRPO")["steps to the reward"] == "not reached"
+
+
 def test_summary(comparison):
     other = learning_report.Comparison("Other", "(there)", comparison.runs[:12], "GRPO", "untrained")
     summary = learning_report.summary([comparison, other])
@@ -273,6 +279,7 @@ def test_variety():
         ([3] * 20, 3, 9),  # nearer than 6
         ([1, 4, 4, 4], 3, 9),
         ([4, 4, 4], 2, 8),
+        ([7] * 20, 1, 7),  # nearer than 14
     ],
 )
 def test_budget_of_methods_that_generate_more(rounds, generations, spent):
@@ -313,7 +320,10 @@ def test_a_run_that_fails_takes_no_other_with_it(tmp_path):
 
 
 def test_blame_of_a_step(tmp_path):
-    """Two micro-batches of one group: a right rollout, and one whose first wrong token is the fifth, of nine."""
+    """
+    Two micro-batches of one group: a right rollout, the end of which is pushed down nevertheless, and one whose first
+    wrong token is the fifth.
+    """
     tokenizer = build_tokenizer()
     trainer = SimpleNamespace(
         processing_class=tokenizer,
@@ -332,6 +342,7 @@ def test_blame_of_a_step(tmp_path):
 
     right = micro_batch("8-4=4\nThe answer is \\boxed{4}.<|im_end|>", 1.0)
     wrong = micro_batch("8-4=5\nThe answer is \\boxed{5}.<|im_end|>", -1.0)
+    right[0][0, -1] = -1.0
     length = right[0].numel()
     observe(*right)
     assert watched.shares() == {"gross": None, "net": None}, "the step is not over"
@@ -339,7 +350,8 @@ def test_blame_of_a_step(tmp_path):
     observe(*wrong)
     after = length - 5
     assert watched.shares()["gross"] == pytest.approx([4 / length, 1 / length, after / length], abs=1e-4)
-    assert watched.shares()["net"] == pytest.approx([0, 1 / (1 + after), after / (1 + after)], abs=1e-4)
+    net = torch.tensor([1.0, 1.0, after])
+    assert watched.shares()["net"] == pytest.approx((net / net.sum()).tolist(), abs=1e-4)
     trainer.state.global_step = 1
     observe(*wrong)
     assert not watched.waiting, "not every step is looked at"
