@@ -5,7 +5,8 @@ Trains on the playground's tasks with every method, in two regimes: on policy, w
 off policy, with four updates a generation batch that is used twice. All methods of a regime start from the same model,
 see the same prompts in the same order, generate equally many rollouts and make equally many optimizer steps (those that
 generate further rounds make fewer steps). The learning rate of each is chosen from the same grid, by sampled accuracy on
-other problems and with other seeds than those reported; where the best is at the end of the grid, the grid goes on.
+other problems and with other seeds than those reported; where the best is at the end of the grid, the grid goes on, and
+the two best are tried with more seeds.
 
 Every run is written to `benchmarks/results/learning/` with its settings and its log, at once; what is there is not run
 again. Then `docs/results.md` and its figures are written from all runs there are. `--check METHOD` runs one cell again
@@ -15,15 +16,16 @@ and says whether its numbers are those of the file.
 import argparse
 import itertools
 import json
+import math
 import os
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from learning_report import PAGE, Comparison, draw, write_page
 from learning_run import ORACLE, make_checkpoint, run
-from runs import PLAYGROUND, Cell, run_all
+from runs import PLAYGROUND, Cell, RunsFailedError, run_all
 
 from trl_cancel.methods import complete_settings
 from trl_cancel.playground import CHECKPOINTS, NAME, RICH, VARIED
@@ -93,7 +95,8 @@ SAME_ON_POLICY = {
     "DFPO positive_orth": "GRPO, loss_type grpo",
 }
 LIMITS = (1e-6, 4e-3)  # of learning rates
-TUNING_SEEDS, FIRST_SEED = (100, 101), 200  # seeds below these have chosen settings in other experiments
+TUNING_SEEDS, FIRST_SEED = range(100, 106), 200  # seeds below these have chosen settings in other experiments
+TUNED_FIRST = 2  # seeds that every learning rate is tried with; only the two best are with all
 KEPT = ("reward", "entropy", "cancel/shared_prefix_residual", "grad_norm", "balance/rounds")
 FOLLOWED = (BASELINE, "Pos Only", "NTHR", "DelTA", "GRPO-fix", "DFPO min")  # in the figures of rewards
 
@@ -148,6 +151,30 @@ def next_rate(rates: dict[float, list[float]]) -> float | None:
     return beside if beside is not None and LIMITS[0] <= beside <= LIMITS[1] else None
 
 
+def next_runs(rates: dict[float, list[float]]) -> list[tuple[float, int]]:
+    """
+    What tuning takes next, learning rates and seeds: a few seeds until the best is between two others, then all of them
+    for the two best; nothing when that is done.
+    """
+    if (beside := next_rate(rates)) is not None:
+        return [(beside, seed) for seed in TUNING_SEEDS[:TUNED_FIRST]]
+    two_best = sorted(rates, key=lambda rate: -statistics.mean(rates[rate]))[:2]
+    return [(rate, seed) for rate in two_best for seed in TUNING_SEEDS[len(rates[rate]) :]]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two results are equal, but for the rounding of numbers, which differs between machines."""
+    if isinstance(one, dict):
+        return (
+            isinstance(other, dict) and one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+        )
+    if isinstance(one, list):
+        return isinstance(other, list) and len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, float):
+        return isinstance(other, float) and math.isclose(one, other, rel_tol=1e-3, abs_tol=1e-6)
+    return one == other
+
+
 @dataclass(frozen=True)
 class Strand:
     """
@@ -170,6 +197,8 @@ class Strand:
             Steps of the model that the runs start from, where none is embedded; those of the task if not given.
         problems (`int`, *optional*):
             Problems to evaluate on, to try things.
+        failures (`list[str]`, *optional*):
+            Filled with what failed.
     """
 
     task: str
@@ -180,6 +209,7 @@ class Strand:
     given_rates: tuple[float, ...] = ()
     warm_start_steps: int | None = None
     problems: int | None = None
+    failures: list[str] = field(default_factory=list)
 
     @property
     def start(self) -> str:
@@ -202,31 +232,37 @@ class Strand:
         """All runs that were finished so far."""
         return json.loads(self.file.read_text())["runs"] if self.file.exists() else []
 
-    def run(self, cells: list[tuple[str, float, int, str]]) -> list[dict[str, Any]]:
-        """The results of some cells, each a name, a learning rate, a seed and a split."""
-        made = [replace(cell(self.task, self.regime, *one), start=self.start, problems=self.problems) for one in cells]
+    def run(self, cells: list[tuple[str, float, int]], split: str) -> list[dict[str, Any] | None]:
+        """The results of some cells, each a name, a learning rate and a seed; `None` for those that failed."""
+        made = [
+            replace(cell(self.task, self.regime, *one, split), start=self.start, problems=self.problems)
+            for one in cells
+        ]
         if self.steps:
             made = [replace(one, settings={**one.settings, "max_steps": self.steps}) for one in made]
-        return run_all(made, self.file, self.jobs, KEPT, run)
+        try:
+            return list(run_all(made, self.file, self.jobs, KEPT, run))
+        except RunsFailedError as error:
+            self.failures.append(str(error))
+            return error.results
 
     def tune(self, names: list[str]) -> dict[str, float]:
         """The best learning rate of each method; a grid of one is taken as it is."""
         if len(self.rates) == 1:
             return dict.fromkeys(names, self.rates[0])
         grid: dict[str, dict[float, list[float]]] = {name: {} for name in names}
-        wanted = [(name, rate) for name in names for rate in self.rates]
+        wanted = [(name, rate, seed) for seed in TUNING_SEEDS[:TUNED_FIRST] for name in names for rate in self.rates]
         while wanted:
-            for result in self.run([(*one, seed, "tune") for seed in TUNING_SEEDS for one in wanted]):
-                grid[result["name"]].setdefault(result["settings"]["learning_rate"], []).append(result["sampled"])
-            beside = {name: next_rate(rates) for name, rates in grid.items()}
-            wanted = [(name, rate) for name, rate in beside.items() if rate is not None]
+            for (name, rate, _), result in zip(wanted, self.run(wanted, "tune"), strict=True):
+                grid[name].setdefault(rate, []).append(result["sampled"] if result else 0.0)
+            wanted = [(name, rate, seed) for name, rates in grid.items() for rate, seed in next_runs(rates)]
         return {name: best_rate(rates) for name, rates in grid.items()}
 
     def compare(self, methods: list[str], seeds: int) -> None:
         """Tunes, then makes the runs that are reported, seed by seed, so that whatever is there can be paired."""
         rates = {UNTRAINED: 0.0, **self.tune([name for name in methods if name in methods_of(self.regime)])}
         seeds_reported = range(FIRST_SEED, FIRST_SEED + seeds)
-        self.run([(*one, seed, "test") for seed in seeds_reported for one in rates.items()])
+        self.run([(*one, seed) for seed in seeds_reported for one in rates.items()], "test")
 
     def check(self, name: str, seed: int) -> bool:
         """Makes a reported run again; whether it measures and logs what the file says."""
@@ -237,7 +273,7 @@ class Strand:
         made = cell(self.task, self.regime, name, before["settings"]["learning_rate"], seed, "test")
         made = replace(made, settings=before["settings"], start=before["start"], problems=before.get("problems"))
         again = json.loads(json.dumps(run(made, KEPT)))
-        differing = [key for key in before if key not in ("seconds", "commit") and before[key] != again[key]]
+        differing = [key for key in before if key not in ("seconds", "commit") and not same(before[key], again[key])]
         print(f"{name}, seed {seed}: sampled {before['sampled']:.2%} in the file, {again['sampled']:.2%} now.")
         print(f"At commit {before['commit']} then, at {again['commit']} now.")
         print(f"Different: {', '.join(differing)}." if differing else "Everything but the time is the same.")
@@ -284,6 +320,7 @@ def main() -> None:
         parser.error(f"--{tried[0].replace('_', '-')} is for trying things: give another folder with --results.")
     if options.check and len(options.tasks) * len(options.regimes) > 1:
         parser.error("--check takes one of --tasks and one of --regimes.")
+    failures: list[str] = []
     for task, regime in itertools.product(options.tasks, options.regimes):
         strand = Strand(
             task,
@@ -294,6 +331,7 @@ def main() -> None:
             tuple(options.rates),
             options.warm_start_steps,
             options.problems,
+            failures,
         )
         if options.check:
             raise SystemExit(not strand.check(options.check, options.check_seed))
@@ -304,6 +342,8 @@ def main() -> None:
             strand.compare(options.methods, options.seeds)
     if options.results == RESULTS:
         write_results(options.results)
+    if failures:
+        raise SystemExit("\n".join(failures))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from oracle import Oracle, first_wrong, response_tokens
-from runs import Cell
+from runs import Cell, short
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
@@ -163,9 +163,9 @@ def run(cell: Cell, kept: tuple[str, ...]) -> dict[str, Any]:
             "entropy": statistics.mean(entry["entropy"] for entry in history[-max(1, len(history) // 10) :]),
             "seconds": {"training": round(trained - started, 1), "all": round(time.perf_counter() - started, 1)},
         }
-    logs = {name: [_short(entry.get(name)) for entry in history] for name in kept}
+    logs = {name: [short(entry.get(name)) for entry in history] for name in kept}
     logs["generated_tokens"] = [round(tokens) for tokens in budget.tokens[: len(history)]]
-    made_with = {"model": digest(checkpoint_of(cell)), "commit": commit()}
+    made_with = {"model": digest(checkpoint_of(cell)), "device": device_settings(cell), "commit": commit()}
     return {**asdict(cell), **measured, **made_with, "logs": logs}
 
 
@@ -227,7 +227,3 @@ def answers(
             ids += continuations(model, tokenizer, prompts, task.max_completion_length, temperature)
     rewards = torch.tensor(rewards_of(answer_reward, tokenizer, rows, ids)).view(-1, samples)
     return [ids[first : first + samples] for first in range(0, len(ids), samples)], rewards
-
-
-def _short(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")

@@ -1,4 +1,4 @@
-"""Many short runs on the playground: each once, two at a time, kept in a file, and taken up again where they stopped."""
+"""Many short runs on the playground: each once, some at a time, kept in a file, and taken up again where they stopped."""
 
 import json
 import multiprocessing
@@ -74,6 +74,22 @@ class Cell:
     problems: int | None = None
 
 
+class RunsFailedError(RuntimeError):
+    """
+    Some runs failed, after all others were made.
+
+    Args:
+        message (`str`):
+            Which, and why.
+        results (`list[dict | None]`):
+            Those of all cells, in their order; `None` for those that failed.
+    """
+
+    def __init__(self, message: str, results: list[dict[str, Any] | None]):
+        super().__init__(message)
+        self.results = results
+
+
 Run = Callable[[Cell, tuple[str, ...]], dict[str, Any]]
 
 
@@ -124,7 +140,7 @@ def run(cell: Cell, kept: tuple[str, ...]) -> dict[str, Any]:
             for how, samples, temperature in (("greedy", 1, 0.0), ("sampled", 4, 1.0))
         }
     history = trainer.state.log_history[:-1]
-    logs = {name: [_short(entry.get(name)) for entry in history] for name in kept}
+    logs = {name: [short(entry.get(name)) for entry in history] for name in kept}
     return {**asdict(cell), **evaluated, "steps": trainer.state.global_step, "logs": logs}
 
 
@@ -148,6 +164,9 @@ def run_all(
 
     Returns:
         `list[dict]`: What [`run`] returned for each cell, in their order.
+
+    Raises:
+        [`RunsFailedError`]: When all others are made, if some failed.
     """
     done = {_key(result): result for result in json.loads(file.read_text())["runs"]} if file.exists() else {}
     missing = [cell for cell in cells if _key(asdict(cell)) not in done]
@@ -170,9 +189,8 @@ def run_all(
                 f"{count}/{len(missing)} {result['name']} seed {result['seed']}: {result['sampled']:.1%}", flush=True
             )
     if failures:
-        raise RuntimeError(
-            f"{len(failures)} of {len(missing)} runs failed; the others are kept. " + "; ".join(failures)
-        )
+        message = f"{len(failures)} of {len(missing)} runs failed; the others are kept. " + "; ".join(failures)
+        raise RunsFailedError(message, [done.get(_key(asdict(cell))) for cell in cells])
     return [done[_key(asdict(cell))] for cell in cells]
 
 
@@ -207,5 +225,5 @@ def _key(cell: dict[str, Any]) -> str:
     return json.dumps([cell["name"], cell["settings"], cell["seed"], cell["split"], *more], sort_keys=True)
 
 
-def _short(value: float | None) -> float | None:
+def short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.4g}")

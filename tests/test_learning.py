@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ import learning  # noqa: E402
 import learning_report  # noqa: E402
 import learning_run  # noqa: E402
 import oracle  # noqa: E402
-from runs import _key, run_all  # noqa: E402
+from runs import RunsFailedError, _key, run_all  # noqa: E402
 
 
 STRANDS = [
@@ -208,6 +209,49 @@ def test_learning_rates_are_tried_until_the_best_is_between_two():
     assert learning.next_rate({learning.LIMITS[0]: [0.3], 2e-4: [0.2]}) is None
 
 
+def test_the_two_best_learning_rates_are_tried_with_more_seeds():
+    few = {1e-4: [0.1, 0.2], 2e-4: [0.3, 0.4], 4e-4: [0.2, 0.2]}
+    assert learning.next_runs(few) == [(rate, seed) for rate in (2e-4, 4e-4) for seed in (102, 103, 104, 105)]
+    more = {**few, 2e-4: [0.3] * 6, 4e-4: [0.1] * 6}
+    assert learning.next_runs(more) == [(1e-4, seed) for seed in (102, 103, 104, 105)], "now it is the second"
+    assert learning.next_runs({**more, 1e-4: [0.2] * 6}) == []
+    assert learning.next_runs({**more, 4e-4: [0.4] * 6}) == [(8e-4, 100), (8e-4, 101)], "now it is at the end"
+
+
+def test_a_run_that_fails_is_no_candidate(tmp_path, monkeypatch):
+    """A learning rate with which training breaks down counts as nothing right, and the rest goes on."""
+
+    def run_all(cells, file, jobs, kept, run):
+        results = [
+            {"sampled": 0.5 - 100 * one.settings["learning_rate"]} if one.settings["learning_rate"] > 1e-4 else None
+            for one in cells
+        ]
+        if None in results:
+            raise RunsFailedError("broken", results)
+        return results
+
+    monkeypatch.setattr(learning, "run_all", run_all)
+    strand = learning.Strand(learning.VARIED, "off-policy", tmp_path)
+    assert strand.tune(["GRPO"]) == {"GRPO": 2e-4}
+    assert strand.failures == ["broken"]
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        ({"a": [1.0, None, 0.30001]}, True),
+        ({"a": [1.0, None, 0.302]}, False),
+        ({"a": [1.0, 0.0, 0.3]}, False),
+        ({"a": [1.0, None]}, False),
+        ({"b": [1.0, None, 0.3]}, False),
+    ],
+)
+def test_results_are_the_same_but_for_rounding(other, same):
+    assert learning.same({"a": [1.0, None, 0.3]}, other) is same
+    assert not learning.same({"a": 3}, {"a": 4})
+    assert learning.same({"a": 1e-8}, {"a": 3e-8}), "rounding"
+
+
 def test_protocol(tmp_path, monkeypatch):
     """What is run for a strand: the same grid for all, other seeds and problems for the report, the best rate."""
     asked = []
@@ -229,8 +273,11 @@ def test_protocol(tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "run_all", run_all)
     learning.Strand(learning.VARIED, "off-policy", tmp_path).compare(["GRPO", "NTHR"], seeds=8)
     tuning, reported = ([one for one in asked if one.split == split] for split in ("tune", "test"))
-    rates = {name: {one.settings["learning_rate"] for one in tuning if one.name == name} for name in ("GRPO", "NTHR")}
-    assert rates == {"GRPO": {5e-5, 1e-4, 2e-4, 4e-4}, "NTHR": {1e-4, 2e-4, 4e-4, 8e-4, 16e-4}}
+    tried = Counter((one.name, one.settings["learning_rate"]) for one in tuning)
+    assert tried == {
+        **{("GRPO", 5e-5): 6, ("GRPO", 1e-4): 6, ("GRPO", 2e-4): 2, ("GRPO", 4e-4): 2},
+        **{("NTHR", 1e-4): 2, ("NTHR", 2e-4): 2, ("NTHR", 4e-4): 6, ("NTHR", 8e-4): 6, ("NTHR", 16e-4): 2},
+    }
     assert {one.seed for one in tuning}.isdisjoint({one.seed for one in reported})
     assert {(one.name, one.settings["learning_rate"]) for one in reported} == {
         ("untrained", 0.0),
@@ -314,8 +361,9 @@ def raises(cell, kept):
 
 def test_a_run_that_fails_takes_no_other_with_it(tmp_path):
     cells = [learning.Cell("GRPO", {}, seed) for seed in range(4)]
-    with pytest.raises(RuntimeError, match=r"1 of 4 runs failed; the others are kept. GRPO seed 1: .*no luck"):
+    with pytest.raises(RunsFailedError, match=r"1 of 4 runs failed; the others are kept. GRPO seed 1: .*no luck") as failed:
         run_all(cells, tmp_path / "runs.json", 1, run=raises)
+    assert [run and run["seed"] for run in failed.value.results] == [0, None, 2, 3]
     assert [run["seed"] for run in json.loads((tmp_path / "runs.json").read_text())["runs"]] == [0, 2, 3]
 
 
