@@ -289,7 +289,7 @@ def write_results(results: Path) -> None:
         if any(one["name"] == BASELINE and one["split"] == "test" for one in runs):
             same = SAME_ON_POLICY if regime == "on-policy" else {}
             controls = {name: same.get(control, control) for name, control in CONTROLS.items()}
-            titles = (f"{setting.title}, {regime}", f"({setting.short}, {regime})")
+            titles = (f"{setting.title}, {regime}", f"{setting.short}, {regime}")
             comparisons.append(Comparison(*titles, runs, BASELINE, UNTRAINED, controls))
             figures.append(f"images/results-{strand.file.stem}.png")
             draw(comparisons[-1], PAGE.parent / figures[-1], FOLLOWED)

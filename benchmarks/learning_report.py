@@ -1,6 +1,5 @@
 """The tables and figures of `docs/results.md`, from the runs of `learning.py`."""
 
-import itertools
 import math
 import re
 import statistics
@@ -29,7 +28,17 @@ BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 WAY = 0.9  # of the way that the baseline's reward goes: the threshold
 SMOOTHED = 384  # rollouts of the moving average of rewards
 LEVEL, FEWEST = 0.05, 6  # of the sign-flip tests, and the pairs it takes to find something
+COLLAPSE = 0.5  # of the accuracy before the training: a run that ends below has collapsed
 Result = dict[str, Any]
+
+
+def sampled(run: Result) -> float:
+    return run["sampled"]
+
+
+def on_first_wrong(run: Result) -> float | None:
+    """The share of the push downwards, before it cancels, that lands on the first wrong token."""
+    return run["blame"]["gross"] and run["blame"]["gross"][PLACES.index("on")]
 
 
 class Comparison:
@@ -80,10 +89,18 @@ class Comparison:
         end = statistics.mean(map(last_tenth, rewards))
         return start + WAY * (end - start) if end > start else None
 
-    def differences(self, name: str, other: str | None = None) -> list[float]:
-        """What a method's sampled accuracy is more than that of another one or the baseline, seed by seed."""
-        others = {run["seed"]: run["sampled"] for run in self.methods[other or self.baseline]}
-        return [run["sampled"] - others[run["seed"]] for run in self.methods[name] if run["seed"] in others]
+    def differences(
+        self, name: str, other: str | None = None, measure: Callable[[Result], float | None] = sampled
+    ) -> list[float]:
+        """
+        What a measure of a method, its sampled accuracy if none is given, is more than that of another one or the
+        baseline, seed by seed.
+        """
+        measured, others = (
+            {run["seed"]: value for run in self.methods[one] if (value := measure(run)) is not None}
+            for one in (name, other or self.baseline)
+        )
+        return [value - others[seed] for seed, value in measured.items() if seed in others]
 
     def ranked(self) -> list[str]:
         """The methods, the best first."""
@@ -112,17 +129,30 @@ def p_value(differences: Sequence[float]) -> float:
     as far from 0, if the sign of each were a coin's. It keeps its level with few pairs, which percentile bootstrap
     intervals do not; with fewer than six it finds nothing at 5%.
     """
-    flips = itertools.product((1, -1), repeat=len(differences))
-    sums = torch.tensor([[sign * value for sign, value in zip(flip, differences, strict=True)] for flip in flips]).sum(
-        1
-    )
-    return (sums.abs() >= abs(sum(differences)) - 1e-9).double().mean().item()
+    values = torch.tensor(differences, dtype=torch.double)
+    pairs = torch.arange(len(values))
+    flips = 1 - 2 * (torch.arange(2 ** len(values)).unsqueeze(1) >> pairs & 1)
+    sums = flips.double() @ values
+    return (sums.abs() >= values.sum().abs() * (1 - 1e-9)).double().mean().item()
 
 
 def verdict(differences: list[float]) -> str:
     if p_value(differences) >= LEVEL:
         return ""
     return "**more**" if sum(differences) > 0 else "**less**"
+
+
+def compare(differences: list[float]) -> tuple[str, str, str]:
+    """Their interval, p-value and verdict."""
+    return interval(differences, "{:+.1%}"), f"{p_value(differences):.3f}", verdict(differences)
+
+
+def shift_of_blame(differences: list[float]) -> str:
+    """How much more blame lands on the first wrong token; bold where a difference is found."""
+    if len(differences) < 2:
+        return ""
+    cell = interval(differences, "{:+.2%}")
+    return f"**{cell}**" if verdict(differences) else cell
 
 
 def window(run: Result) -> int:
@@ -142,11 +172,12 @@ def accuracy_table(comparison: Comparison) -> str:
         "seeds",
         "sampled, avg@8",
         f"minus {comparison.baseline}",
+        "p",
         "verdict",
         "greedy",
         "pass@8",
     ]
-    header += ["distinct right answers of 8", "variety", "worse than before"]
+    header += ["distinct right answers of 8", "variety", "collapsed"]
     rows = []
     for name in comparison.ranked():
         runs = comparison.methods[name]
@@ -159,13 +190,12 @@ def accuracy_table(comparison: Comparison) -> str:
                 f"{runs[0]['settings']['learning_rate']:g}",
                 str(len(runs)),
                 interval([run["sampled"] for run in runs]),
-                interval(difference, "{:+.1%}") if compared else "",
-                verdict(difference) if compared else "",
+                *(compare(difference) if compared else ("", "", "")),
                 f"{mean(runs, 'greedy'):.1%}",
                 f"{mean(runs, 'pass'):.1%}",
                 f"{mean(runs, 'distinct'):.2f}",
                 f"{mean(runs, 'variety'):.2f}",
-                f"{sum(after < before for after, before in paired)} of {len(paired)}",
+                f"{sum(after < COLLAPSE * before for after, before in paired)} of {len(paired)}",
             ]
         )
     return table(header, rows)
@@ -177,8 +207,19 @@ def control_table(comparison: Comparison) -> str:
     for name, control in comparison.controls.items():
         difference = comparison.differences(name, control)
         if len(difference) > 1:
-            rows.append([name, control, interval(difference, "{:+.1%}"), verdict(difference)])
-    return table(["", "its control", "minus its control", "verdict"], rows)
+            rates = [f"{comparison.methods[one][0]['settings']['learning_rate']:g}" for one in (name, control)]
+            blame = shift_of_blame(comparison.differences(name, control, on_first_wrong))
+            rows.append([name, control, " / ".join(rates), *compare(difference), blame])
+    header = [
+        "",
+        "its control",
+        "learning rates",
+        "minus its control",
+        "p",
+        "verdict",
+        "blame on the first wrong token",
+    ]
+    return table(header, rows)
 
 
 def training_table(comparison: Comparison) -> str:
@@ -200,9 +241,9 @@ def training_table(comparison: Comparison) -> str:
                 f"{mean(runs, 'steps'):.0f}",
                 reached(summaries, "steps_to_threshold", "{:.0f}".format),
                 reached(summaries, "tokens_to_threshold", lambda tokens: f"{tokens / 1000:.0f}k"),
-                f"{statistics.mean(summary['jitter2'] for summary in summaries):.3f}",
+                f"{mean(summaries, 'jitter2'):.3f}",
                 f"{mean(runs, 'entropy'):.3f}",
-                f"{statistics.mean(summary['last/cancel/shared_prefix_residual'] for summary in summaries):.2g}",
+                f"{mean(summaries, 'last/cancel/shared_prefix_residual'):.2g}",
             ]
         )
     return table(header, rows)
@@ -219,6 +260,7 @@ def reached(summaries: list[dict[str, Any]], name: str, form: Callable[[float], 
 
 def blame_table(comparison: Comparison) -> str:
     header = ["", *(f"{kind}: {place}" for kind in ("gross", "net") for place in PLACES)]
+    header += [f"gross: on, minus {comparison.baseline}"]
     rows = []
     for name in comparison.ranked():
         cells = [name]
@@ -226,11 +268,14 @@ def blame_table(comparison: Comparison) -> str:
             shares = [run["blame"][kind] for run in comparison.methods[name] if run["blame"][kind]]
             means = [statistics.mean(place) for place in zip(*shares, strict=True)] if shares else []
             cells += [f"{share:.2%}" for share in means] or ["none"] * len(PLACES)
+        compared = name != comparison.baseline
+        cells += [shift_of_blame(comparison.differences(name, measure=on_first_wrong)) if compared else ""]
         rows.append(cells)
     return table(header, rows)
 
 
 def tuning_table(comparison: Comparison) -> str:
+    """Mean accuracies over the tuning seeds, and in parentheses the lowest."""
     tuning: dict[str, dict[float, list[float]]] = {}
     for run in comparison.runs:
         if run["split"] == "tune":
@@ -238,7 +283,13 @@ def tuning_table(comparison: Comparison) -> str:
             rates.setdefault(run["settings"]["learning_rate"], []).append(run["sampled"])
     tried = sorted({rate for rates in tuning.values() for rate in rates})
     rows = [
-        [name, *(f"{statistics.mean(rates[rate]):.1%}" if rate in rates else "" for rate in tried)]
+        [
+            name,
+            *(
+                f"{statistics.mean(rates[rate]):.1%} ({min(rates[rate]):.1%})" if rate in rates else ""
+                for rate in tried
+            ),
+        ]
         for name, rates in tuning.items()
     ]
     return table(["learning rate", *(f"{rate:g}" for rate in tried)], rows)
@@ -317,17 +368,23 @@ def summary(comparisons: Sequence[Comparison]) -> str:
 
 
 def gave(name: str, comparisons: Sequence[Comparison]) -> str:
-    """What a method has more than the baseline, where a difference was found."""
-    differences = {one.short: one.differences(name) for one in comparisons if name in one.methods}
-    compared = {short: values for short, values in differences.items() if len(values) >= FEWEST}
-    told = [f"{100 * statistics.mean(values):+.1f} {short}" for short, values in compared.items() if verdict(values)]
+    """What a method has more than the baseline, where a difference was found, and whether its control has it too."""
+    compared = [one for one in comparisons if name in one.methods and len(one.differences(name)) >= FEWEST]
+    told = []
+    for one in compared:
+        if verdict(one.differences(name)):
+            control = one.controls.get(name)
+            beside = "" if control is None or verdict(one.differences(name, control)) else "; no more than its control"
+            told.append(f"{100 * statistics.mean(one.differences(name)):+.1f} ({one.short}{beside})")
     return ", ".join(told) or ("no difference found" if compared else "not compared yet")
 
 
 def write_between(file: Path, begin: str, text: str, end: str) -> None:
     """Replaces what stands between two marks."""
-    before, _, rest = file.read_text().partition(begin)
-    _, _, after = rest.partition(end)
+    before, begun, rest = file.read_text().partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (begun and ended):
+        raise ValueError(f"{file.name} has no {begin} with {end} after it.")
     file.write_text(f"{before}{begin}{text}{end}{after}")
 
 

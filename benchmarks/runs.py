@@ -195,11 +195,13 @@ def run_all(
 
 
 def interval(values: list[float], form: str = "{:.1%}") -> str:
-    """The mean and its 95% bootstrap interval over seeds."""
+    """The mean and its 95% bootstrap interval over seeds; the value itself of a single seed."""
     import torch
 
     from trl_cancel.evaluation import mean_with_interval
 
+    if len(values) == 1:
+        return form.format(*values)
     mean, low, high = map(form.format, mean_with_interval(torch.tensor(values).unsqueeze(1)))
     return f"{mean} [{low}, {high}]"
 

@@ -71,7 +71,7 @@ def comparison():
     runs += [result("worse", seed, 0.30 + 0.01 * seed, rewards=[0.1] * 6) for seed in reversed(range(6))]
     runs += [result("GRPO", 100, 0.45, "tune"), result("GRPO", 101, 0.55, "tune")]
     controls = {"worse": "undecided", "better": "worse", "not run": "GRPO", "undecided": "not run"}
-    return learning_report.Comparison("Title", "(here)", runs, "GRPO", "untrained", controls)
+    return learning_report.Comparison("Title", "here", runs, "GRPO", "untrained", controls)
 
 
 def cells_of(table, name):
@@ -89,7 +89,7 @@ def test_differences_are_paired_by_seed(comparison):
 def test_runs_that_are_there_twice_are_refused(comparison):
     runs = [*comparison.runs, result("GRPO", 3, 0.9, rate=2e-4)]
     with pytest.raises(ValueError, match=r"Title has several runs of \('GRPO', 3\)"):
-        learning_report.Comparison("Title", "(here)", runs, "GRPO", "untrained")
+        learning_report.Comparison("Title", "here", runs, "GRPO", "untrained")
 
 
 @pytest.mark.parametrize(
@@ -100,6 +100,8 @@ def test_runs_that_are_there_twice_are_refused(comparison):
         ([1.0, 2.0, 3.0, 4.0, 5.0], 2 / 32),
         ([-1.0, 2.0, 3.0], 4 / 8),  # sums 4 and 6, and their opposites
         ([0.0, 0.0], 1.0),
+        ([0.1, 0.2, 0.3], 2 / 8),
+        ([-0.009, 0.008, -0.009, 0.003, -0.003, 0.004], 50 / 64),  # where float32 takes equal sums for unequal
     ],
 )
 def test_sign_flips(differences, expected):
@@ -124,8 +126,11 @@ def test_accuracy_table(comparison):
     undecided = cells_of(table, "undecided")
     assert undecided["minus GRPO"].startswith("-0.5% [-2.")
     assert undecided["verdict"] == ""
-    assert worse["worse than before"] == "6 of 6"
-    assert better["worse than before"] == "0 of 6"
+    assert (better["p"], undecided["p"]) == ("0.031", "0.750")
+    assert better["collapsed"] == "0 of 6"
+    collapsed = [result("collapsed", seed, 0.19 + 0.02 * (seed % 2)) for seed in range(6)]
+    comparison.methods["collapsed"] = collapsed
+    assert cells_of(learning_report.accuracy_table(comparison), "collapsed")["collapsed"] == "3 of 6", "half of 0.4"
 
 
 def test_control_table(comparison):
@@ -134,6 +139,12 @@ def test_control_table(comparison):
     better = cells_of(table, "better")
     assert (better["its control"], better["verdict"]) == ("worse", "**more**")
     assert better["minus its control"] == "+25.0% [+25.0%, +25.1%]"
+    assert better["learning rates"] == "0.0001 / 0.0001"
+    assert better["blame on the first wrong token"] == "+0.00% [+0.00%, +0.00%]"
+    for run in comparison.methods["better"]:
+        run["blame"] = {**run["blame"], "gross": [0.4, 0.2, 0.4]}
+    better = cells_of(learning_report.control_table(comparison), "better")
+    assert better["blame on the first wrong token"] == "**+10.00% [+10.00%, +10.00%]**"
     assert cells_of(table, "worse")["verdict"] == "**less**"
 
 
@@ -152,14 +163,23 @@ def test_training_table(comparison):
     assert cells_of(learning_report.training_table(comparison), "worse")["Jitter₂"] == "0.000"
 
 
+def test_two_generation_batches_are_too_few_for_jitter(comparison):
+    """As a method that generates further rounds may end off policy."""
+    comparison.methods["short"] = [
+        result("short", seed, 0.5, rewards=[None, 0.2, None, 0.3, None, None]) for seed in range(2)
+    ]
+    cells = cells_of(learning_report.training_table(comparison), "short")
+    assert (cells["Jitter₂"], cells["residual"]) == ("nan", "0.1")
+
+
 def test_a_baseline_that_learns_nothing_sets_no_threshold():
     runs = [result("GRPO", seed, 0.5, rewards=[0.6, 0.5, 0.4, 0.3, 0.2, 0.1]) for seed in range(2)]
-    collapsed = learning_report.Comparison("Title", "(here)", runs, "GRPO", "untrained")
+    collapsed = learning_report.Comparison("Title", "here", runs, "GRPO", "untrained")
     assert cells_of(learning_report.training_table(collapsed), "GRPO")["steps to the reward"] == "not reached"
 
 
 def test_summary(comparison):
-    other = learning_report.Comparison("Other", "(there)", comparison.runs[:12], "GRPO", "untrained")
+    other = learning_report.Comparison("Other", "there", comparison.runs[:12], "GRPO", "untrained")
     summary = learning_report.summary([comparison, other])
     assert cells_of(summary, "better") == {"": "better", "Title": "**+5.0 [+5.0, +5.1]**", "Other": ""}
     assert cells_of(summary, "worse")["Title"] == "**-20.0 [-20.0, -20.0]**"
@@ -170,12 +190,19 @@ def test_text_between_marks(tmp_path):
     file.write_text("before <!-- a --> old <!-- b --> after")
     learning_report.write_between(file, "<!-- a -->", "new", "<!-- b -->")
     assert file.read_text() == "before <!-- a -->new<!-- b --> after"
+    for begin, end in (("<!-- a -->", "<!-- c -->"), ("<!-- c -->", "<!-- b -->")):
+        with pytest.raises(ValueError, match=r"page.md has no <!-- . --> with <!-- . --> after it"):
+            learning_report.write_between(file, begin, "lost", end)
+    assert file.read_text() == "before <!-- a -->new<!-- b --> after"
 
 
 def test_what_a_method_gave(comparison):
-    other = learning_report.Comparison("Other", "(there)", comparison.runs[:18], "GRPO", "untrained")
+    other = learning_report.Comparison("Other", "there", comparison.runs[:18], "GRPO", "untrained")
     assert learning_report.gave("better", [comparison, other]) == "+5.1 (here), +5.1 (there)"
     assert learning_report.gave("worse", [comparison, other]) == "-20.0 (here)"
+    comparison.controls["better"] = "level"
+    comparison.methods["level"] = [result("level", seed, 0.55 + 0.01 * seed) for seed in range(6)]
+    assert learning_report.gave("better", [comparison]) == "+5.1 (here; no more than its control)"
     assert learning_report.gave("undecided", [comparison, other]) == "no difference found"
     assert learning_report.gave("not run", [comparison, other]) == "not compared yet"
     comparison.methods["better"] = comparison.methods["better"][:5]
@@ -186,7 +213,17 @@ def test_blame_and_tuning_tables(comparison):
     comparison.methods["GRPO"][0]["blame"]["gross"] = [0.1, 0.5, 0.4]  # of six seeds
     blame = cells_of(learning_report.blame_table(comparison), "GRPO")
     assert (blame["gross: before"], blame["gross: on"], blame["net: on"]) == ("43.33%", "16.67%", "none")
-    assert cells_of(learning_report.tuning_table(comparison), "GRPO") == {"learning rate": "GRPO", "0.0001": "50.0%"}
+    assert cells_of(learning_report.tuning_table(comparison), "GRPO") == {
+        "learning rate": "GRPO",
+        "0.0001": "50.0% (45.0%)",
+    }
+    shift = "gross: on, minus GRPO"
+    assert blame[shift] == ""
+    comparison.methods["worse"][1]["blame"]["gross"] = None
+    worse = cells_of(learning_report.blame_table(comparison), "worse")
+    assert worse[shift].startswith("-8.00% [")
+    comparison.methods["worse"] = comparison.methods["worse"][:1]
+    assert cells_of(learning_report.blame_table(comparison), "worse")[shift] == ""
 
 
 def test_models_that_are_not_embedded_are_told_apart(tmp_path):
@@ -274,10 +311,9 @@ def test_protocol(tmp_path, monkeypatch):
     learning.Strand(learning.VARIED, "off-policy", tmp_path).compare(["GRPO", "NTHR"], seeds=8)
     tuning, reported = ([one for one in asked if one.split == split] for split in ("tune", "test"))
     tried = Counter((one.name, one.settings["learning_rate"]) for one in tuning)
-    assert tried == {
-        **{("GRPO", 5e-5): 6, ("GRPO", 1e-4): 6, ("GRPO", 2e-4): 2, ("GRPO", 4e-4): 2},
-        **{("NTHR", 1e-4): 2, ("NTHR", 2e-4): 2, ("NTHR", 4e-4): 6, ("NTHR", 8e-4): 6, ("NTHR", 16e-4): 2},
-    }
+    two, six = [("GRPO", 2e-4), ("GRPO", 4e-4), ("NTHR", 1e-4), ("NTHR", 2e-4), ("NTHR", 16e-4)], [("GRPO", 5e-5)]
+    six += [("GRPO", 1e-4), ("NTHR", 4e-4), ("NTHR", 8e-4)]
+    assert tried == {**dict.fromkeys(two, 2), **dict.fromkeys(six, 6)}
     assert {one.seed for one in tuning}.isdisjoint({one.seed for one in reported})
     assert {(one.name, one.settings["learning_rate"]) for one in reported} == {
         ("untrained", 0.0),
@@ -361,7 +397,9 @@ def raises(cell, kept):
 
 def test_a_run_that_fails_takes_no_other_with_it(tmp_path):
     cells = [learning.Cell("GRPO", {}, seed) for seed in range(4)]
-    with pytest.raises(RunsFailedError, match=r"1 of 4 runs failed; the others are kept. GRPO seed 1: .*no luck") as failed:
+    with pytest.raises(
+        RunsFailedError, match=r"1 of 4 runs failed; the others are kept. GRPO seed 1: .*no luck"
+    ) as failed:
         run_all(cells, tmp_path / "runs.json", 1, run=raises)
     assert [run and run["seed"] for run in failed.value.results] == [0, None, 2, 3]
     assert [run["seed"] for run in json.loads((tmp_path / "runs.json").read_text())["runs"]] == [0, 2, 3]
@@ -471,7 +509,10 @@ def test_a_cell_repeats_itself():
 
 @strands
 def test_reported_runs_follow_the_protocol(strand):
-    """Each method's learning rate is the best of the tuning runs in the file, and no seed is in both."""
+    """
+    Each method's learning rate is the best of a finished tuning, no seed is in both, and the same seeds and the same
+    compute are reported of all.
+    """
     runs = strand.runs()
     tuning: dict = {}
     for run in runs:
@@ -481,13 +522,22 @@ def test_reported_runs_follow_the_protocol(strand):
     for run in runs:
         assert (run["seed"] in learning.TUNING_SEEDS) == (run["split"] == "tune")
         assert run["task"] == strand.task
-        assert run["model"] == learning_run.digest(learning.CHECKPOINTS[strand.task]), "of another checkpoint"
+        if not strand.start:
+            assert run["model"] == learning_run.digest(learning.CHECKPOINTS[strand.task]), "of another checkpoint"
         assert run.get("problems") is None
         if run["split"] == "test" and run["name"] != learning.UNTRAINED:
             made = learning.cell(
                 strand.task, strand.regime, run["name"], learning.best_rate(tuning[run["name"]]), run["seed"], "test"
             )
             assert run["settings"] == json.loads(json.dumps(made.settings))
+            assert learning.next_runs(tuning[run["name"]]) == [], "tuned"
+    reported = [run for run in runs if run["split"] == "test"]
+    seeds = {name: sorted(run["seed"] for run in reported if run["name"] == name) for name in tuning}
+    assert all(of_method == seeds[learning.BASELINE] for of_method in seeds.values() if of_method)
+    one_round = [
+        run for run in reported if run["name"] not in (learning.UNTRAINED, "reward-balanced", "dynamic sampling")
+    ]
+    assert len({(run["steps"], run["rollouts"]) for run in one_round}) == 1
 
 
 @pytest.mark.skipif(not STRANDS, reason="no results yet")
