@@ -12,7 +12,7 @@ import torch
 from runs import interval
 
 from trl_cancel.diagnostics.blame import PLACES
-from trl_cancel.diagnostics.curves import band, first_tenth, last_tenth, smoothed, summarize
+from trl_cancel.diagnostics.curves import WAY, band, first_tenth, last_tenth, smoothed, summarize
 from trl_cancel.diagnostics.figures import COLOURS, new_figure
 from trl_cancel.diagnostics.runs import Run
 from trl_cancel.evaluation import mean_with_interval
@@ -25,7 +25,6 @@ SUMMARY = (
     "over seeds; bold where a sign-flip test finds a difference (p < 0.05)."
 )
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
-WAY = 0.9  # of the way that the baseline's reward goes: the threshold
 SMOOTHED = 384  # rollouts of the moving average of rewards
 LEVEL, FEWEST = 0.05, 6  # of the sign-flip tests, and the pairs it takes to find something
 COLLAPSE = 0.5  # of the accuracy before the training: a run that ends below has collapsed
