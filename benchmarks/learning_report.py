@@ -5,6 +5,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,6 @@ SMOOTHED = 384  # rollouts of the moving average of rewards
 LEVEL, FEWEST = 0.05, 6  # of the sign-flip tests, and the pairs it takes to find something
 COLLAPSE = 0.5  # of the accuracy before the training: a run that ends below has collapsed
 Result = dict[str, Any]
-
-
-def sampled(run: Result) -> float:
-    return run["sampled"]
 
 
 def on_first_wrong(run: Result) -> float | None:
@@ -89,7 +86,7 @@ class Comparison:
         return start + WAY * (end - start) if end > start else None
 
     def differences(
-        self, name: str, other: str | None = None, measure: Callable[[Result], float | None] = sampled
+        self, name: str, other: str | None = None, measure: Callable[[Result], float | None] = itemgetter("sampled")
     ) -> list[float]:
         """
         What a measure of a method, its sampled accuracy if none is given, is more than that of another one or the
@@ -135,23 +132,16 @@ def p_value(differences: Sequence[float]) -> float:
     return (sums.abs() >= values.sum().abs() * (1 - 1e-9)).double().mean().item()
 
 
-def verdict(differences: list[float]) -> str:
-    if p_value(differences) >= LEVEL:
-        return ""
-    return "**more**" if sum(differences) > 0 else "**less**"
+def found(differences: Sequence[float]) -> bool:
+    return p_value(differences) < LEVEL
 
 
-def compare(differences: list[float]) -> tuple[str, str, str]:
-    """Their interval, p-value and verdict."""
-    return interval(differences, "{:+.1%}"), f"{p_value(differences):.3f}", verdict(differences)
-
-
-def shift_of_blame(differences: list[float]) -> str:
-    """How much more blame lands on the first wrong token; bold where a difference is found."""
+def shown(differences: Sequence[float], form: str = "{:+.1%}") -> str:
+    """Their mean and interval, bold where a difference is found; nothing if there are less than two."""
     if len(differences) < 2:
         return ""
-    cell = interval(differences, "{:+.2%}")
-    return f"**{cell}**" if verdict(differences) else cell
+    cell = interval(list(differences), form)
+    return f"**{cell}**" if found(differences) else cell
 
 
 def window(run: Result) -> int:
@@ -165,33 +155,37 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def accuracy_table(comparison: Comparison) -> str:
-    header = [
-        "",
-        "learning rate",
-        "seeds",
-        "sampled, avg@8",
-        f"minus {comparison.baseline}",
-        "p",
-        "verdict",
-        "greedy",
-        "pass@8",
-    ]
-    header += ["distinct right answers of 8", "variety", "collapsed"]
+    minus = f"minus {comparison.baseline}"
+    header = ["", "learning rate", "seeds", "sampled, avg@8", minus, "p", "greedy", f"greedy {minus}"]
     rows = []
     for name in comparison.ranked():
         runs = comparison.methods[name]
-        paired = [(run["sampled"], comparison.before[run["seed"]]) for run in runs if run["seed"] in comparison.before]
-        difference = comparison.differences(name)
-        compared = name != comparison.baseline and len(difference) > 1
+        sampled, greedy = comparison.differences(name), comparison.differences(name, measure=itemgetter("greedy"))
+        compared = name != comparison.baseline and len(sampled) > 1
         rows.append(
             [
                 name,
                 f"{runs[0]['settings']['learning_rate']:g}",
                 str(len(runs)),
                 interval([run["sampled"] for run in runs]),
-                *(compare(difference) if compared else ("", "", "")),
-                f"{mean(runs, 'greedy'):.1%}",
-                f"{mean(runs, 'pass'):.1%}",
+                *((shown(sampled), f"{p_value(sampled):.3f}") if compared else ("", "")),
+                interval([run["greedy"] for run in runs]),
+                shown(greedy) if compared else "",
+            ]
+        )
+    return table(header, rows)
+
+
+def variety_table(comparison: Comparison) -> str:
+    header = ["", "pass@8", "distinct right answers of 8", "variety", "collapsed"]
+    rows = []
+    for name in comparison.ranked():
+        runs = comparison.methods[name]
+        paired = [(run["sampled"], comparison.before[run["seed"]]) for run in runs if run["seed"] in comparison.before]
+        rows.append(
+            [
+                name,
+                interval([run["pass"] for run in runs]),
                 f"{mean(runs, 'distinct'):.2f}",
                 f"{mean(runs, 'variety'):.2f}",
                 f"{sum(after < COLLAPSE * before for after, before in paired)} of {len(paired)}",
@@ -202,22 +196,14 @@ def accuracy_table(comparison: Comparison) -> str:
 
 def control_table(comparison: Comparison) -> str:
     """What a method has more than the one that lacks just what it adds."""
+    header = ["", "its control", "learning rates", "minus its control", "p", "blame on the first wrong token"]
     rows = []
     for name, control in comparison.controls.items():
-        difference = comparison.differences(name, control)
-        if len(difference) > 1:
+        differences = comparison.differences(name, control)
+        if len(differences) > 1:
             rates = [f"{comparison.methods[one][0]['settings']['learning_rate']:g}" for one in (name, control)]
-            blame = shift_of_blame(comparison.differences(name, control, on_first_wrong))
-            rows.append([name, control, " / ".join(rates), *compare(difference), blame])
-    header = [
-        "",
-        "its control",
-        "learning rates",
-        "minus its control",
-        "p",
-        "verdict",
-        "blame on the first wrong token",
-    ]
+            blame = shown(comparison.differences(name, control, on_first_wrong), "{:+.2%}")
+            rows.append([name, control, " / ".join(rates), shown(differences), f"{p_value(differences):.3f}", blame])
     return table(header, rows)
 
 
@@ -250,11 +236,11 @@ def training_table(comparison: Comparison) -> str:
 
 def reached(summaries: list[dict[str, Any]], name: str, form: Callable[[float], str]) -> str:
     """The mean over the seeds that reached the threshold, and how many did."""
-    found = [summary[name] for summary in summaries if summary[name] is not None]
-    if not found:
+    there = [summary[name] for summary in summaries if summary[name] is not None]
+    if not there:
         return "not reached"
-    some = f" ({len(found)} of {len(summaries)} seeds)" if len(found) < len(summaries) else ""
-    return form(statistics.mean(found)) + some
+    some = f" ({len(there)} of {len(summaries)} seeds)" if len(there) < len(summaries) else ""
+    return form(statistics.mean(there)) + some
 
 
 def blame_table(comparison: Comparison) -> str:
@@ -268,7 +254,7 @@ def blame_table(comparison: Comparison) -> str:
             means = [statistics.mean(place) for place in zip(*shares, strict=True)] if shares else []
             cells += [f"{share:.2%}" for share in means] or ["none"] * len(PLACES)
         compared = name != comparison.baseline
-        cells += [shift_of_blame(comparison.differences(name, measure=on_first_wrong)) if compared else ""]
+        cells += [shown(comparison.differences(name, measure=on_first_wrong), "{:+.2%}") if compared else ""]
         rows.append(cells)
     return table(header, rows)
 
@@ -303,19 +289,17 @@ def draw(comparison: Comparison, file: Path, followed: Sequence[str]) -> None:
     ]
     figure, (left, right) = new_figure(11, 1.2 + 0.26 * max(len(names), 10), columns=2)
     for row, name in enumerate(names):
-        middle, low, high = mean_with_interval(torch.tensor(comparison.differences(name)).unsqueeze(1))
-        colour = COLOURS[
-            {"**more**": "green", "**less**": "boosted", "": "neutral"}[verdict(comparison.differences(name))]
-        ]
+        differences = comparison.differences(name)
+        middle, low, high = mean_with_interval(torch.tensor(differences).unsqueeze(1))
+        colour = COLOURS["neutral" if not found(differences) else "green" if middle > 0 else "boosted"]
         left.plot([100 * low, 100 * high], [row, row], color=colour, linewidth=2)
         left.plot(100 * middle, row, "o", color=colour)
     left.axvline(0, color="black", linewidth=0.8)
     left.set_yticks(range(len(names)), names)
     left.set_xlabel(f"sampled accuracy minus that of {comparison.baseline}, points, 95% intervals")
     for name, colour in zip([name for name in followed if name in comparison.methods], COLOURS.values(), strict=False):
-        series = [
-            smoothed(found, window(run)) for run in comparison.methods[name] if (found := as_run(run).series("reward"))
-        ]
+        rewards = [(run, as_run(run).series("reward")) for run in comparison.methods[name]]
+        series = [smoothed(one, window(run)) for run, one in rewards if one]
         curve = band([(one.tokens or one.steps, one.values) for one in series])
         right.plot(curve.x / 1000, curve.mean, color=colour, label=name)
         right.fill_between(curve.x / 1000, curve.low, curve.high, color=colour, alpha=0.12, linewidth=0)
@@ -340,6 +324,8 @@ def section(comparison: Comparison, figure: str) -> str:
         f"{seconds / 3600:.1f} hours, added up, tuning and evaluation included.",
         f"![{comparison.title}: {alt}]({figure})",
         accuracy_table(comparison),
+        "### Variety and collapses",
+        variety_table(comparison),
         "### Against its own control",
         control_table(comparison),
         "### The training",
@@ -359,9 +345,8 @@ def summary(comparisons: Sequence[Comparison]) -> str:
     for name in names:
         cells = [name]
         for one in comparisons:
-            difference = one.differences(name) if name in one.methods else []
-            cell = interval([100 * value for value in difference], "{:+.1f}") if len(difference) > 1 else ""
-            cells.append(f"**{cell}**" if cell and verdict(difference) else cell)
+            differences = one.differences(name) if name in one.methods else []
+            cells.append(shown([100 * value for value in differences], "{:+.1f}"))
         rows.append(cells)
     return table(["", *(one.title for one in comparisons)], rows)
 
@@ -371,9 +356,9 @@ def gave(name: str, comparisons: Sequence[Comparison]) -> str:
     compared = [one for one in comparisons if name in one.methods and len(one.differences(name)) >= FEWEST]
     told = []
     for one in compared:
-        if verdict(one.differences(name)):
+        if found(one.differences(name)):
             control = one.controls.get(name)
-            beside = "" if control is None or verdict(one.differences(name, control)) else "; no more than its control"
+            beside = "" if control is None or found(one.differences(name, control)) else "; no more than its control"
             told.append(f"{100 * statistics.mean(one.differences(name)):+.1f} ({one.short}{beside})")
     return ", ".join(told) or ("no difference found" if compared else "not compared yet")
 

@@ -111,41 +111,45 @@ def test_sign_flips(differences, expected):
 def test_a_collapsed_run_does_not_spoil_the_page(comparison):
     """Where no problem has two right answers, there is no variety."""
     comparison.methods["worse"][0]["variety"] = None
-    assert cells_of(learning_report.accuracy_table(comparison), "worse")["variety"] == "0.50"
+    assert cells_of(learning_report.variety_table(comparison), "worse")["variety"] == "0.50"
     for run in comparison.methods["worse"]:
         run["variety"] = None
-    assert cells_of(learning_report.accuracy_table(comparison), "worse")["variety"] == "nan"
+    assert cells_of(learning_report.variety_table(comparison), "worse")["variety"] == "nan"
 
 
 def test_accuracy_table(comparison):
     table = learning_report.accuracy_table(comparison)
     better, grpo, worse = (cells_of(table, name) for name in ("better", "GRPO", "worse"))
-    assert better["minus GRPO"] == "+5.0% [+5.0%, +5.1%]"
-    assert (better["verdict"], grpo["verdict"], worse["verdict"]) == ("**more**", "", "**less**")
+    assert better["minus GRPO"] == "**+5.0% [+5.0%, +5.1%]**"
+    assert worse["minus GRPO"] == "**-20.0% [-20.0%, -20.0%]**"
     assert grpo["minus GRPO"] == ""
+    assert (better["greedy"], better["greedy minus GRPO"]) == ("80.0% [80.0%, 80.0%]", "+0.0% [+0.0%, +0.0%]")
     undecided = cells_of(table, "undecided")
     assert undecided["minus GRPO"].startswith("-0.5% [-2.")
-    assert undecided["verdict"] == ""
     assert (better["p"], undecided["p"]) == ("0.031", "0.750")
-    assert better["collapsed"] == "0 of 6"
+
+
+def test_variety_table(comparison):
+    better = cells_of(learning_report.variety_table(comparison), "better")
+    assert (better["pass@8"], better["collapsed"]) == ("90.0% [90.0%, 90.0%]", "0 of 6")
     collapsed = [result("collapsed", seed, 0.19 + 0.02 * (seed % 2)) for seed in range(6)]
     comparison.methods["collapsed"] = collapsed
-    assert cells_of(learning_report.accuracy_table(comparison), "collapsed")["collapsed"] == "3 of 6", "half of 0.4"
+    assert cells_of(learning_report.variety_table(comparison), "collapsed")["collapsed"] == "3 of 6", "half of 0.4"
 
 
 def test_control_table(comparison):
     table = learning_report.control_table(comparison)
     assert len(table.splitlines()) == 4, "only where both were run"
     better = cells_of(table, "better")
-    assert (better["its control"], better["verdict"]) == ("worse", "**more**")
-    assert better["minus its control"] == "+25.0% [+25.0%, +25.1%]"
+    assert (better["its control"], better["p"]) == ("worse", "0.031")
+    assert better["minus its control"] == "**+25.0% [+25.0%, +25.1%]**"
     assert better["learning rates"] == "0.0001 / 0.0001"
     assert better["blame on the first wrong token"] == "+0.00% [+0.00%, +0.00%]"
     for run in comparison.methods["better"]:
         run["blame"] = {**run["blame"], "gross": [0.4, 0.2, 0.4]}
     better = cells_of(learning_report.control_table(comparison), "better")
     assert better["blame on the first wrong token"] == "**+10.00% [+10.00%, +10.00%]**"
-    assert cells_of(table, "worse")["verdict"] == "**less**"
+    assert cells_of(table, "worse")["minus its control"].startswith("**-")
 
 
 def test_training_table(comparison):
