@@ -6,7 +6,7 @@ off policy, with four updates a generation batch that is used twice. All methods
 see the same prompts in the same order, generate equally many rollouts and make equally many optimizer steps (those that
 generate further rounds make fewer steps). The learning rate of each is chosen from the same grid, by sampled accuracy on
 other problems and with other seeds than those reported; where the best is at the end of the grid, the grid goes on, and
-the two best are tried with more seeds.
+the best and those beside it are tried with more seeds.
 
 Every run is written to `benchmarks/results/learning/` with its settings and its log, at once; what is there is not run
 again. Then `docs/results.md` and its figures are written from all runs there are. `--check METHOD` runs one cell again
@@ -96,7 +96,7 @@ SAME_ON_POLICY = {
 }
 LIMITS = (1e-6, 4e-3)  # of learning rates
 TUNING_SEEDS, FIRST_SEED = range(100, 106), 200  # seeds below these have chosen settings in other experiments
-TUNED_FIRST = 2  # seeds that every learning rate is tried with; only the two best are with all
+TUNED_FIRST = 2  # seeds that every learning rate is tried with; only the best and those beside it are with all
 KEPT = ("reward", "entropy", "cancel/shared_prefix_residual", "grad_norm", "balance/rounds")
 FOLLOWED = (BASELINE, "Pos Only", "NTHR", "DelTA", "GRPO-fix", "DFPO min")  # in the figures of rewards
 
@@ -154,12 +154,13 @@ def next_rate(rates: dict[float, list[float]]) -> float | None:
 def next_runs(rates: dict[float, list[float]]) -> list[tuple[float, int]]:
     """
     What tuning takes next, learning rates and seeds: a few seeds until the best is between two others, then all of them
-    for the two best; nothing when that is done.
+    for these three; nothing when that is done.
     """
     if (beside := next_rate(rates)) is not None:
         return [(beside, seed) for seed in TUNING_SEEDS[:TUNED_FIRST]]
-    two_best = sorted(rates, key=lambda rate: -statistics.mean(rates[rate]))[:2]
-    return [(rate, seed) for rate in two_best for seed in TUNING_SEEDS[len(rates[rate]) :]]
+    grid, best = sorted(rates), best_rate(rates)
+    around = [rate for rate in grid if abs(grid.index(rate) - grid.index(best)) <= 1]
+    return [(rate, seed) for rate in around for seed in TUNING_SEEDS[len(rates[rate]) :]]
 
 
 def same(one: Any, other: Any) -> bool:
