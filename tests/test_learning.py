@@ -276,7 +276,7 @@ def test_a_run_that_fails_is_no_candidate(tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "run_all", run_all)
     strand = learning.Strand(learning.VARIED, "off-policy", tmp_path)
     assert strand.tune(["GRPO"]) == {"GRPO": 2e-4}
-    assert strand.failures == ["broken"]
+    assert set(strand.failures) == {"broken"}
 
 
 @pytest.mark.parametrize(
