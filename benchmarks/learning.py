@@ -2,7 +2,7 @@
 Which method learns more from the same compute: `python benchmarks/learning.py`.
 
 Trains on the playground's tasks with every method, in two regimes: on policy, with one update a generation batch, and
-off policy, with four updates a generation batch that is used twice. All methods of a regime start from the same model,
+off policy, with two passes of four updates over each. All methods of a regime start from the same model,
 see the same prompts in the same order, generate equally many rollouts and make equally many optimizer steps (those that
 generate further rounds make fewer steps). The learning rate of each is chosen from the same grid, by sampled accuracy on
 other problems and with other seeds than those reported; where the best is at the end of the grid, the grid goes on, and

@@ -358,7 +358,8 @@ def gave(name: str, comparisons: Sequence[Comparison]) -> str:
     for one in compared:
         if found(one.differences(name)):
             control = one.controls.get(name)
-            beside = "" if control is None or found(one.differences(name, control)) else "; no more than its control"
+            unproven = control is not None and not found(one.differences(name, control))
+            beside = "; not found to be more than its control" if unproven else ""
             told.append(f"{100 * statistics.mean(one.differences(name)):+.1f} ({one.short}{beside})")
     return ", ".join(told) or ("no difference found" if compared else "not compared yet")
 

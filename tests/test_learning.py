@@ -206,7 +206,7 @@ def test_what_a_method_gave(comparison):
     assert learning_report.gave("worse", [comparison, other]) == "-20.0 (here)"
     comparison.controls["better"] = "level"
     comparison.methods["level"] = [result("level", seed, 0.55 + 0.01 * seed) for seed in range(6)]
-    assert learning_report.gave("better", [comparison]) == "+5.1 (here; no more than its control)"
+    assert learning_report.gave("better", [comparison]) == "+5.1 (here; not found to be more than its control)"
     assert learning_report.gave("undecided", [comparison, other]) == "no difference found"
     assert learning_report.gave("not run", [comparison, other]) == "not compared yet"
     comparison.methods["better"] = comparison.methods["better"][:5]
