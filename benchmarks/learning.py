@@ -1,10 +1,10 @@
 """
-Which method learns more from the same compute: `python benchmarks/learning.py`.
+Which method learns more from the same rollouts: `python benchmarks/learning.py`.
 
 Trains on the playground's tasks with every method, in two regimes: on policy, with one update a generation batch, and
-off policy, with two passes of four updates over each. All methods of a regime start from the same model,
-see the same prompts in the same order, generate equally many rollouts and make equally many optimizer steps (those that
-generate further rounds make fewer steps). The learning rate of each is chosen from the same grid, by sampled accuracy on
+off policy, with two passes of four updates over each. All methods of a regime start from the same model, see the same
+prompts in the same order, generate equally many rollouts and make equally many optimizer steps (those that generate
+further rounds may make fewer). The learning rate of each is chosen from the same grid, by sampled accuracy on
 other problems and with other seeds than those reported; where the best is at the end of the grid, the grid goes on, and
 the best and those beside it are tried with more seeds.
 
@@ -288,8 +288,8 @@ def write_results(results: Path) -> None:
         strand = Strand(task, regime, results)
         runs = strand.runs()
         if any(one["name"] == BASELINE and one["split"] == "test" for one in runs):
-            same = SAME_ON_POLICY if regime == "on-policy" else {}
-            controls = {name: same.get(control, control) for name, control in CONTROLS.items()}
+            left_out = SAME_ON_POLICY if regime == "on-policy" else {}
+            controls = {name: left_out.get(control, control) for name, control in CONTROLS.items()}
             titles = (f"{setting.title}, {regime}", f"{setting.short}, {regime}")
             comparisons.append(Comparison(*titles, runs, BASELINE, UNTRAINED, controls))
             figures.append(f"images/results-{strand.file.stem}.png")

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 import statistics
 import subprocess
 import tempfile
@@ -148,7 +149,7 @@ def run(cell: Cell, kept: tuple[str, ...]) -> dict[str, Any]:
         layout = args.layout
         updates = layout.steps_per_generation // args.gradient_accumulation_steps * args.num_iterations
         rollouts = layout.prompts_per_generation * args.num_generations
-        budget = Budget(args.max_steps // updates, rollouts, updates)
+        budget = Budget(math.ceil(args.max_steps / updates), rollouts, updates)
         trainer.add_callback(budget)
         watched = Blame(trainer, task)
         trainer.train()

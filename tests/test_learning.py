@@ -506,13 +506,13 @@ def test_left_out_on_policy_because_it_is_the_same(tmp_path, name):
 @pytest.mark.slow
 def test_a_cell_repeats_itself():
     one = learning.cell(learning.NAME, "off-policy", "DelTA", 1e-4, 0, "test")
-    one = replace(one, settings={**one.settings, "max_steps": 16})
+    one = replace(one, settings={**one.settings, "max_steps": 9})
     first, second = (json.loads(json.dumps(learning_run.run(one, learning.KEPT))) for _ in range(2))
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
-    assert first["steps"] == 16
+    assert first["steps"] == 9
     assert sum(first["blame"]["gross"]) == pytest.approx(1, abs=1e-3)
     assert 0 < first["blame"]["gross"][1] < 0.2
-    assert len(first["logs"]["reward"]) == 16
+    assert len(first["logs"]["reward"]) == 9
 
 
 @strands
