@@ -24,6 +24,7 @@ from trl_cancel.evaluation import (
     summarize,
 )
 from trl_cancel.evaluation.engines import Request, SeededChoice, seed_of, warpers
+from trl_cancel.evaluation.models import load_end_tokens, load_tokenizer
 from trl_cancel.playground import CHECKPOINT
 from trl_cancel.playground.data import load_prompts
 from trl_cancel.playground.reward import answer_reward
@@ -473,11 +474,34 @@ def test_vllm_gets_the_revision_of_an_adapter(monkeypatch):
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda path, revision=None: asked.append((path, revision)) or "folder"
     )
-    assert VllmEngine("my/adapter", None, base="my/base", revision="v1").adapter == "folder"
+    of_adapter = VllmEngine("my/adapter", None, base="my/base", revision="v1", base_revision="v0")
+    assert of_adapter.adapter == "folder"
     VllmEngine("my/model", None, revision="v2")
     assert asked == [("my/adapter", "v1")]
-    assert made[0] == {"model": "my/base", "enable_lora": True, "max_lora_rank": 16}
+    assert made[0] == {"model": "my/base", "revision": "v0", "enable_lora": True, "max_lora_rank": 16}
     assert made[1] == {"model": "my/model", "revision": "v2"}
+
+
+def test_the_base_model_of_an_adapter_has_its_own_revision(tiny, tmp_path, monkeypatch):
+    """What is read of it is asked for at the revision that the adapter names, not at the newest."""
+    LoraConfig(base_model_name_or_path="my/base", revision="v0").save_pretrained(tmp_path)
+    asked = []
+
+    def asked_for(found):
+        def from_pretrained(path, revision=None):
+            asked.append((path, revision))
+            if path != "my/base":
+                raise OSError("The adapter brings none.")
+            return found
+
+        return from_pretrained
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", asked_for(tiny[1]))
+    monkeypatch.setattr(GenerationConfig, "from_pretrained", asked_for(GenerationConfig(eos_token_id=5)))
+    tokenizer = load_tokenizer(str(tmp_path), "v1")
+    assert tokenizer is tiny[1]
+    assert load_end_tokens(str(tmp_path), tokenizer, "v1") == [tokenizer.eos_token_id, 5]
+    assert asked == [(str(tmp_path), "v1"), ("my/base", "v0"), ("my/base", "v0")]
 
 
 # The embedded model

@@ -27,11 +27,11 @@ from ..evaluation import Evaluation, answer_problems, math_verify_reward, prompt
 from ..evaluation.models import (
     ENGINES,
     EngineSettings,
+    base_of,
     fingerprint,
     load_end_tokens,
     load_engine,
     load_tokenizer,
-    weights_of,
 )
 from ..evaluation.presets import INSTRUCTION, PRESETS, DataSource, load_problems
 from ..evaluation.result import shown
@@ -366,12 +366,11 @@ def evaluate_model(name: str, sets: list[DataSet], settings: EvalSettings) -> li
     arguments = replace(arguments, model_revision=revision)
     try:
         tokenizer = load_tokenizer(path, revision)
-        weights = weights_of(path, revision)
-        is_adapter = weights != (path, revision)
+        base = base_of(path, revision)
         of_model = {
-            "base model": weights[0] if is_adapter else None,
+            "base model": base[0] if base else None,
             "fingerprint of the model": fingerprint(path, revision),
-            "fingerprint of the base model": fingerprint(*weights) if is_adapter else None,
+            "fingerprint of the base model": fingerprint(*base) if base else None,
             "end tokens": load_end_tokens(path, tokenizer, revision),
         }
     except OSError as error:

@@ -233,6 +233,8 @@ class VllmEngine:
             Answers that are asked for at once.
         revision (`str`, *optional*):
             Branch, tag or commit of what `path` names on the Hub.
+        base_revision (`str`, *optional*):
+            The same of the adapter's base model.
         **arguments:
             Further arguments of `vllm.LLM`: `dtype`, `tensor_parallel_size`, `gpu_memory_utilization`, ...
 
@@ -248,6 +250,7 @@ class VllmEngine:
         lora_rank: int = 16,
         batch_size: int = 1024,
         revision: str | None = None,
+        base_revision: str | None = None,
         **arguments: Any,
     ):
         try:
@@ -257,9 +260,8 @@ class VllmEngine:
             raise ImportError(f"The engine vllm needs vLLM ({error}). Run: pip install 'trl-cancel[vllm]'") from error
         self.tokenizer, self.batch_size = tokenizer, batch_size
         self.adapter = None
-        if base is None:
-            arguments["revision"] = revision
-        else:
+        arguments["revision"] = revision if base is None else base_revision
+        if base is not None:
             rank = 1 << max(3, (lora_rank - 1).bit_length())  # it takes powers of two
             arguments |= {"enable_lora": True, "max_lora_rank": rank}
             self.adapter = LoRARequest("adapter", 1, _downloaded(path, revision))

@@ -50,27 +50,20 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
         base = base_of(path, revision)
         if base is None:
             raise
-        return AutoTokenizer.from_pretrained(base)
+        return load_tokenizer(*base)
 
 
-def base_of(path: str, revision: str | None = None) -> str | None:
-    """The base model of an adapter; `None` for a model of its own."""
+def base_of(path: str, revision: str | None = None) -> tuple[str, str | None] | None:
+    """The base model of an adapter, and its revision; `None` for a model of its own."""
     if find_adapter_config_file(path, revision=revision) is None:
         return None
-    return PeftConfig.from_pretrained(path, revision=revision).base_model_name_or_path
-
-
-def weights_of(path: str, revision: str | None = None) -> tuple[str, str | None]:
-    """Where the weights are, and of which revision: of the model itself, or of an adapter's base model."""
-    if find_adapter_config_file(path, revision=revision) is None:
-        return path, revision
     config = PeftConfig.from_pretrained(path, revision=revision)
     return config.base_model_name_or_path, config.revision
 
 
 def load_end_tokens(path: str, tokenizer: PreTrainedTokenizerBase, revision: str | None = None) -> list[int]:
     """The tokens that end an answer of a model, or of an adapter, without its weights."""
-    source, revision = weights_of(path, revision)
+    source, revision = base_of(path, revision) or (path, revision)
     try:
         config = GenerationConfig.from_pretrained(source, revision=revision or "main")
     except OSError:  # it has none of its own
@@ -109,7 +102,8 @@ def load_engine(
         return VllmEngine(
             path,
             tokenizer,
-            base=base,
+            base=base[0] if base else None,
+            base_revision=base[1] if base else None,
             lora_rank=rank,
             revision=revision,
             **size,
