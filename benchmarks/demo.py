@@ -1,8 +1,8 @@
 """
 The demo over several seeds and methods: `python benchmarks/demo.py`.
 
-Runs `trl-cancel demo` for every combination, two at a time, and writes `benchmarks/results/demo.json` and the table of
-README.md. Twelve runs take about seven minutes on two cores.
+Runs `trl-cancel demo` for every combination, two at a time, writes `benchmarks/results/demo.json` and prints the table
+of README.md. Twelve runs take about nine minutes on two cores.
 """
 
 import argparse

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from trl_cancel import explain
@@ -31,6 +32,15 @@ def test_recipe_parses(recipe):
     assert settings.training.learning_rate == float(written["learning_rate"])
     assert settings.training.output_dir == f"runs/{recipe.stem}"
     assert f"configs/{recipe.name}" in recipe.read_text(), "the comment says how to run it"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_recipes_train_weights_that_their_steps_can_move(recipe):
+    """A step of AdamW moves a weight by about the learning rate; in bfloat16 one of 0.02 would not move at all."""
+    settings = Parser("test", "").read(["--config", str(recipe)])
+    if not settings.model.use_peft:
+        weight = torch.tensor(0.02, dtype=getattr(torch, settings.model.dtype))
+        assert weight - settings.training.learning_rate != weight
 
 
 def test_paper_recipes_have_the_papers_sizes():

@@ -126,9 +126,7 @@ def main() -> None:
     parser.add_argument("--task", default=NAME, choices=CHECKPOINTS, help="task (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="folder to save to (default: the package's own)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--steps", type=int, help="optimizer steps (default: those of the task, two minutes on a core)"
-    )
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: those of the task)")
     arguments = parser.parse_args()
     output = arguments.output or CHECKPOINTS[arguments.task]
     warm_start(output, arguments.seed, arguments.steps, arguments.task)
