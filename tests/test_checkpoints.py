@@ -259,6 +259,13 @@ def test_all_files_are_on_the_disk_before_the_mark_goes(tmp_path, monkeypatch):
     assert not (tmp_path / "checkpoint-1.incomplete").exists()
 
 
+def test_a_node_that_writes_nothing_has_no_folder(tmp_path):
+    """Without a shared disk, of a checkpoint of the model alone."""
+    with written_whole(tmp_path / "checkpoint-1", Accelerator(cpu=True)):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_files_of_all_processes_are_waited_for(tmp_path, monkeypatch):
     """Those of the slowest too, before they are flushed and the mark goes."""
     checkpoint, late = tmp_path / "checkpoint-1", ["trainer_state.json", "rng_state_1.pth"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from trl_cancel import explain
+from trl_cancel import DFPOConfig, GRPOFixConfig, explain
 from trl_cancel.batching import BatchLayout
 from trl_cancel.cli.demo import SETTINGS
 from trl_cancel.cli.settings import Parser
@@ -112,3 +112,10 @@ def test_every_own_field_has_help_and_is_documented():
         kind = str(getattr(field.type, "__name__", field.type)).removesuffix(" | None")
         given = "" if default is None else f", defaults to `{default}`"
         assert f"{name} (`{kind}`, *optional*{given})" in CancelGRPOConfig.__doc__
+
+
+@pytest.mark.parametrize("config", [DFPOConfig, GRPOFixConfig])
+def test_the_size_of_a_generation_may_be_given_in_rollouts(config):
+    """Instead of in micro-batches, of which these have a default of their own."""
+    layout = config(generation_batch_size=64, bf16=False).layout
+    assert (layout.steps_per_generation, layout.prompts_per_generation) == (8, 2)

@@ -71,6 +71,7 @@ def test_a_step_without_shared_tokens_has_no_residual(monitor):
     advantages = torch.tensor([1.0, -1.0], requires_grad=True)
     loss = -(advantages.unsqueeze(1) * torch.exp(logps - logps.detach())).sum()
     inputs = {"completion_mask": torch.ones(2, 2), "deserved": torch.zeros(2, 2)}
+    inputs["rollout_advantages"] = advantages.detach()
     monitor.watch_loss(loss, logps, advantages, {**inputs, "shared_contexts": torch.zeros(2, 2, dtype=torch.long)})
     assert set(monitor.end_step()) == {"cancel/positive_fraction", "cancel/negative_fraction"}
     monitor.watch_loss(loss, logps, advantages, {**inputs, "shared_contexts": torch.full((2, 2), 7)})

@@ -10,12 +10,14 @@ import torch
 import trl
 
 from tests.test_token_credit import DELTA, NTHR, Watch, delta_expected, nthr_expected
+from trl_cancel import CancelGRPOConfig
 from trl_cancel import trainers as module
 from trl_cancel.playground.data import load_prompts
 from trl_cancel.rollouts import join_rows
+from trl_cancel.rounds import GroupPool, Scored
 from trl_cancel.states import StateStore
 
-from .runs import OFF_POLICY, assert_same_weights, build, noisy_reward, train
+from .runs import DEFAULTS, OFF_POLICY, assert_same_weights, build, noisy_reward, train
 
 
 def rare_reward(completion_ids, **kwargs):
@@ -386,6 +388,27 @@ def test_stores_are_joined():
     assert torch.equal(joined[0:1][:, :3], a[1:2])
     assert not joined[0:1][:, 3:].any()
     assert torch.equal(joined[1:3], b[[2, 0]])
+
+
+@pytest.mark.parametrize("groups", [[0], [0, 1], [0, 1, 2]])
+def test_states_of_a_round_that_were_too_many_go_for_all(groups):
+    """Whichever rounds a process takes groups of: where a model is sharded, all must make the same passes."""
+
+    def scored(keeps):
+        ids = torch.ones(4, 3, dtype=torch.long)
+        batch = {"prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": ids}
+        states = StateStore(1.0)
+        states.reserve(0 if keeps else 1 << 40)
+        if keeps:
+            states.add(torch.randn(4, 3, 2), torch.ones(4, 3))
+        return Scored(batch, torch.zeros(4, 1), torch.zeros(4).bool(), torch.arange(4) // 2, [{}] * 4, states)
+
+    pool = GroupPool(CancelGRPOConfig(**{**DEFAULTS, "num_generations": 2}))
+    for keeps in (True, False):
+        pool.add(scored(keeps))
+    taken = pool.take(torch.tensor(groups), pad_token_id=0)
+    assert not taken.states.keeps
+    assert len(taken.states) == 0
 
 
 @pytest.mark.parametrize(

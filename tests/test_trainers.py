@@ -15,7 +15,7 @@ from trl_cancel.playground import CHECKPOINT
 from trl_cancel.playground.data import load_prompts
 from trl_cancel.playground.reward import answer_reward
 
-from .runs import DEFAULTS, OFF_POLICY, assert_same_weights, build, noisy_reward, train
+from .runs import DEFAULTS, OFF_POLICY, assert_same_weights, build, noisy_reward, repeatable, train, weights_of
 
 
 PLAYGROUND = {
@@ -407,3 +407,65 @@ def test_refusals_of_transformers_come_through(monkeypatch):
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
     with pytest.raises(ValueError, match="Your setup doesn't support bf16/gpu"):
         CancelGRPOConfig("x", num_generations=8, per_device_train_batch_size=8, steps_per_generation=16)
+
+
+class FailsInStep(TrainerCallback):
+    """Once, between two micro-batches of an optimizer step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.step = None
+            raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("settings", [{}, {"steps_per_generation": 4, "num_iterations": 2}], ids=["on", "off policy"])
+def test_the_same_trainer_goes_on_where_a_step_failed(tiny_model, tmp_path, settings):
+    """As another one would: with a generation batch from its beginning, and nothing of the step that failed."""
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 4, "max_steps": 7}
+    settings = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 100, **sizes, **settings}
+    trainer = build(tiny_model, **settings, arguments={"callbacks": [FailsInStep(4)]})
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    checkpoint = str(tmp_path / "checkpoint-4")
+    other = train(tiny_model, **settings, resume=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert_same_weights(weights_of(trainer.model), other.weights)
+    logs = [repeatable(entry) for entry in trainer.state.log_history]
+    cancellation = [{name: value for name, value in entry.items() if "cancel/" in name} for entry in logs]
+    assert cancellation == [
+        {name: value for name, value in entry.items() if "cancel/" in name} for entry in other.logs
+    ]
+
+
+def test_equal_rewards_have_no_sign(tiny_model):
+    """TRL subtracts their mean, from which they differ by rounding; methods and metrics are not to believe that."""
+
+    class Seen:
+        scope = "batch"
+
+        def coefficients(self, rollouts):
+            self.advantages = rollouts.advantages
+            return torch.ones(len(rollouts.mask), 1)
+
+    def tenths(completion_ids, **kwargs):
+        return [0.1] * len(completion_ids)
+
+    seen, made = Seen(), []
+    trainer = build(
+        tiny_model,
+        per_device_train_batch_size=8,
+        num_generations=8,
+        max_steps=1,
+        arguments={"reward_funcs": tenths, "credits": [seen]},
+    )
+    score = trainer._score
+    trainer._score = lambda inputs: made.append(score(inputs)) or made[0]
+    trainer.train()
+    assert made[0].batch["advantages"].any(), "what TRL makes of them"
+    assert not seen.advantages.any()
+    log = trainer.state.log_history[0]
+    assert (log["cancel/positive_fraction"], log["cancel/negative_fraction"]) == (0, 0)
+    assert "cancel/shared_prefix_residual" not in log

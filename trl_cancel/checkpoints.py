@@ -420,6 +420,8 @@ def _flush(folder: Path) -> None:
     """Waits until the files are on the disk; a full one may tell only now."""
     if os.name == "nt":  # where only what is open for writing can be waited for
         return
+    if not folder.exists():  # on a further node, which writes nothing if save_only_model is set
+        return
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -720,6 +720,8 @@ class _DesignConditionsConfig(CancelGRPOConfig):
     def __post_init__(self):
         if self.lr_scheduler_type != "cosine_with_min_lr" and self.lr_scheduler_kwargs == {"min_lr_rate": 0.2}:
             self.lr_scheduler_kwargs = None  # another schedule does not know it
+        if self.generation_batch_size is not None and self.steps_per_generation == 32:
+            self.steps_per_generation = None  # it follows from that
         super().__post_init__()
 
 

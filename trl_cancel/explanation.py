@@ -137,7 +137,7 @@ def within_generation(config: CancelGRPOConfig) -> str | None:
             The configuration.
     """
     updates, every = config.layout.updates_per_generation, config.save_steps
-    if config.save_strategy != "steps" or every < 1 or every % updates == 0:
+    if config.save_strategy != "steps" or every < 1 or config.layout.ends_generation(every):
         return None
     whole = lcm(config.layout.gradient_accumulation_steps, config.layout.micro_steps_per_generation)
     period = whole // config.layout.gradient_accumulation_steps

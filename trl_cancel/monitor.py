@@ -59,6 +59,7 @@ class UpdateMonitor:
         self._shared.append((pushes.flatten(), inputs["shared_contexts"].flatten(), inputs["deserved"].flatten()))
         counted = inputs["completion_mask"].any(1).float()
         sign = advantages.detach() if advantages.dim() == 1 else advantages.detach().sum(1)
+        sign = sign * inputs["rollout_advantages"].abs()  # 0 where rewards are equal but for rounding
         self.metrics.add("cancel/positive_fraction", (sign > 0).float(), counted)
         self.metrics.add("cancel/negative_fraction", (sign < 0).float(), counted)
 
@@ -89,6 +90,12 @@ class UpdateMonitor:
             self.metrics.add("cancel/asymmetry", asymmetries)
             self._coefficients.clear()
         return self.metrics.flush(self.accelerator.gather)
+
+    def forget_step(self) -> None:
+        """Drops what there is of an optimizer step that failed."""
+        self.metrics = StepMetrics()
+        self._shared.clear()
+        self._coefficients.clear()
 
     def whole_groups(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """The rows of all processes where groups straddle them, otherwise those of this one."""

@@ -71,6 +71,7 @@ class Resumable(GRPOTrainer):
             except (Exception, KeyboardInterrupt) as error:
                 self._save_progress(error)
                 self.is_in_train = False  # as transformers leaves it after a training without an error
+                self._forget_generation()
                 raise
         self._signals.end(self.args, self.state.global_step, self.own_checkpoints)
         return result
@@ -119,6 +120,10 @@ class Resumable(GRPOTrainer):
             error.add_note(f"The progress could not be saved: {saving}")
         else:
             error.add_note(f"The progress up to step {step} is saved as {checkpoint}; {how_to_go_on(checkpoint)}.")
+
+    def _forget_generation(self) -> None:
+        """Makes the next training of this trainer begin with a generation batch, at its first micro-batch."""
+        self._step, self._buffered_inputs = 0, None
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         # PEFT loads adapters in float32, also those of a 4-bit model, which TRL trains in bfloat16.

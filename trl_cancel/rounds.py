@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .batching import balanced_order, select_balanced_groups, without_variance
+from .batching import balanced_order, select_balanced_groups
 from .configs import CancelGRPOConfig
 from .rollouts import Rows, join_rows, take_rows
 from .states import StateStore
@@ -23,6 +23,8 @@ class Scored:
             What TRL makes of them.
         rewards (`torch.Tensor` of shape `(B, F)`):
             The reward functions' values; `nan` where a function returned `None`.
+        idle (`torch.Tensor` of shape `(B,)` and type `bool`):
+            Whether all rollouts of the prompt earn the same.
         group_ids (`torch.Tensor` of shape `(B,)`):
             Which rollouts share a prompt.
         examples (`list[dict]`):
@@ -33,6 +35,7 @@ class Scored:
 
     batch: Rows
     rewards: torch.Tensor
+    idle: torch.Tensor
     group_ids: torch.Tensor
     examples: list[dict[str, Any]]
     states: StateStore | None = None
@@ -54,6 +57,7 @@ class Scored:
         return cls(
             batch,
             torch.cat([part.rewards for part in parts]),
+            torch.cat([part.idle for part in parts]),
             torch.cat([part.group_ids for part in parts]),
             [example for part in parts for example in part.examples],
             StateStore.join(stores, batch["completion_ids"].size(1)) if len(stores) == len(parts) else None,
@@ -86,12 +90,10 @@ class GroupPool:
     Args:
         args ([`CancelGRPOConfig`]):
             Configuration.
-        reward_weights (`torch.Tensor` of shape `(F,)`):
-            Weights of the reward functions.
     """
 
-    def __init__(self, args: CancelGRPOConfig, reward_weights: torch.Tensor):
-        self.args, self.layout, self.reward_weights = args, args.layout, reward_weights
+    def __init__(self, args: CancelGRPOConfig):
+        self.args, self.layout = args, args.layout
         self.rounds: list[Scored] = []
 
     def add(self, scored: Scored) -> None:
@@ -106,9 +108,7 @@ class GroupPool:
         size = self.layout.num_generations
         counted = torch.cat([loss_mask(part.batch).any(1) for part in self.rounds])
         advantages = (torch.cat([part.batch["advantages"] for part in self.rounds]) * counted).view(-1, size)
-        rewards = torch.cat([part.rewards for part in self.rounds]).unflatten(0, (-1, size))
-        apart = self.args.multi_objective_aggregation == "normalize_then_sum"
-        idle = without_variance(rewards, self.reward_weights.to(rewards.device), apart)
+        idle = torch.cat([part.idle for part in self.rounds])[::size]
         positives, negatives = ((sign * advantages > 0).sum(1).masked_fill(idle, 0) for sign in (1, -1))
         return positives, negatives, idle
 
@@ -155,7 +155,11 @@ class GroupPool:
                 rows = own.unsqueeze(1) * size + torch.arange(size, device=own.device)
                 parts.append(part.take(rows.flatten()))
             first = last
-        return parts[0] if len(parts) == 1 else Scored.join(parts, pad_token_id)
+        taken = parts[0] if len(parts) == 1 else Scored.join(parts, pad_token_id)
+        # Other processes may take groups of other rounds, and all must make the same passes.
+        if taken.states is not None and not all(part.states.keeps for part in self.rounds if part.states is not None):
+            taken.states.forget()
+        return taken
 
     def kept(self, groups: torch.Tensor) -> list[list[bool]]:
         """For each round, whether each rollout is kept."""

@@ -62,7 +62,7 @@ class StateStore:
                 1 where there is a token.
         """
         mask = mask.bool()
-        packed = states[mask]
+        packed = states[mask.to(states.device)]  # a model's last layer may be on another GPU than its inputs
         packed = packed.cpu() if self.offloads else packed
         self._states += packed.split(mask.sum(1).tolist())
         self._masks += mask
@@ -84,6 +84,10 @@ class StateStore:
             self.add(states, mask[done : done + len(states)])
 
         return last_hidden_states(model, mask.size(1), keep) if self.keeps else nullcontext()
+
+    def forget(self) -> None:
+        """Drops all states; they are computed again when asked for."""
+        self.keeps, self._states, self._masks = False, [], []
 
     def take(self, rows: torch.Tensor) -> "StateStore":
         """A store of some of the rollouts."""
@@ -198,7 +202,7 @@ class LMHead:
         tokens = torch.arange(8, device=model.device).unsqueeze(0) % config.vocab_size
         with without_dropout(model), _outputs_of(layer) as outputs:
             logits = model(input_ids=tokens).logits.double()
-        raw = outputs[-1].double()
+        raw = outputs[-1].to(logits.device).double()
         if softcap is None:
             uncapped, measured = logits, raw
         else:
@@ -225,8 +229,7 @@ class LMHead:
                 The tokens, of any shape.
         """
         token_ids = token_ids.unique()
-        with _gathered(self.layer):
-            return LMHead(_Rows(token_ids, *_rows(self.layer, token_ids)), self.scale, self.softcap)
+        return LMHead(_Rows(token_ids, *self.rows(token_ids)), self.scale, self.softcap)
 
     def rows(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -240,7 +243,9 @@ class LMHead:
             `tuple`: Weight of shape `(K, d)`, and bias of shape `(K,)` or `None`.
         """
         with _gathered(self.layer):
-            return _rows(self.layer, token_ids)
+            # The layer may be on another device than the tokens: on the last one of several GPUs, or on the CPU.
+            weight, bias = _rows(self.layer, token_ids.to(_device_of(self.layer)))
+        return weight.to(token_ids.device), None if bias is None else bias.to(token_ids.device)
 
     def logits(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """
@@ -341,6 +346,11 @@ class _Rows:
     token_ids: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
+
+
+def _device_of(layer: "nn.Module | torch.Tensor | _Rows") -> torch.device:
+    weight: Any = next(layer.parameters()) if isinstance(layer, nn.Module) else getattr(layer, "weight", layer)
+    return weight.device
 
 
 def _rows(layer: Any, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

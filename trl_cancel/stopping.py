@@ -156,6 +156,6 @@ def _what_is_saved(args: CancelGRPOConfig, step: int, own: OwnCheckpoints) -> st
     if last.name != f"checkpoint-{step}":  # the signal came after the last step
         return f"The last whole checkpoint of this run is {last}; {how_to_go_on(last)}."
     text = f"Saved as {last}; {how_to_go_on(last)}."
-    if step % args.layout.updates_per_generation:
+    if not args.layout.ends_generation(step):
         text += " That was within a generation batch: the resumed run generates another instead of the rest of it."
     return text

@@ -23,7 +23,7 @@ from ._upstream import (
     unwrap_model_for_generation,
 )
 from .active_methods import active_methods, tags_of
-from .batching import balanced_order, query_preserved_permutation
+from .batching import balanced_order, query_preserved_permutation, without_variance
 from .configs import CancelGRPOConfig, DelTAConfig, DFPOConfig, GRPOFixConfig, NTHRConfig
 from .credit import Credit
 from .diagnostics.callbacks import TokenShiftCallback
@@ -282,13 +282,17 @@ class CancelGRPOTrainer(Published, Resumable):
         self._groups_seen += self._layout.prompts_per_generation
         rewards, self._rewards = self._rewards, None
         assert rewards is not None
-        return Scored(batch, rewards[first : first + rows], group_ids, inputs, states)
+        apart = self.args.multi_objective_aggregation == "normalize_then_sum"
+        groups = rewards.unflatten(0, (-1, self._layout.num_generations))
+        idle = without_variance(groups, self.reward_weights.to(rewards.device), apart)
+        idle = idle.repeat_interleave(self._layout.num_generations)
+        return Scored(batch, rewards[first : first + rows], idle[first : first + rows], group_ids, inputs, states)
 
     # Rounds of generation
 
     def _chosen(self, inputs: list[dict[str, Any]]) -> Scored:
         """The groups that are kept of as many rounds as it takes."""
-        pool = GroupPool(self.args, self.reward_weights)
+        pool = GroupPool(self.args)
         for log in _logs_of(self._logs):
             log.clear()
         while True:
@@ -349,6 +353,11 @@ class CancelGRPOTrainer(Published, Resumable):
             is_column = isinstance(log, deque)
             self._logs[name] = deque(maxlen=length) if is_column else defaultdict(lambda: deque(maxlen=length))
 
+    def _forget_generation(self):
+        super()._forget_generation()
+        self._scored = self._rollouts = self._states = None
+        self._monitor.forget_step()
+
     def _prepare_inputs(self, generation_batch):
         inputs = super()._prepare_inputs(generation_batch)
         if self._scored is not None:
@@ -393,7 +402,7 @@ class CancelGRPOTrainer(Published, Resumable):
             prompt_mask=batch["prompt_mask"],
             completion_ids=batch["completion_ids"],
             mask=loss_mask(batch),
-            advantages=batch["advantages"],
+            advantages=batch["advantages"].masked_fill(scored.idle, 0),  # where rounding has given a sign
             group_ids=scored.group_ids,
             rewards=scored.rewards,
             reward_names=list(self.reward_func_names),

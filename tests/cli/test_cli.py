@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_cancel.cli import COMMANDS, main
 from trl_cancel.cli.demo import SETTINGS
+from trl_cancel.cli.settings import Parser
 from trl_cancel.cli.training import Results
 from trl_cancel.methods import METHODS
 
@@ -102,6 +103,8 @@ def test_yaml_flags_and_method_in_order(tmp_path, capsys):
     recipe.write_text(yaml.safe_dump({**QUICK, "method": "grpo-fix", "symmetric_clip": False}))
     assert main(["explain", "--config", str(recipe)]) == 0
     assert "Symmetric" not in capsys.readouterr().out
+    for flag in ("--no_query_preserved", "--no-query-preserved"):
+        assert not Parser("test", "").read(["--method", "positive-only", flag]).training.query_preserved
     assert main(["explain", "--config", str(recipe), "--no_query_preserved"]) == 0
     assert "Torn" in capsys.readouterr().out
 

@@ -313,6 +313,11 @@ def test_data_without_solutions(tiny_model, tmp_path, monkeypatch, capsys):
         (["--dataset_name", "playground", "--pass_at_k", "9"], "pass_at_k=9: must be between 1 and num_samples=8"),
         (["--dataset_name", "playground", "--batch_size", "0"], "batch_size=0: must be at least 1"),
         (["--dataset_name", "playground", "--reward_funcs", "no.such"], "reward_funcs=no.such: not found"),
+        (["--dataset_name", "playground", "--chat_template_kwargs", "{a}"], "chat_template_kwargs={a}: is not JSON"),
+        (
+            ["--dataset_name", "playground", "--chat_template_kwargs", "[1]"],
+            "chat_template_kwargs=[1]: must be a dict",
+        ),
         (["--dataset_name", "playground", "--learning_rate", "1"], "learning_rate: unknown setting"),
         (["--dataset_name", "playground", "--engine", "vllm"], "pip install 'trl-cancel[vllm]'"),
         (["--dataset_name", "playground", "--engine", "continuous"], "engine=continuous is for GPUs"),

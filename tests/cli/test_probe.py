@@ -191,8 +191,12 @@ def constant(completion_ids, **columns):
     return [0.1] * len(completion_ids)
 
 
+async def half_later(completion_ids, **columns):
+    return half(completion_ids, **columns)
+
+
 def test_several_rewards_are_added_up(tmp_path):
-    rewards = ["tests.cli.test_probe.half", "trl_cancel.playground.reward.answer_reward"]
+    rewards = ["tests.cli.test_probe.half_later", "trl_cancel.playground.reward.answer_reward"]
     means = []
     for functions, weights in ((rewards[:1], [1.0]), (rewards[1:], [1.0]), (rewards, [4.0, 0.5])):
         arguments = ["--reward_funcs", *functions, "--reward_weights", *map(str, weights)]

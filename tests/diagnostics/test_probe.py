@@ -1,6 +1,7 @@
 """The probe against updates and passes written out by hand, and against the trainer; and that it leaves no trace."""
 
 import copy
+import math
 import random
 
 import numpy as np
@@ -15,6 +16,7 @@ from trl_cancel import CancelGRPOTrainer, Rollouts
 from trl_cancel.diagnostics import UpdateProbe, Variant, sample_rollouts
 from trl_cancel.diagnostics.masking import CONDITIONS, boost_rate, masking_effects
 from trl_cancel.diagnostics.off_policy import off_policy_steps
+from trl_cancel.diagnostics.sampling import group_advantages
 from trl_cancel.methods import METHODS
 from trl_cancel.playground.data import load_prompts
 
@@ -441,3 +443,22 @@ def test_steps_that_cannot_be_are_refused(probed):
         off_policy_steps(probed, "grpo", num_steps=5)
     with pytest.raises(ValueError, match="whole_groups=False"):
         off_policy_steps(probed, "dfpo", whole_groups=False)
+
+
+def test_advantages_are_those_of_trl(tiny_model):
+    """Also where a reward function gives no reward; equal rewards, though, have none, not that of their rounding."""
+    rewards = [[1, 0, None, 1], [None, 0, 1, None], [0.1] * 4, [None] * 4, [0.3, None, None, None]]
+    flat = [value for group in rewards for value in group]
+    trainer = build(
+        tiny_model,
+        per_device_train_batch_size=20,
+        max_steps=1,
+        arguments={"reward_funcs": lambda completions, **_: flat},
+    )
+    made = []
+    score = trainer._score
+    trainer._score = lambda inputs: made.append(score(inputs)) or made[0]
+    trainer.train()
+    values = torch.tensor([math.nan if value is None else value for value in flat]).view(5, 4)
+    torch.testing.assert_close(group_advantages(values), made[0].batch["advantages"].view(5, 4), atol=1e-3, rtol=0)
+    assert not group_advantages(values)[2:].any()

@@ -3,12 +3,14 @@
 import os
 import random
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 
 from tests.runs import assert_same_weights, build, repeatable, weights_of
 from trl_cancel.evaluation import EvaluationCallback, EvaluationSettings, TransformersEngine, evaluate
@@ -278,3 +280,35 @@ def test_mistakes(tiny_model, monkeypatch):
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
     with pytest.raises(ValueError, match="fsdp_version: 2"):
         EvaluationCallback(trainer, load_prompts("test", 2))
+
+
+def test_problems_are_put_as_in_the_training(tiny_model, monkeypatch):
+    """With the arguments of the chat template that the training has, unless the evaluation has its own."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{{ '=' if thinking is defined and not thinking else '+' }}"
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "8-4"}]}] * 64)
+    trainer = build(
+        tiny_model,
+        chat_template_kwargs={"thinking": False},
+        arguments={"train_dataset": rows, "processing_class": tokenizer, "reward_funcs": even_answers},
+    )
+    assert tokenizer.decode(trainer._tokenize_prompts([rows[0]["prompt"]])[0][0]) == "8-4="
+    asked = []
+    generate = TransformersEngine.generate
+
+    def watched(engine, requests, settings):
+        asked.extend(tokenizer.decode(request.prompt_ids) for request in requests)
+        return generate(engine, requests, settings)
+
+    monkeypatch.setattr(TransformersEngine, "generate", watched)
+    own = replace(SETTINGS, chat_template_kwargs={"thinking": True})
+    for settings, expected in ((SETTINGS, "8-4="), (own, "8-4+")):
+        trainer.add_callback(EvaluationCallback(trainer, rows.select([0]), even_answers, settings, at_end=False))
+        trainer.train()
+        assert set(asked) == {expected}
+        trainer.remove_callback(EvaluationCallback)
+        asked.clear()
+
+
+def even_answers(completion_ids, **_):
+    return [float(sum(ids) % 2 == 0) for ids in completion_ids]

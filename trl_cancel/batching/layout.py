@@ -107,6 +107,10 @@ class BatchLayout:
         """Optimizer steps made with each generation batch."""
         return self.micro_steps_per_generation / self.gradient_accumulation_steps
 
+    def ends_generation(self, step: float) -> bool:
+        """Whether a generation batch is used up after so many optimizer steps."""
+        return step * self.gradient_accumulation_steps % self.micro_steps_per_generation == 0
+
     @property
     def is_on_policy(self) -> bool:
         """Whether every update uses rollouts of the very weights that it changes, so that all ratios are 1."""

@@ -75,8 +75,8 @@ class EvalArguments:
         reward_funcs (`str`, *optional*):
             Reward function of TRL's or by its dotted path; Math-Verify if not given.
         num_samples, greedy, temperature, top_p, top_k, max_completion_length, pass_at_k, pass_threshold,
-        score_truncated:
-            See [`EvaluationSettings`].
+        score_truncated, chat_template_kwargs:
+            See [`EvaluationSettings`]; the last may be JSON.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the sampling.
         engine, batch_size, tensor_parallel_size, gpu_memory_utilization, max_model_length:
@@ -133,6 +133,9 @@ class EvalArguments:
     pass_threshold: float = field(default=1.0, metadata={"help": "Reward from which on an answer is correct."})
     score_truncated: bool = field(
         default=False, metadata={"help": "Score answers that were cut off, too, instead of counting them as wrong."}
+    )
+    chat_template_kwargs: str | None = field(
+        default=None, metadata={"help": """Arguments for the chat template, as JSON: '{"enable_thinking": false}'."""}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
     engine: str = field(default="transformers", metadata={"help": "What generates.", "choices": list(ENGINES)})
@@ -290,6 +293,8 @@ def data_sets(run: EvalArguments) -> list[DataSet]:
     }
     if run.pass_at_k is not None:
         given["pass_at_k"] = tuple(run.pass_at_k)
+    if isinstance(run.chat_template_kwargs, str):  # a file gives a dictionary
+        given["chat_template_kwargs"] = _read_json("chat_template_kwargs", run.chat_template_kwargs)
     reward = find_reward(run.reward_funcs) if run.reward_funcs else math_verify_reward
     if run.dataset_name in playground.CHECKPOINTS:
         return [_playground(run.dataset_name, run, given)]
@@ -306,6 +311,13 @@ def data_sets(run: EvalArguments) -> list[DataSet]:
         settings = replace(preset.settings, **given)
         found.append(_data_set(name, preset.source, settings, run, reward, instruction))
     return found
+
+
+def _read_json(setting: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{setting}={text}: is not JSON ({error}).") from error
 
 
 def _data_set(
@@ -388,7 +400,9 @@ def evaluate_model(name: str, sets: list[DataSet], settings: EvalSettings) -> li
             **data.facts,
             "num_problems": len(rows),
             "fingerprint of the problems": _digest(rows.with_format("arrow")[:].to_pylist()),
-            "fingerprint of the prompts' tokens": _digest(prompt_token_ids(tokenizer, rows["prompt"][:])),
+            "fingerprint of the prompts' tokens": _digest(
+                prompt_token_ids(tokenizer, rows["prompt"][:], data.settings.chat_template_kwargs)
+            ),
             "fingerprint of the reward function's file": _digest(_source(data.reward)),
             **_sampling(data.settings),
         }

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import AutoPeftModelForCausalLM, get_peft_model
@@ -21,6 +21,7 @@ from ..diagnostics.report import NOT_MEASURED, write_report
 from ..diagnostics.sampling import sample_rollouts
 from ..diagnostics.shifts import THRESHOLD
 from ..evaluation import RewardFunction
+from ..evaluation.scoring import awaited
 from . import UsageError
 from .settings import Parser, RunArguments, Settings
 from .training import check_model_path, check_writable, console, find_rewards, load_data
@@ -151,7 +152,7 @@ def _reward(settings: Settings) -> RewardFunction:
         return functions[0]
 
     def weighted_sum(**columns: Any) -> list[float | None]:
-        scores = [function(**columns) for function in functions]
+        scores = [awaited(function(**columns)) for function in functions]
         return [_weighted(of_one, weights) for of_one in zip(*scores, strict=True)]
 
     return weighted_sum
@@ -227,10 +228,10 @@ def measurements(settings: Settings, names: list[str], seed: int) -> Iterator[tu
         temperature=training.temperature,
         max_completion_length=length,
         seed=training.seed + seed,
+        chat_template_kwargs=cast(Any, training.chat_template_kwargs),
         description="Rollouts" if progress else None,
     )
-    advantages = rollouts.by_group(rollouts.advantages)
-    mixed = (advantages > 0).any(1) & (advantages < 0).any(1)  # equal rewards may differ from their mean by rounding
+    mixed = rollouts.by_group(rollouts.advantages).any(1)
     if not mixed.any():
         raise ValueError(
             f"All {training.num_generations} rollouts of every prompt got equal rewards, so there is no update to "

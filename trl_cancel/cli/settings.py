@@ -122,14 +122,14 @@ class Parser(StrictParser):
                 raise UsageError(f"method={method}: unknown; use one of {', '.join(METHODS)}.")
             self.set_defaults(**METHODS[method].settings)
         if flag:  # like any flag it beats the file, and what the file says of other methods
-            given = _flag_names(arguments)
+            given = {name.removeprefix("no_") for name in _flag_names(arguments)}
             chosen = {name: value for name, value in complete_settings(flag).items() if name not in given}
             arguments += [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
         return self._with_precision(arguments, yaml_settings)
 
     def _with_precision(self, arguments: list[str], yaml_settings: dict[str, Any]) -> Settings:
         """The settings, with the precision that suits the device unless they name one."""
-        given = _flag_names(arguments) | yaml_settings.keys()
+        given = {name.removeprefix("no_") for name in _flag_names(arguments)} | yaml_settings.keys()
         if given & {"bf16", "fp16"}:
             return Settings(*self._parse(arguments))
         self.set_defaults_with_config(**{name: value for name, value in yaml_settings.items() if name != "env"})

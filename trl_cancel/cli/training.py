@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import trl.rewards
@@ -442,6 +442,7 @@ def evaluate(
         top_k=training.top_k or 0,
         max_completion_length=training.max_completion_length or 256,
         score_truncated=True,  # as in training
+        chat_template_kwargs=cast(Any, training.chat_template_kwargs),  # a dictionary by now
     )
     try:
         engine = trainer_engine(trainer, EVALUATION_BATCH)

@@ -7,6 +7,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..batching import without_variance
 from ..evaluation import RewardFunction, continuations, prompt_token_ids, rewards_of, sampling
 from ..rollouts import Rollouts
 
@@ -22,6 +23,7 @@ def sample_rollouts(
     max_completion_length: int = 256,
     batch_size: int = 64,
     seed: int = 0,
+    chat_template_kwargs: dict[str, Any] | None = None,
     description: str | None = None,
 ) -> Rollouts:
     """
@@ -46,6 +48,8 @@ def sample_rollouts(
             Rollouts generated at a time.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the sampling.
+        chat_template_kwargs (`dict`, *optional*):
+            Arguments for the template of conversations.
         description (`str`, *optional*):
             Label of the progress bar; no bar without one.
 
@@ -61,7 +65,7 @@ def sample_rollouts(
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive: rollouts of a greedy policy are all the same.")
     examples = [row for row in rows for _ in range(num_generations)]
-    prompts = prompt_token_ids(tokenizer, [example["prompt"] for example in examples])
+    prompts = prompt_token_ids(tokenizer, [example["prompt"] for example in examples], chat_template_kwargs)
     ids: list[list[int]] = []
     with sampling(model, seed), tqdm(total=len(prompts), desc=description, disable=description is None) as progress:
         for first in range(0, len(prompts), batch_size):
@@ -79,7 +83,7 @@ def sample_rollouts(
         prompt_mask=prompt_mask,
         completion_ids=completion_ids,
         mask=mask,
-        advantages=group_advantages(rewards.nan_to_num(nan=0.0).view(-1, num_generations)).flatten(),
+        advantages=group_advantages(rewards.view(-1, num_generations)).flatten(),
         group_ids=torch.arange(len(rows), device=model.device).repeat_interleave(num_generations),
         rewards=rewards.unsqueeze(1),
         reward_names=[getattr(reward, "__name__", type(reward).__name__)],
@@ -91,17 +95,21 @@ def sample_rollouts(
 
 def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     """
-    The advantages of GRPO: rewards centred within their group and divided by its standard deviation, as TRL does.
+    The advantages of GRPO: rewards centred within their group and divided by its standard deviation, as TRL does. Where
+    all are equal, advantages are 0; TRL's differ from it by rounding.
 
     Args:
         rewards (`torch.Tensor` of shape `(P, G)`):
-            Rewards.
+            Rewards; `nan` where there is none, which takes no part and gets 0.
 
     Returns:
         `torch.Tensor` of shape `(P, G)`.
     """
-    centred = rewards - rewards.mean(1, keepdim=True)
-    return centred / (rewards.std(1, keepdim=True) + 1e-4)
+    centred = rewards - rewards.nanmean(1, keepdim=True)
+    known = (~rewards.isnan()).sum(1, keepdim=True)
+    deviation = (centred.square().nansum(1, keepdim=True) / (known - 1).clamp(min=1)).sqrt()
+    idle = without_variance(rewards.unsqueeze(-1), rewards.new_ones(1))
+    return (centred / (deviation + 1e-4)).nan_to_num(nan=0.0).masked_fill(idle.unsqueeze(1), 0)
 
 
 def _padded(

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,9 @@ class EvaluationCallback(TrainerCallback):
         if not len(problems):
             raise ValueError(f"Evaluation on {name}: the data set has no problems.")
         self.settings = settings or EvaluationSettings()
+        if self.settings.chat_template_kwargs is None:
+            of_training: Any = getattr(trainer.args, "chat_template_kwargs", None)
+            self.settings = replace(self.settings, chat_template_kwargs=of_training)
         self.steps, self.at_start, self.at_end = steps, at_start, at_end
         self.engine = trainer_engine(trainer, batch_size)
         self._last: int | None = None  # step of the latest evaluation of a training that goes on

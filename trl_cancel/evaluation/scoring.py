@@ -21,7 +21,8 @@ from ..intervals import mean_with_interval as mean_with_interval
 from ..states import without_dropout
 
 
-RewardFunction = Callable[..., list[float | None] | Awaitable[list[float | None]]]
+Scores = list[float | None]
+RewardFunction = Callable[..., Scores | Awaitable[Scores]]
 
 
 def score_samples(
@@ -108,9 +109,7 @@ def rewards_of(
     prompts = columns.pop("prompt")
     answers = as_answers(tokenizer, ids, prompts)
     columns |= {"trainer_state": getattr(trainer, "state", None), "log_extra": _nowhere, "log_metric": _nowhere}
-    scores = reward(prompts=prompts, completions=answers, completion_ids=ids, **columns)
-    if isawaitable(scores):
-        scores = _awaited(scores, trainer)
+    scores = awaited(reward(prompts=prompts, completions=answers, completion_ids=ids, **columns), trainer)
     if not isinstance(scores, Sized) or len(scores) != len(ids):
         found = f"{len(scores)} rewards" if isinstance(scores, Sized) else type(scores).__name__
         name = getattr(reward, "__name__", type(reward).__name__)
@@ -125,11 +124,22 @@ def _nowhere(name: str, value: Any) -> None:
     """In the place of a trainer's logs."""
 
 
-def _awaited(scores: Awaitable[Any], trainer: Any) -> Any:
-    """The result of an async reward function, in the event loop of TRL's trainer, to which its client may be bound."""
+def awaited(scores: Scores | Awaitable[Scores], trainer: Any = None) -> Scores:
+    """
+    What a reward function returns; an async one is waited for.
 
-    async def wait() -> Any:
-        return await scores
+    Args:
+        scores (`list` or `Awaitable`):
+            What calling it has given.
+        trainer ([`~transformers.Trainer`], *optional*):
+            TRL's trainer, to whose event loop its client may be bound.
+    """
+    if not isawaitable(scores):
+        return scores
+    awaitable = scores
+
+    async def wait() -> Scores:
+        return await awaitable
 
     loop = getattr(trainer, "async_loop", None) or _event_loop()
     return asyncio.run_coroutine_threadsafe(wait(), loop).result()
@@ -152,7 +162,9 @@ def sampling(model: PreTrainedModel, seed: int) -> Iterator[None]:
         yield
 
 
-def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> list[list[int]]:
+def prompt_token_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[Any], chat_template_kwargs: dict[str, Any] | None = None
+) -> list[list[int]]:
     """
     Token ids of prompts, as TRL makes them.
 
@@ -161,10 +173,15 @@ def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> 
             Tokenizer.
         prompts (`list`):
             Texts or conversations.
+        chat_template_kwargs (`dict`, *optional*):
+            Arguments for the template of conversations.
     """
     if not is_conversational({"prompt": prompts[0]}):
         return tokenizer(prompts)["input_ids"]
-    texts = [apply_chat_template({"prompt": prompt}, tokenizer)["prompt"] for prompt in prompts]
+    texts = [
+        apply_chat_template({"prompt": prompt}, tokenizer, **chat_template_kwargs or {})["prompt"]
+        for prompt in prompts
+    ]
     return tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has written them already
 
 

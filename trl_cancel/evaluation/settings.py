@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class EvaluationSettings:
             Numbers of tries k of pass@k; 1, 2, 4, ... and `num_samples` if not given.
         pass_threshold (`float`, *optional*, defaults to `1.0`):
             An answer is correct, for pass@k, from this reward on. One without a reward never is.
+        chat_template_kwargs (`dict`, *optional*):
+            Arguments for the chat template, such as `{"enable_thinking": False}`. [`EvaluationCallback`] takes those of
+            the training if not given.
         seed (`int`, *optional*, defaults to `0`):
             Each answer has a seed of its own, made of this one, its problem and its number.
 
@@ -46,6 +50,7 @@ class EvaluationSettings:
     pass_at_k: tuple[int, ...] | None = None
     pass_threshold: float = 1.0
     seed: int = 0
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "top_k", "max_completion_length", "seed"):
@@ -63,6 +68,11 @@ class EvaluationSettings:
             raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1.")
         if not math.isfinite(self.pass_threshold):
             raise ValueError(f"pass_threshold={self.pass_threshold}: must be a finite number.")
+        if not isinstance(self.chat_template_kwargs, dict | None):
+            raise ValueError(
+                f"chat_template_kwargs={self.chat_template_kwargs!r}: must be a dictionary, such as "
+                '{"enable_thinking": False}.'
+            )
         for k in self.pass_at_k or ():
             _check_whole("pass_at_k", k)
             if not 1 <= k <= self.num_samples:
