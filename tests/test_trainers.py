@@ -2,6 +2,7 @@
 
 import logging
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,22 @@ from datasets import DatasetDict, IterableDataset
 from transformers import TrainerCallback
 
 from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
+from trl_cancel.credit.group_weights import TRANSFORMATIONS
 from trl_cancel.playground import CHECKPOINT
 from trl_cancel.playground.data import load_prompts
 from trl_cancel.playground.reward import answer_reward
 
-from .runs import DEFAULTS, OFF_POLICY, assert_same_weights, build, noisy_reward, repeatable, train, weights_of
+from .runs import (
+    DEFAULTS,
+    OFF_POLICY,
+    assert_same_weights,
+    build,
+    load,
+    noisy_reward,
+    repeatable,
+    train,
+    weights_of,
+)
 
 
 PLAYGROUND = {
@@ -433,11 +445,29 @@ def test_the_same_trainer_goes_on_where_a_step_failed(tiny_model, tmp_path, sett
     other = train(tiny_model, **settings, resume=checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
     assert_same_weights(weights_of(trainer.model), other.weights)
-    logs = [repeatable(entry) for entry in trainer.state.log_history]
-    cancellation = [{name: value for name, value in entry.items() if "cancel/" in name} for entry in logs]
-    assert cancellation == [
-        {name: value for name, value in entry.items() if "cancel/" in name} for entry in other.logs
-    ]
+    assert [repeatable(entry) for entry in trainer.state.log_history] == other.logs
+
+
+@pytest.mark.parametrize("step", [2, 5], ids=["earlier", "last"])
+def test_the_same_trainer_goes_on_after_a_signal(tiny_model, tmp_path, step):
+    """As another one would, from any checkpoint; this stops in the middle of the second generation batch."""
+
+    class Interrupts(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4 and not interrupted:
+                interrupted.append(True)
+                signal.raise_signal(signal.SIGINT)
+
+    interrupted: list = []
+    settings = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2, "max_steps": 7}
+    settings |= {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "num_iterations": 2}
+    trainer = build(tiny_model, **settings, arguments={"callbacks": [Interrupts()]})
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    checkpoint = str(tmp_path / f"checkpoint-{step}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    other = train(tiny_model, **{**settings, "save_strategy": "no"}, resume=checkpoint)
+    assert_same_weights(weights_of(trainer.model), other.weights)
 
 
 def test_equal_rewards_have_no_sign(tiny_model):
@@ -453,7 +483,9 @@ def test_equal_rewards_have_no_sign(tiny_model):
     def tenths(completion_ids, **kwargs):
         return [0.1] * len(completion_ids)
 
-    seen, made = Seen(), []
+    equal = torch.full((8,), 0.1)
+    assert (equal - equal.mean()).any(), "rounding"
+    seen = Seen()
     trainer = build(
         tiny_model,
         per_device_train_batch_size=8,
@@ -461,11 +493,32 @@ def test_equal_rewards_have_no_sign(tiny_model):
         max_steps=1,
         arguments={"reward_funcs": tenths, "credits": [seen]},
     )
-    score = trainer._score
-    trainer._score = lambda inputs: made.append(score(inputs)) or made[0]
     trainer.train()
-    assert made[0].batch["advantages"].any(), "what TRL makes of them"
     assert not seen.advantages.any()
     log = trainer.state.log_history[0]
     assert (log["cancel/positive_fraction"], log["cancel/negative_fraction"]) == (0, 0)
     assert "cancel/shared_prefix_residual" not in log
+
+
+@pytest.mark.parametrize("reward", [0.1, 10.1])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"advantage_sign": "positive"},
+        {"advantage_sign": "negative"},
+        *({"group_weights": name, "importance_sampling_level": "sequence"} for name in TRANSFORMATIONS),
+        {"nthr": True},
+        {"delta_credit": True},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_equal_rewards_move_nothing(tiny_model, settings, reward):
+    """However large they are, and so the rounding of their mean."""
+
+    def constant(completion_ids, **kwargs):
+        return [reward] * len(completion_ids)
+
+    sizes = {"per_device_train_batch_size": 8, "num_generations": 8, "steps_per_generation": 2, "max_steps": 2}
+    before = weights_of(load(tiny_model))
+    after = train(tiny_model, **sizes, **settings, arguments={"reward_funcs": constant}).weights
+    assert_same_weights(after, {name: before[name] for name in after})

@@ -73,6 +73,8 @@ class Resumable(GRPOTrainer):
                 self.is_in_train = False  # as transformers leaves it after a training without an error
                 self._forget_generation()
                 raise
+        if self.is_stopped_by_signal:
+            self._forget_generation()
         self._signals.end(self.args, self.state.global_step, self.own_checkpoints)
         return result
 
@@ -122,8 +124,11 @@ class Resumable(GRPOTrainer):
             error.add_note(f"The progress up to step {step} is saved as {checkpoint}; {how_to_go_on(checkpoint)}.")
 
     def _forget_generation(self) -> None:
-        """Makes the next training of this trainer begin with a generation batch, at its first micro-batch."""
+        """Makes the next training of this trainer begin as another one's: with a generation batch, and no metrics."""
         self._step, self._buffered_inputs = 0, None
+        self._current_train_step_time = 0.0
+        for collected in (self._metrics["train"], self._pending_metrics, self._pending_extra_logs):
+            collected.clear()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         # PEFT loads adapters in float32, also those of a 4-bit model, which TRL trains in bfloat16.

@@ -6,6 +6,7 @@ few tokens.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -243,7 +244,7 @@ class LMHead:
             `tuple`: Weight of shape `(K, d)`, and bias of shape `(K,)` or `None`.
         """
         with _gathered(self.layer):
-            # The layer may be on another device than the tokens: on the last one of several GPUs, or on the CPU.
+            # The layer may be on another device than the tokens: on the last one of several GPUs.
             weight, bias = _rows(self.layer, token_ids.to(_device_of(self.layer)))
         return weight.to(token_ids.device), None if bias is None else bias.to(token_ids.device)
 
@@ -349,8 +350,9 @@ class _Rows:
 
 
 def _device_of(layer: "nn.Module | torch.Tensor | _Rows") -> torch.device:
-    weight: Any = next(layer.parameters()) if isinstance(layer, nn.Module) else getattr(layer, "weight", layer)
-    return weight.device
+    if isinstance(layer, nn.Module):
+        return next(chain(layer.parameters(), layer.buffers())).device
+    return layer.weight.device if isinstance(layer, _Rows) else layer.device
 
 
 def _rows(layer: Any, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

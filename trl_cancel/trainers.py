@@ -285,8 +285,11 @@ class CancelGRPOTrainer(Published, Resumable):
         apart = self.args.multi_objective_aggregation == "normalize_then_sum"
         groups = rewards.unflatten(0, (-1, self._layout.num_generations))
         idle = without_variance(groups, self.reward_weights.to(rewards.device), apart)
-        idle = idle.repeat_interleave(self._layout.num_generations)
-        return Scored(batch, rewards[first : first + rows], idle[first : first + rows], group_ids, inputs, states)
+        idle = idle.repeat_interleave(self._layout.num_generations)[first : first + rows]
+        if self._credits or self._weighs_groups:
+            # Equal rewards differ from their mean by rounding, which has one sign; no method is to take it for credit.
+            batch["advantages"] = batch["advantages"].masked_fill(idle, 0)
+        return Scored(batch, rewards[first : first + rows], idle, group_ids, inputs, states)
 
     # Rounds of generation
 
@@ -402,7 +405,7 @@ class CancelGRPOTrainer(Published, Resumable):
             prompt_mask=batch["prompt_mask"],
             completion_ids=batch["completion_ids"],
             mask=loss_mask(batch),
-            advantages=batch["advantages"].masked_fill(scored.idle, 0),  # where rounding has given a sign
+            advantages=batch["advantages"].masked_fill(scored.idle, 0),
             group_ids=scored.group_ids,
             rewards=scored.rewards,
             reward_names=list(self.reward_func_names),

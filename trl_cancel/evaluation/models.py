@@ -50,7 +50,8 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
         base = base_of(path, revision)
         if base is None:
             raise
-        return load_tokenizer(*base)
+        path, revision = base
+        return AutoTokenizer.from_pretrained(path, revision=revision)
 
 
 def base_of(path: str, revision: str | None = None) -> tuple[str, str | None] | None:
@@ -58,7 +59,7 @@ def base_of(path: str, revision: str | None = None) -> tuple[str, str | None] | 
     if find_adapter_config_file(path, revision=revision) is None:
         return None
     config = PeftConfig.from_pretrained(path, revision=revision)
-    return config.base_model_name_or_path, config.revision
+    return None if config.base_model_name_or_path is None else (config.base_model_name_or_path, config.revision)
 
 
 def load_end_tokens(path: str, tokenizer: PreTrainedTokenizerBase, revision: str | None = None) -> list[int]:
