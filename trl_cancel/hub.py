@@ -1,5 +1,6 @@
 """Pushing to the Hub: early checks, errors that say what to do next, and a second try from what is on disk."""
 
+import logging
 import shlex
 import socket
 import traceback
@@ -13,6 +14,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from . import __version__
 from .model_card import FILE, rename_in_card
 from .secrets import quotable, without_tokens
+
+
+logger = logging.getLogger(__name__)
 
 
 # Files of a model, its tokenizer and its results. Nothing in a folder below, and nothing pickled: checkpoints, states of
@@ -180,7 +184,12 @@ def push_folder(
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
         check_write(repo.repo_id, token)
         if (folder / FILE).is_file():
-            rename_in_card(folder / FILE, repo.repo_id)
+            try:
+                rename_in_card(folder / FILE, repo.repo_id)
+            except OSError as error:
+                logger.warning(
+                    f"{folder / FILE} cannot be written ({error.strerror}): the card's code loads the old name."
+                )
         if revision is not None:
             api.create_branch(repo.repo_id, branch=revision, exist_ok=True)
         api.upload_folder(

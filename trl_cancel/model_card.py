@@ -23,6 +23,7 @@ from .diagnostics.curves import first_tenth, last_tenth
 from .diagnostics.runs import Run
 from .evaluation import Evaluation
 from .evaluation.result import shown
+from .evaluation.scoring import chats
 from .secrets import without_secrets
 
 
@@ -165,7 +166,7 @@ class _Subject:
             base_model=hub_id(name),
             base_folder=Path(name) if name and Path(name).is_dir() else None,
             adapter=_adapter_config(model)["peft_type"] if is_peft_model(model) else None,
-            chats=bool(getattr(processor, "chat_template", None)),
+            chats=chats(processor),
             sees_images=isinstance(processor, ProcessorMixin),
         )
 

@@ -9,16 +9,19 @@ import sys
 from io import StringIO
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset, DatasetDict
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_cancel.cli import COMMANDS, main
+from trl_cancel.cli import COMMANDS, Failure, main
 from trl_cancel.cli.demo import SETTINGS
 from trl_cancel.cli.settings import Parser
-from trl_cancel.cli.training import Results
+from trl_cancel.cli.training import Results, run_training
+from trl_cancel.evaluation import TransformersEngine
 from trl_cancel.methods import METHODS
+from trl_cancel.precision import best_precision
 
 
 QUICK = {**SETTINGS, "max_steps": 4, "logging_steps": 1, "eval_problems": 4, "eval_samples": 2}
@@ -431,3 +434,37 @@ def test_one_reward_may_stand_without_brackets(tmp_path, capsys):
         recipe.write_text(yaml.safe_dump({**settings, **extra}))
         assert main(["train", "--config", str(recipe)]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_evaluations_take_the_memory_there_is(tmp_path, monkeypatch):
+    generate, sizes = TransformersEngine.generate, []
+
+    def limited(engine, requests, settings):
+        sizes.append(len(requests))
+        if len(requests) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return generate(engine, requests, settings)
+
+    monkeypatch.setattr(TransformersEngine, "generate", limited)
+    assert main(["train", *flags(**QUICK, output_dir=tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "all_results.json").read_text())["after"]["greedy"]
+    assert max(sizes) > 5 >= sizes[-1]
+    monkeypatch.setattr(TransformersEngine, "generate", lambda *_: limited(None, range(6), None))
+    with pytest.raises(Failure, match='The evaluation "Before" is out of memory'):
+        run_training(Parser("test", "").read(flags(**QUICK, output_dir=tmp_path / "none")))
+
+
+def test_the_environment_of_a_recipe_comes_first(tmp_path, monkeypatch):
+    """The device is looked for in it."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("env: {CUDA_VISIBLE_DEVICES: 7}\nlearning_rate: 0.1\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    seen = []
+
+    def precision(use_cpu):
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+        return best_precision(use_cpu=True)
+
+    monkeypatch.setattr("trl_cancel.cli.settings.best_precision", precision)
+    Parser("test", "").read(["--config", str(recipe)])
+    assert seen == ["7"]

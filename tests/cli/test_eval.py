@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.runs import load
 from trl_cancel.cli import UsageError, main
@@ -164,7 +164,7 @@ def test_adapters_and_several_models(tiny_model, tmp_path, capsys):
     )
     assert adapter == merged_texts != base
     assert len(results_of(tmp_path / "out")) == 3
-    four_bit = ["--load_in_4bit", "true", "--dtype", "float32"]
+    four_bit = ["--load_in_4bit", "true"]
     assert playground(tmp_path / "adapter", *four_bit, output=tmp_path / "four") == 0
     assert "adapter" in capsys.readouterr().out
 
@@ -337,3 +337,55 @@ def test_a_model_that_is_not_there(tmp_path, capsys):
     assert "model_name_or_path=no/model: cannot load it" in capsys.readouterr().err
     assert main(["eval", "--dataset_name", "playground", "--output", str(tmp_path)]) == 2
     assert "model_name_or_path is missing" in capsys.readouterr().err
+
+
+def test_columns_of_several_types(tiny_model, tmp_path):
+    """As files of JSON may hold them; and an instruction, a column of another name, a template for the conversation."""
+    rows = [{"prompt": "1+1", "right": 2, "of": {"a": 1}}, {"prompt": "1+2", "right": "3", "of": {"a": [1]}}]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--dataset_name", str(tmp_path / "data"), "--solution_column", "right", "--instruction", "Box it."]
+    assert evaluate(tiny_model, *arguments, *QUICK, output=tmp_path / "out") == 0
+    (results,) = results_of(tmp_path / "out").values()
+    assert results["problems"] == 2
+
+
+def test_one_of_a_list_in_a_file(tiny_model, tmp_path):
+    (tmp_path / "eval.yaml").write_text(
+        "dataset_name: playground\npass_at_k: 2\nmore_models: playground\n"
+        "chat_template_kwargs: {enable_thinking: false}\n"
+    )
+    assert evaluate(tiny_model, "--config", str(tmp_path / "eval.yaml"), *QUICK, output=tmp_path / "out") == 0
+    assert len(results_of(tmp_path / "out")) == 2
+    for results in results_of(tmp_path / "out").values():
+        assert "pass@2" in results["metrics"]
+        assert "pass@1" not in results["metrics"]
+        assert results["settings"]["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_names_are_not_markup(tiny_model, tmp_path, capsys):
+    folder = tmp_path / "runs[" / "a]"
+    load(tiny_model).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    assert playground(folder, output=tmp_path / "[/b]") == 0
+    assert f"{tmp_path}/[/b]" in capsys.readouterr().out
+
+
+def test_code_of_a_model_is_run_if_it_is_trusted(tiny_model, tmp_path, monkeypatch):
+    asked = []
+
+    def watch(cls):
+        load_it = cls.from_pretrained
+
+        def from_pretrained(path, *arguments, trust_remote_code=False, **settings):
+            asked.append((cls.__name__, trust_remote_code))
+            return load_it(path, *arguments, **settings)
+
+        monkeypatch.setattr(cls, "from_pretrained", from_pretrained)
+
+    watch(AutoTokenizer)
+    watch(AutoModelForCausalLM)
+    for trusted in (False, True):
+        asked.clear()
+        assert playground(tiny_model, "--trust_remote_code", str(trusted), output=tmp_path / str(trusted)) == 0
+        assert asked == [("AutoTokenizer", trusted), ("AutoModelForCausalLM", trusted)]

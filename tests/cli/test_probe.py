@@ -6,14 +6,17 @@ from functools import partial
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from tests.cli.test_cli import flags
 from tests.diagnostics.test_page import BROWSER, Elements, in_browser
 from trl_cancel.cli import main
 from trl_cancel.cli import probe as probing_command
 from trl_cancel.cli.probe import MEASUREMENTS as NAMES
+from trl_cancel.cli.probing import ProbeArguments, load_model
+from trl_cancel.cli.settings import Parser
 from trl_cancel.diagnostics import measurements
 from trl_cancel.diagnostics.masking import masking_effects
 from trl_cancel.diagnostics.report import SECTIONS
@@ -130,15 +133,16 @@ def test_the_model_is_left_alone(tmp_path):
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-def test_an_adapter(tmp_path):
+def test_an_adapter(tmp_path, capsys):
     """A saved adapter is probed in its own weights."""
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT)
     torch.manual_seed(0)
     config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, base_model_name_or_path=str(CHECKPOINT))
     get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
-    AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(tmp_path / "adapter")
-    settings = {"model_name_or_path": tmp_path / "adapter", "temperature": 0.5}
+    settings = {"model_name_or_path": tmp_path / "adapter", "temperature": 0.5}  # with the tokenizer of its base
     assert probe("shifts", tmp_path / "out", **settings) == 0
+    assert probe("shifts", tmp_path / "out", **settings, use_peft=True) == 2
+    assert "is an adapter already" in capsys.readouterr().err
     results = json.loads((tmp_path / "out" / "probe.json").read_text())
     assert results["seeds"][0]["trained_parameters"] == sum(
         parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name
@@ -255,3 +259,12 @@ def test_mistakes(mistake, capsys, tmp_path, monkeypatch):
     assert message in printed[-1]
     assert printed[-1].startswith("trl-cancel probe: ")
     assert not (tmp_path / "trl-cancel-probe").exists()
+
+
+def test_quantized_models_compute_in_float32(tmp_path):
+    """In bfloat16 its rounding would be measured, whatever the recipe trains in."""
+    arguments = flags(**QUICK, load_in_4bit=True, use_peft=True, dtype="bfloat16", trust_remote_code=True)
+    model, _ = load_model(Parser("test", "", ProbeArguments).read(arguments))
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert layers
+    assert {layer.compute_dtype for layer in layers} == {torch.float32}

@@ -10,7 +10,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    EarlyStoppingCallback,
+    TrainerCallback,
+)
 
 from tests.runs import assert_same_weights, build, repeatable, weights_of
 from trl_cancel.evaluation import EvaluationCallback, EvaluationSettings, TransformersEngine, evaluate
@@ -312,3 +318,36 @@ def test_problems_are_put_as_in_the_training(tiny_model, monkeypatch):
 
 def even_answers(completion_ids, **_):
     return [float(sum(ids) % 2 == 0) for ids in completion_ids]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_early_stopping_sees_what_is_measured(tiny_model, tmp_path, first):
+    """Also where it was given to the trainer, before there was anything to evaluate with."""
+    early = EarlyStoppingCallback(early_stopping_patience=2)
+    trainer = build(
+        tiny_model,
+        output_dir=str(tmp_path),
+        arguments={
+            "eval_dataset": load_prompts("tune", 4),
+            "reward_funcs": even_answers,
+            "callbacks": [early] if first else [],
+        },
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        num_generations_eval=2,
+        per_device_eval_batch_size=4,
+        max_steps=5,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_set_greedy",
+    )
+    # No answer is ever better than the first ones.
+    never = EvaluationCallback(
+        trainer, load_prompts("test", 2), lambda completions, **_: [0.0] * len(completions), SETTINGS, name="set"
+    )
+    trainer.add_callback(never)
+    if not first:
+        trainer.add_callback(early)
+    trainer.train()
+    assert trainer.state.global_step == 3

@@ -488,7 +488,7 @@ def test_the_base_model_of_an_adapter_has_its_own_revision(tiny, tmp_path, monke
     asked = []
 
     def asked_for(found):
-        def from_pretrained(path, revision=None):
+        def from_pretrained(path, revision=None, **_):
             asked.append((path, revision))
             if path != "my/base":
                 raise OSError("The adapter brings none.")

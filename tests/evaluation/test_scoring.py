@@ -8,8 +8,9 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from tests.runs import load
-from trl_cancel.evaluation import mean_with_interval, score_samples
+from tests.runs import build, load
+from trl_cancel.diagnostics import sample_rollouts
+from trl_cancel.evaluation import mean_with_interval, prompt_token_ids, score_samples
 from trl_cancel.playground import CHECKPOINT
 from trl_cancel.playground.data import load_prompts
 from trl_cancel.playground.reward import answer_reward
@@ -124,3 +125,44 @@ def test_a_4_bit_model_on_a_cpu_can_still_be_trained(tiny_model):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert trained
     assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in trained)
+
+
+@pytest.mark.parametrize("last", ["user", "assistant", "system"])
+def test_conversations_are_put_as_in_the_training(tiny_model, last):
+    """Whoever speaks last, the model answers."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '+' if m['role'] == 'user' else '-' }}{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}={% endif %}"
+    )
+    prompts = [[{"role": "user", "content": "1"}, {"role": last, "content": str(number)}] for number in (2, 3)]
+    trainer = build(tiny_model, arguments={"processing_class": tokenizer})
+    expected = trainer._tokenize_prompts(prompts)[0]
+    assert [tokenizer.decode(ids)[-1] for ids in expected] == ["=", "="]
+    assert prompt_token_ids(tokenizer, prompts) == expected
+
+
+def test_columns_that_only_training_has(playground):
+    """A data set may hold answers of another model, which reward functions are not told of."""
+    rows = load_prompts("test", 2)
+    rows = rows.add_column("completion_ids", [[1], [2]]).add_column("completion", ["1", "2"])
+
+    def length(completions, completion_ids, **columns):
+        assert "completion" not in columns
+        return [float(len(ids)) for ids in completion_ids]
+
+    assert (score(playground, rows, length) > 1).all()
+
+
+def test_rows_of_a_tokenizer_without_a_token_that_pads(tiny_model):
+    """The model knows the one that ends an answer."""
+    model, tokenizer = load(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    assert model.generation_config.eos_token_id is not None
+    tokenizer.pad_token = tokenizer.eos_token = None
+    rollouts = sample_rollouts(
+        model, tokenizer, list(load_prompts("test", 2)), answer_reward, num_generations=2, max_completion_length=4
+    )
+    assert rollouts.completion_ids[~rollouts.mask.bool()].unique().tolist() in (
+        [],
+        [model.generation_config.eos_token_id],
+    )

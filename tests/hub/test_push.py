@@ -436,3 +436,18 @@ def test_card_that_cannot_be_written_stops_nothing(tiny_model, tmp_path, monkeyp
         trainer.train()
     assert (tmp_path / "checkpoint-1" / "trainer_state.json").exists()
     assert "The model card could not be written: OSError: [Errno 28] No space left on device" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_pushed(hub, tiny_model, tmp_path, monkeypatch, caplog):
+    """With the card as it is."""
+    trained(tiny_model, tmp_path).save_model()
+    (tmp_path / "README.md").write_text("---\ntags: []\n---\nmine")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("trl_cancel.hub.rename_in_card", refuse)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert main(["push", str(tmp_path), "--hub_model_id", REPO]) == 0
+    assert "model.safetensors" in hub.repos[REPO].files
+    assert "cannot be written (Permission denied)" in caplog.text

@@ -18,6 +18,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError
 from trl import ModelConfig
 
@@ -36,6 +37,7 @@ from ..evaluation.models import (
 from ..evaluation.presets import INSTRUCTION, PRESETS, DataSource, load_problems
 from ..evaluation.result import shown
 from ..evaluation.samples import Sample, SampleLog
+from ..evaluation.scoring import chats
 from ..evaluation.settings import EvaluationSettings
 from . import Failure, UsageError
 from .settings import StrictParser
@@ -79,7 +81,7 @@ class EvalArguments:
             See [`EvaluationSettings`]; the last may be JSON.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the sampling.
-        engine, batch_size, tensor_parallel_size, gpu_memory_utilization, max_model_length:
+        engine, batch_size, tensor_parallel_size, gpu_memory_utilization, max_model_length, trust_remote_code:
             See [`EngineSettings`].
         output (`str`, *optional*, defaults to `"trl-cancel-eval"`):
             Folder for samples and results.
@@ -145,6 +147,9 @@ class EvalArguments:
     tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs that share the model, with vllm."})
     gpu_memory_utilization: float = field(default=0.9, metadata={"help": "Share of the GPU's memory for vllm."})
     max_model_length: int | None = field(default=None, metadata={"help": "Longest prompt and answer, with vllm."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Whether to run code that a model on the Hub brings."}
+    )
     output: str = field(default="trl-cancel-eval", metadata={"help": "Folder for samples and results."})
 
 
@@ -165,7 +170,12 @@ class EvalParser(StrictParser):
         self.set_defaults(dtype="auto")  # that of the saved weights
 
     def read(self, arguments: list[str]) -> EvalSettings:
-        return EvalSettings(*super().read(arguments))
+        settings = EvalSettings(*super().read(arguments))
+        for name in ("more_models", "preset", "pass_at_k"):
+            value = getattr(settings.run, name)
+            if value is not None and not isinstance(value, list):  # one of them, in a file
+                setattr(settings.run, name, [value])
+        return settings
 
 
 @dataclass(frozen=True)
@@ -234,7 +244,7 @@ def run_evaluation(settings: EvalSettings) -> None:
         ]
     if state.is_main_process:
         console.print(table(evaluations))
-        console.print(f"Samples and results: {run.output}.")
+        console.print(f"Samples and results: {run.output}.", markup=False)
 
 
 @contextmanager
@@ -377,17 +387,17 @@ def evaluate_model(name: str, sets: list[DataSet], settings: EvalSettings) -> li
     revision = arguments.model_revision if name == arguments.model_name_or_path else "main"
     arguments = replace(arguments, model_revision=revision)
     try:
-        tokenizer = load_tokenizer(path, revision)
+        tokenizer = load_tokenizer(path, revision, run.trust_remote_code)
         base = base_of(path, revision)
         of_model = {
             "base model": base[0] if base else None,
             "fingerprint of the model": fingerprint(path, revision),
             "fingerprint of the base model": fingerprint(*base) if base else None,
-            "end tokens": load_end_tokens(path, tokenizer, revision),
+            "end tokens": load_end_tokens(path, tokenizer, revision, run.trust_remote_code),
         }
     except OSError as error:
         raise UsageError(_cannot_load(name, error)) from error
-    problems = [data.load(tokenizer.chat_template is not None) for data in sets]
+    problems = [data.load(chats(tokenizer)) for data in sets]
     made_by = [
         {
             "model_name_or_path": name,
@@ -511,9 +521,9 @@ def table(evaluations: list[tuple[str, Evaluation]]) -> Table:
     result.add_column("data (problems)")
     result.add_column("metric")
     for model in models:
-        result.add_column(model, justify="right")
+        result.add_column(Text(model), justify="right")
     for (label, metric), by_model in rows.items():
-        result.add_row(label, metric, *(by_model.get(model, "") for model in models))
+        result.add_row(Text(label), metric, *(by_model.get(model, "") for model in models))
     return result
 
 

@@ -3,14 +3,14 @@
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import AutoPeftModelForCausalLM, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils import find_adapter_config_file
 from trl import get_peft_config, get_quantization_config
 
@@ -21,6 +21,7 @@ from ..diagnostics.report import NOT_MEASURED, write_report
 from ..diagnostics.sampling import sample_rollouts
 from ..diagnostics.shifts import THRESHOLD
 from ..evaluation import RewardFunction
+from ..evaluation.models import load_tokenizer
 from ..evaluation.scoring import awaited
 from . import UsageError
 from .settings import Parser, RunArguments, Settings
@@ -114,7 +115,7 @@ def run_probe(settings: Settings, names: list[str], pages: Any) -> None:
             console.print(f"{name}: {reason}", markup=False)
     if all(NOT_MEASURED in found for found in results["seeds"]):
         raise ValueError(results["seeds"][-1][NOT_MEASURED])
-    console.print(f"Report: {index}. Numbers: {index.parent / 'probe.json'}.")
+    console.print(f"Report: {index}. Numbers: {index.parent / 'probe.json'}.", markup=False)
 
 
 def _not_measured(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -172,19 +173,25 @@ def load_model(settings: Settings) -> tuple[Any, Any]:
         raise UsageError(f"model_name_or_path is missing: give a Hub id, a local path or '{playground.NAME}'.")
     path = str(playground.CHECKPOINTS.get(str(name), name))
     check_model_path(path)
-    peft, quantization = get_peft_config(arguments), get_quantization_config(arguments)
+    peft = get_peft_config(arguments)
+    quantization = get_quantization_config(replace(arguments, dtype="float32"))
     loading: Any = {
         "revision": arguments.model_revision,
         "dtype": torch.float32,  # small updates are lost in the rounding of bfloat16
         "attn_implementation": arguments.attn_implementation,
         "quantization_config": quantization,
+        "trust_remote_code": settings.training.trust_remote_code,
     }
     try:
         if find_adapter_config_file(path, revision=arguments.model_revision):
+            if peft is not None:
+                raise UsageError(
+                    f"use_peft: model_name_or_path={name} is an adapter already, which is measured as it is."
+                )
             model: Any = AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **loading)
         else:
             model = AutoModelForCausalLM.from_pretrained(path, **loading)
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=arguments.model_revision)
+        tokenizer = load_tokenizer(path, arguments.model_revision, settings.training.trust_remote_code)
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise UsageError(

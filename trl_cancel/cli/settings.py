@@ -1,6 +1,7 @@
 """Reading settings: TRL's parser, with a method by name and errors of one line."""
 
 import difflib
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -132,6 +133,7 @@ class Parser(StrictParser):
         given = {name.removeprefix("no_") for name in _flag_names(arguments)} | yaml_settings.keys()
         if given & {"bf16", "fp16"}:
             return Settings(*self._parse(arguments))
+        os.environ.update({name: str(value) for name, value in (yaml_settings.get("env") or {}).items()})  # CUDA's too
         self.set_defaults_with_config(**{name: value for name, value in yaml_settings.items() if name != "env"})
         precision = best_precision(use_cpu=self.parse_known_args(arguments)[0].use_cpu)
         self.set_defaults(bf16=precision.bf16, fp16=precision.fp16)

@@ -8,11 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import trl.rewards
+from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from rich.console import Console
 from rich.table import Table
@@ -153,10 +156,13 @@ def _run(settings: Settings) -> None:
     check_checkpoint(checkpoint, trainer)
     test = pick_test_problems(settings, dataset)
     if settings.precision and trainer.is_world_process_zero():
-        console.print(f"Precision: {settings.precision.reason}")
+        console.print(f"Precision: {settings.precision.reason}", markup=False)
     resuming = str(settings.training.resume_from_checkpoint).lower() not in ("none", "false")
     if resuming and trainer.is_world_process_zero():
-        console.print(f"Going on from {checkpoint}." if checkpoint else "Starting anew: there is no whole checkpoint.")
+        console.print(
+            f"Going on from {checkpoint}." if checkpoint else "Starting anew: there is no whole checkpoint.",
+            markup=False,
+        )
 
     before = evaluate(trainer, test, rewards[0], settings, "Before")
     started = time.perf_counter()
@@ -204,7 +210,7 @@ def _publish(trainer: CancelGRPOTrainer) -> None:
         raise Failure(str(error)) from error
     if trainer.is_world_process_zero():
         pushed = f" and pushed to {trainer.hub_model_id}" if trainer.args.push_to_hub else ""
-        console.print(f"Model saved to {folder}{pushed}.")
+        console.print(f"Model saved to {folder}{pushed}.", markup=False)
 
 
 def check_hub(settings: Settings) -> None:
@@ -419,7 +425,7 @@ def pick_test_problems(settings: Settings, dataset: Any) -> Dataset | None:
         return None
     split = _eval_split(settings, dataset)
     if isinstance(split, IterableDataset):
-        return Dataset.from_list(list(split.take(count)))
+        return Dataset.from_list(list(split.take(count)), features=split.features)
     return split.select(range(min(count, len(split))))
 
 
@@ -445,23 +451,36 @@ def evaluate(
         chat_template_kwargs=cast(Any, training.chat_template_kwargs),  # a dictionary by now
     )
     try:
-        engine = trainer_engine(trainer, EVALUATION_BATCH)
+        trainer_engine(trainer)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+    def answered(batch_size: int) -> Evaluation:
+        return evaluate_problems(
+            trainer_engine(trainer, batch_size),
+            problems,
+            reward,
+            how,
+            name=settings.run.dataset_name or "test problems",
+            step=trainer.state.global_step,
+            description=label,
+            trainer=trainer,
+        )
+
+    # Half as many at a time where memory does not suffice; several processes would each have to.
+    alone = trainer.accelerator.num_processes == 1
+    in_memory = (
+        find_executable_batch_size(answered, EVALUATION_BATCH) if alone else partial(answered, EVALUATION_BATCH)
+    )
     try:
         with unchanged_random_state():
-            evaluation = evaluate_problems(
-                engine,
-                problems,
-                reward,
-                how,
-                name=settings.run.dataset_name or "test problems",
-                step=trainer.state.global_step,
-                description=label,
-                trainer=trainer,
-            )
+            evaluation = in_memory()
     except ValueError as error:
         raise Failure(f'The evaluation "{label}" has failed: {error}') from error
+    except RuntimeError as error:
+        if not (should_reduce_batch_size(error) or "No executable batch size" in str(error)):
+            raise
+        raise Failure(f'The evaluation "{label}" is out of memory ({error}); set eval_problems to 0.') from error
     record(trainer, evaluation)
     return evaluation
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..batching import without_variance
 from ..evaluation import RewardFunction, continuations, prompt_token_ids, rewards_of, sampling
+from ..evaluation.scoring import filler_token
 from ..rollouts import Rollouts
 
 
@@ -76,8 +77,9 @@ def sample_rollouts(
         [float("nan") if value is None else value for value in rewards_of(reward, tokenizer, examples, ids)],
         device=model.device,
     )
-    prompt_ids, prompt_mask = _padded(prompts, tokenizer, "left", model.device)
-    completion_ids, mask = _padded(ids, tokenizer, "right", model.device)
+    filler = filler_token(model, tokenizer)
+    prompt_ids, prompt_mask = _padded(prompts, filler, "left", model.device)
+    completion_ids, mask = _padded(ids, filler, "right", model.device)
     return Rollouts(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
@@ -112,10 +114,7 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     return (centred / (deviation + 1e-4)).nan_to_num(nan=0.0).masked_fill(idle.unsqueeze(1), 0)
 
 
-def _padded(
-    ids: list[list[int]], tokenizer: PreTrainedTokenizerBase, side: str, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+def _padded(ids: list[list[int]], filler: int, side: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     rows = [torch.tensor(row) for row in ids]
     padded = pad_sequence(rows, batch_first=True, padding_value=filler, padding_side=side)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, ProcessorMixin, Trainer, TrainerCallback
 
 from .._upstream import unwrap_model_for_generation
 from .engines import TransformersEngine
@@ -93,6 +93,7 @@ class EvaluationCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._last = None
+        self._go_before_early_stopping()
         if self.at_start and state.global_step == 0:
             self._evaluate(state.global_step)
 
@@ -118,6 +119,14 @@ class EvaluationCallback(TrainerCallback):
         if self.at_end and not has_best:  # the evaluation at the end of an epoch may have been what stopped it
             self._evaluate(state.global_step)
         self._last = None  # the weights may become others at the same step: those of the best checkpoint
+
+    def _go_before_early_stopping(self) -> None:
+        """Callbacks are called in turn, and that one is to see what this measures."""
+        handler = self.trainer.callback_handler
+        early = [isinstance(callback, EarlyStoppingCallback) for callback in handler.callbacks]
+        if True in early and early.index(True) < handler.callbacks.index(self):
+            others = [callback for callback in handler.callbacks if callback is not self]
+            handler.callbacks = [*others[: early.index(True)], self, *others[early.index(True) :]]
 
     def _is_to_come(self, control: Any) -> bool:
         """Whether the trainer is about to evaluate, and this with it."""
@@ -197,7 +206,8 @@ def trainer_engine(trainer: Any, batch_size: int = 32) -> TransformersEngine:
         )
 
     zero3 = trainer.is_deepspeed_enabled and accelerator.state.deepspeed_plugin.zero_stage == 3
-    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    processor = trainer.processing_class
+    tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
     sharded = trainer.is_fsdp_enabled or (zero3 and not gathers)
     return TransformersEngine(None, tokenizer, batch_size, sharded, unwrap)
 

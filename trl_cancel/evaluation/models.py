@@ -1,7 +1,7 @@
 """Loading what is to be evaluated: a model or an adapter, from the Hub or a folder, into an engine."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash, find_adapter_config_file
 from trl import ModelConfig, get_quantization_config
 
+from ..precision import best_precision
 from .engines import ContinuousEngine, Engine, TransformersEngine, VllmEngine
 from .scoring import declared_end_tokens
 
@@ -33,6 +34,8 @@ class EngineSettings:
             Share of the GPU's memory for vLLM.
         max_model_length (`int`, *optional*):
             Longest prompt with its answer, for vLLM; the model's own if not given.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that a model on the Hub brings.
     """
 
     engine: str = "transformers"
@@ -40,18 +43,19 @@ class EngineSettings:
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.9
     max_model_length: int | None = None
+    trust_remote_code: bool = False
 
 
-def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, or of an adapter's base model if it brings none."""
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision)
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError):
         base = base_of(path, revision)
         if base is None:
             raise
         path, revision = base
-        return AutoTokenizer.from_pretrained(path, revision=revision)
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def base_of(path: str, revision: str | None = None) -> tuple[str, str | None] | None:
@@ -62,13 +66,17 @@ def base_of(path: str, revision: str | None = None) -> tuple[str, str | None] | 
     return None if config.base_model_name_or_path is None else (config.base_model_name_or_path, config.revision)
 
 
-def load_end_tokens(path: str, tokenizer: PreTrainedTokenizerBase, revision: str | None = None) -> list[int]:
+def load_end_tokens(
+    path: str, tokenizer: PreTrainedTokenizerBase, revision: str | None = None, trust_remote_code: bool = False
+) -> list[int]:
     """The tokens that end an answer of a model, or of an adapter, without its weights."""
     source, revision = base_of(path, revision) or (path, revision)
     try:
         config = GenerationConfig.from_pretrained(source, revision=revision or "main")
     except OSError:  # it has none of its own
-        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(source, revision=revision))
+        config = GenerationConfig.from_model_config(
+            AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        )
     return declared_end_tokens(config, tokenizer)
 
 
@@ -109,6 +117,7 @@ def load_engine(
             revision=revision,
             **size,
             **further,
+            trust_remote_code=settings.trust_remote_code,
             dtype=arguments.dtype or "auto",
             tensor_parallel_size=settings.tensor_parallel_size,
             gpu_memory_utilization=settings.gpu_memory_utilization,
@@ -119,11 +128,13 @@ def load_engine(
             "engine=continuous is for GPUs; on a CPU it takes most of the memory and is many times slower than plain "
             "batches. Use engine=transformers."
         )
+    computed_in = best_precision().name if arguments.dtype in (None, "auto") else arguments.dtype
     loading: Any = {
         "revision": revision,
         "dtype": arguments.dtype or "auto",
         "attn_implementation": arguments.attn_implementation,
-        "quantization_config": get_quantization_config(arguments),
+        "quantization_config": get_quantization_config(replace(arguments, dtype=computed_in)),
+        "trust_remote_code": settings.trust_remote_code,
     }
     if base is None:
         model: Any = AutoModelForCausalLM.from_pretrained(path, **loading)

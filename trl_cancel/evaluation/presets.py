@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 
 from .settings import EvaluationSettings
 
@@ -154,8 +154,10 @@ def load_problems(
         question = f"{problem}\n\n{instruction}"
         return [{"role": "user", "content": question}] if conversational else f"{question}\n"
 
-    made = {column: dataset[column][:] for column in columns if column != "prompt"}
-    made["prompt"] = [prompt(problem) for problem in dataset[source.problem]]
-    if source.solution is not None:
-        made["solution"] = dataset[source.solution][:]
-    return Dataset.from_dict(made)
+    # Columns as they are, with their types: values of several types do not tell theirs.
+    parts = [Dataset.from_dict({"prompt": [prompt(problem) for problem in dataset[source.problem]]})]
+    if source.solution not in (None, "solution"):
+        parts.append(dataset.select_columns([source.solution]).rename_column(source.solution, "solution"))
+    if others := [name for name in columns if all(name not in part.column_names for part in parts)]:
+        parts.append(dataset.select_columns(others))
+    return concatenate_datasets(parts, axis=1)

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sized
 from contextlib import contextmanager
 from functools import cache
 from inspect import isawaitable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from trl import apply_chat_template
+from transformers.tokenization_mistral_common import MistralCommonBackend
 from trl.data_utils import is_conversational
 
 from ..intervals import mean_with_interval as mean_with_interval
@@ -96,7 +96,8 @@ def rewards_of(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer.
         rows (`list[dict]`):
-            The data set's row behind each completion; columns other than `prompt` are passed on.
+            The data set's row behind each completion; columns other than `prompt`, `completion` and `completion_ids`
+            are passed on.
         ids (`list[list[int]]`):
             Token ids of the completions, without padding.
         trainer ([`~transformers.Trainer`], *optional*):
@@ -105,8 +106,9 @@ def rewards_of(
     Raises:
         `ValueError`: If it does not return one reward for each.
     """
-    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
-    prompts = columns.pop("prompt")
+    prompts = [row["prompt"] for row in rows]
+    own = rows[0].keys() - {"prompt", "completion", "completion_ids"}
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0] if name in own}
     answers = as_answers(tokenizer, ids, prompts)
     columns |= {"trainer_state": getattr(trainer, "state", None), "log_extra": _nowhere, "log_metric": _nowhere}
     scores = awaited(reward(prompts=prompts, completions=answers, completion_ids=ids, **columns), trainer)
@@ -178,11 +180,9 @@ def prompt_token_ids(
     """
     if not is_conversational({"prompt": prompts[0]}):
         return tokenizer(prompts)["input_ids"]
-    texts = [
-        apply_chat_template({"prompt": prompt}, tokenizer, **chat_template_kwargs or {})["prompt"]
-        for prompt in prompts
-    ]
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has written them already
+    # As ids at once: some tokenizers, Mistral's own for one, do not read back what the template writes.
+    how: dict[str, Any] = {"add_generation_prompt": True, "return_dict": True, **(chat_template_kwargs or {})}
+    return cast(Any, tokenizer.apply_chat_template(prompts, **how))["input_ids"]
 
 
 def continuations(
@@ -244,12 +244,7 @@ def generate_batch(
         `ValueError`: If neither model nor tokenizer has a token that ends an answer, or pads it.
     """
     end = end_tokens(model, tokenizer)
-    filler = next((token for token in [tokenizer.pad_token_id, *end] if token is not None), None)
-    if filler is None:
-        raise ValueError(
-            "No token ends an answer: the tokenizer has no pad_token and no eos_token, and the model's generation "
-            "config no eos_token_id. Set one of them."
-        )
+    filler = filler_token(model, tokenizer)
     rows = [torch.tensor(prefix) for prefix in prefixes]
     ids = pad_sequence(rows, batch_first=True, padding_value=filler, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
@@ -280,11 +275,32 @@ def _without_own_settings(model: Any) -> Iterator[None]:
         base.generation_config = own
 
 
+def chats(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer takes conversations."""
+    return getattr(tokenizer, "chat_template", None) is not None or isinstance(tokenizer, MistralCommonBackend)
+
+
 def as_answers(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], prompts: list[Any]) -> list[Any]:
     """Completions in the form of their prompts: texts or conversations."""
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     conversational = is_conversational({"prompt": prompts[0]})
     return [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
+
+
+def filler_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """
+    The token that pads.
+
+    Raises:
+        `ValueError`: If neither model nor tokenizer has a token that pads an answer, or ends it.
+    """
+    filler = next((t for t in [tokenizer.pad_token_id, *end_tokens(model, tokenizer)] if t is not None), None)
+    if filler is None:
+        raise ValueError(
+            "No token ends an answer: the tokenizer has no pad_token and no eos_token, and the model's generation "
+            "config no eos_token_id. Set one of them."
+        )
+    return filler
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
