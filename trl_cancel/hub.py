@@ -1,5 +1,6 @@
 """Pushing to the Hub: early checks, errors that say what to do next, and a second try from what is on disk."""
 
+import errno
 import logging
 import shlex
 import socket
@@ -187,6 +188,8 @@ def push_folder(
             try:
                 rename_in_card(folder / FILE, repo.repo_id)
             except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
                 logger.warning(
                     f"{folder / FILE} cannot be written ({error.strerror}): the card's code loads the old name."
                 )

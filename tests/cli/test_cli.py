@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_cancel.cli import COMMANDS, Failure, main
+from trl_cancel.cli import COMMANDS, Failure, UsageError, main
 from trl_cancel.cli.demo import SETTINGS
 from trl_cancel.cli.settings import Parser
 from trl_cancel.cli.training import Results, run_training
@@ -437,21 +437,37 @@ def test_one_reward_may_stand_without_brackets(tmp_path, capsys):
 
 
 def test_evaluations_take_the_memory_there_is(tmp_path, monkeypatch):
-    generate, sizes = TransformersEngine.generate, []
+    """Answers are those of larger batches, and rewards are asked once for each."""
+    whole, sizes = TransformersEngine._answers, []
 
-    def limited(engine, requests, settings):
+    def limited(engine, model, requests, settings):
         sizes.append(len(requests))
-        if len(requests) > 5:
+        if len(requests) > most:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return generate(engine, requests, settings)
+        return whole(engine, model, requests, settings)
 
-    monkeypatch.setattr(TransformersEngine, "generate", limited)
-    assert main(["train", *flags(**QUICK, output_dir=tmp_path / "out")]) == 0
-    assert json.loads((tmp_path / "out" / "all_results.json").read_text())["after"]["greedy"]
-    assert max(sizes) > 5 >= sizes[-1]
-    monkeypatch.setattr(TransformersEngine, "generate", lambda *_: limited(None, range(6), None))
+    monkeypatch.setattr(TransformersEngine, "_answers", limited)
+    scores = []
+    for most in (100, 3):
+        scored.clear()
+        settings = {**QUICK, "max_steps": 1, "output_dir": tmp_path / str(most)}
+        assert main(["train", *flags(**settings, reward_funcs="tests.cli.test_cli.counted")]) == 0
+        assert len(scored) == 2 * (4 + 8) + 128
+        scores.append(json.loads((tmp_path / str(most) / "all_results.json").read_text())["before"])
+    assert scores[0] == scores[1]
+    assert sizes[:2] == [4, 8]
+    assert sizes[-7:] == [8, 4, 2, 2, 4, 2, 2]
+    most = 0
     with pytest.raises(Failure, match='The evaluation "Before" is out of memory'):
         run_training(Parser("test", "").read(flags(**QUICK, output_dir=tmp_path / "none")))
+
+
+scored: list = []
+
+
+def counted(completions, **_):
+    scored.extend(completions)
+    return [float(len(str(completion))) for completion in completions]
 
 
 def test_the_environment_of_a_recipe_comes_first(tmp_path, monkeypatch):
@@ -468,3 +484,7 @@ def test_the_environment_of_a_recipe_comes_first(tmp_path, monkeypatch):
     monkeypatch.setattr("trl_cancel.cli.settings.best_precision", precision)
     Parser("test", "").read(["--config", str(recipe)])
     assert seen == ["7"]
+    for wrong in ("text", "[A, B]", "{1: x}"):
+        recipe.write_text(f"env: {wrong}\n")
+        with pytest.raises(UsageError, match=r"env=.*: must hold names and values"):
+            Parser("test", "").read(["--config", str(recipe)])

@@ -15,7 +15,7 @@ from trl_cancel.cli import UsageError, main
 from trl_cancel.cli.evaluating import check_folders
 from trl_cancel.evaluation import PRESETS, SampleLog, TransformersEngine, presets
 from trl_cancel.evaluation.models import fingerprint
-from trl_cancel.evaluation.presets import INSTRUCTION
+from trl_cancel.evaluation.presets import INSTRUCTION, DataSource, load_problems
 
 
 QUICK = ["--num_problems", "4", "--num_samples", "2", "--max_completion_length", "8", "--score_truncated", "true"]
@@ -348,6 +348,13 @@ def test_columns_of_several_types(tiny_model, tmp_path):
     assert evaluate(tiny_model, *arguments, *QUICK, output=tmp_path / "out") == 0
     (results,) = results_of(tmp_path / "out").values()
     assert results["problems"] == 2
+    rows = [
+        {"prompt": [{"role": "user", "content": text}], "right": "3"}
+        for text in ("one", [{"type": "text", "text": "one"}])
+    ]
+    (tmp_path / "data" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    problems = load_problems(DataSource(str(tmp_path / "data"), "test", "prompt", "right"), None, None, True)
+    assert [row["prompt"][0]["content"] for row in problems] == ["one", [{"type": "text", "text": "one"}]]
 
 
 def test_one_of_a_list_in_a_file(tiny_model, tmp_path):

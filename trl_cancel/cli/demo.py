@@ -68,7 +68,7 @@ def _train(options: argparse.Namespace) -> int:
         )
         console.print(INTRODUCTION.format(method=options.method, summary=METHODS[options.method].summary))
         run_training(settings)
-        console.print(NEXT_STEPS.format(output=options.output))
+        console.print(NEXT_STEPS.format(output=options.output), markup=False)
     return 0
 
 

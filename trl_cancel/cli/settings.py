@@ -130,10 +130,13 @@ class Parser(StrictParser):
 
     def _with_precision(self, arguments: list[str], yaml_settings: dict[str, Any]) -> Settings:
         """The settings, with the precision that suits the device unless they name one."""
+        env = yaml_settings.get("env") or {}
+        if not isinstance(env, dict) or not all(isinstance(name, str) for name in env):
+            raise UsageError(f"env={env!r}: must hold names and values, such as {{OMP_NUM_THREADS: 4}}.")
         given = {name.removeprefix("no_") for name in _flag_names(arguments)} | yaml_settings.keys()
         if given & {"bf16", "fp16"}:
             return Settings(*self._parse(arguments))
-        os.environ.update({name: str(value) for name, value in (yaml_settings.get("env") or {}).items()})  # CUDA's too
+        os.environ.update({name: str(value) for name, value in env.items()})  # before the device is looked at
         self.set_defaults_with_config(**{name: value for name, value in yaml_settings.items() if name != "env"})
         precision = best_precision(use_cpu=self.parse_known_args(arguments)[0].use_cpu)
         self.set_defaults(bf16=precision.bf16, fp16=precision.fp16)

@@ -8,13 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import trl.rewards
-from accelerate.utils import find_executable_batch_size
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from rich.console import Console
@@ -425,7 +423,10 @@ def pick_test_problems(settings: Settings, dataset: Any) -> Dataset | None:
         return None
     split = _eval_split(settings, dataset)
     if isinstance(split, IterableDataset):
-        return Dataset.from_list(list(split.take(count)), features=split.features)
+        rows = list(split.take(count))
+        if not rows:
+            raise UsageError(f"dataset_test_split={settings.run.dataset_test_split}: it is empty.")
+        return Dataset.from_list(rows, features=split.features)
     return split.select(range(min(count, len(split))))
 
 
@@ -451,34 +452,25 @@ def evaluate(
         chat_template_kwargs=cast(Any, training.chat_template_kwargs),  # a dictionary by now
     )
     try:
-        trainer_engine(trainer)
+        engine = trainer_engine(trainer, EVALUATION_BATCH)
     except ValueError as error:
         raise UsageError(str(error)) from error
-
-    def answered(batch_size: int) -> Evaluation:
-        return evaluate_problems(
-            trainer_engine(trainer, batch_size),
-            problems,
-            reward,
-            how,
-            name=settings.run.dataset_name or "test problems",
-            step=trainer.state.global_step,
-            description=label,
-            trainer=trainer,
-        )
-
-    # Half as many at a time where memory does not suffice; several processes would each have to.
-    alone = trainer.accelerator.num_processes == 1
-    in_memory = (
-        find_executable_batch_size(answered, EVALUATION_BATCH) if alone else partial(answered, EVALUATION_BATCH)
-    )
     try:
         with unchanged_random_state():
-            evaluation = in_memory()
+            evaluation = evaluate_problems(
+                engine,
+                problems,
+                reward,
+                how,
+                name=settings.run.dataset_name or "test problems",
+                step=trainer.state.global_step,
+                description=label,
+                trainer=trainer,
+            )
     except ValueError as error:
         raise Failure(f'The evaluation "{label}" has failed: {error}') from error
     except RuntimeError as error:
-        if not (should_reduce_batch_size(error) or "No executable batch size" in str(error)):
+        if not should_reduce_batch_size(error):
             raise
         raise Failure(f'The evaluation "{label}" is out of memory ({error}); set eval_problems to 0.') from error
     record(trainer, evaluation)

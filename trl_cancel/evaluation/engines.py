@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import (
     ContinuousBatchingConfig,
     GenerationConfig,
@@ -121,7 +122,7 @@ class TransformersEngine:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer.
         batch_size (`int`, *optional*, defaults to `32`):
-            Answers at a time.
+            Answers at a time; fewer where memory does not suffice, unless the model is sharded.
         sharded (`bool`, *optional*, defaults to `False`):
             Whether the processes share one model, so that all must make equally many passes.
         unwrap (`Callable`, *optional*):
@@ -140,6 +141,23 @@ class TransformersEngine:
         self.unwrap = unwrap or (lambda: nullcontext(model))
 
     def generate(self, requests: Sequence[Request], settings: EvaluationSettings) -> list[Answer]:
+        with self.unwrap() as model, sampling(model, seed=0):
+            return self._in_memory(model, requests, settings)
+
+    def _in_memory(self, model: Any, requests: Sequence[Request], settings: EvaluationSettings) -> list[Answer]:
+        """Half of them at a time where memory does not suffice, which changes no answer."""
+        try:
+            return self._answers(model, requests, settings)
+        except RuntimeError as error:
+            # Of a sharded model, all processes would have to.
+            if self.sharded or len(requests) == 1 or not should_reduce_batch_size(error):
+                raise
+        clear_device_cache(garbage_collection=True)
+        middle = len(requests) // 2
+        halves = (requests[:middle], requests[middle:])
+        return [answer for half in halves for answer in self._in_memory(model, half, settings)]
+
+    def _answers(self, model: Any, requests: Sequence[Request], settings: EvaluationSettings) -> list[Answer]:
         prompts = [request.prompt_ids for request in requests]
         seeds = [request.seed for request in requests if request.seed is not None]
         length = settings.max_completion_length
@@ -147,11 +165,8 @@ class TransformersEngine:
         if seeds:
             choice += warpers(settings)
             choice.append(SeededChoice(seeds, max(map(len, prompts)), length))
-        with self.unwrap() as model, sampling(model, seed=0):
-            ids = generate_batch(
-                model, self.tokenizer, prompts, length, logits_processor=choice, synced_gpus=self.sharded
-            )
-            end = end_tokens(model, self.tokenizer)
+        ids = generate_batch(model, self.tokenizer, prompts, length, logits_processor=choice, synced_gpus=self.sharded)
+        end = end_tokens(model, self.tokenizer)
         return [Answer(row, "stop" if row and row[-1] in end else "length") for row in ids]
 
 

@@ -155,9 +155,16 @@ def load_problems(
         return [{"role": "user", "content": question}] if conversational else f"{question}\n"
 
     # Columns as they are, with their types: values of several types do not tell theirs.
-    parts = [Dataset.from_dict({"prompt": [prompt(problem) for problem in dataset[source.problem]]})]
-    if source.solution not in (None, "solution"):
-        parts.append(dataset.select_columns([source.solution]).rename_column(source.solution, "solution"))
+    def renamed(column: str, name: str) -> Dataset:
+        alone = dataset.select_columns([column])
+        return alone if column == name else alone.rename_column(column, name)
+
+    if instruction is None:
+        parts = [renamed(source.problem, "prompt")]
+    else:
+        parts = [Dataset.from_dict({"prompt": [prompt(problem) for problem in dataset[source.problem]]})]
+    if source.solution is not None:
+        parts.append(renamed(source.solution, "solution"))
     if others := [name for name in columns if all(name not in part.column_names for part in parts)]:
         parts.append(dataset.select_columns(others))
     return concatenate_datasets(parts, axis=1)
