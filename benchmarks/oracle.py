@@ -8,6 +8,9 @@ from trl_cancel.playground.task import Problem
 from trl_cancel.playground.tasks import Task
 
 
+OPERATIONS = ("+", "-", "*")
+
+
 class Oracle:
     """
     Only tokens that decide carry credit: what is pushed up are results, before the first wrong token if there is one
@@ -52,9 +55,11 @@ def first_wrong(task: Task, tokenizer: PreTrainedTokenizerBase, prompt: torch.Te
 
 
 def results(task: Task, tokens: list[str]) -> list[bool]:
-    """Which tokens stand between the verb and the end of a line, and so are a result."""
-    inside, found = False, []
+    """Which tokens stand between the verb of a line with an operation and its end, and so are a result."""
+    worked = inside = False
+    found = []
     for token in tokens:
-        inside = token != "\n" and (inside or token in task.forms.verbs)
+        worked = token != "\n" and (worked or token in OPERATIONS)
+        inside = worked and (inside or token in task.forms.verbs)
         found.append(inside and token not in task.forms.verbs)
     return found

@@ -457,7 +457,7 @@ def test_oracle_credits_what_decides():
     tokenizer = build_tokenizer(task.words)
     advantages = torch.tensor([1.0, -1.0, -1.0, -1.0, 1.0])
     texts = (
-        "(123456)\nThen 9-4 is 5\n5+8=13\nSo \\boxed{13}.<|im_end|>",
+        "(123456)\nThen 9-4 is 5\n5+8=13\nThe answer is \\boxed{13}.<|im_end|>",
         "(123456)\n9-4=5\n(65)\n5+8=3\nSo \\boxed{3}.<|im_end|>",
         "9-4=5\n5+8=13\n\\boxed{13}<|im_end|>",
         "9-4=5\n5+8=",
