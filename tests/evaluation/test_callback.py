@@ -25,6 +25,15 @@ from trl_cancel.playground.data import load_prompts
 
 SETTINGS = EvaluationSettings(num_samples=2, max_completion_length=6, score_truncated=True)
 METRICS = {"greedy", "avg@2", "pass@1", "pass@2", "truncated"}
+# The trainer's own evaluation and a checkpoint at each step.
+AT_EACH_STEP = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "num_generations_eval": 2,
+    "per_device_eval_batch_size": 4,
+}
 
 
 def even(completion_ids, **_):
@@ -79,12 +88,7 @@ def test_with_the_trainers_own_evaluation(tiny_model, tmp_path):
         tiny_model,
         {"at_start": False},
         arguments={"eval_dataset": load_prompts("tune", 4)},
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        num_generations_eval=2,
-        per_device_eval_batch_size=4,
+        **AT_EACH_STEP,
         metric_for_best_model="eval_set_avg@2",
         greater_is_better=True,
         output_dir=str(tmp_path),
@@ -332,12 +336,7 @@ def test_early_stopping_sees_what_is_measured(tiny_model, tmp_path, first):
             "reward_funcs": even_answers,
             "callbacks": [early] if first else [],
         },
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        num_generations_eval=2,
-        per_device_eval_batch_size=4,
+        **AT_EACH_STEP,
         max_steps=5,
         load_best_model_at_end=True,
         metric_for_best_model="eval_set_greedy",

@@ -149,7 +149,7 @@ def load_problems(
             )
 
     def prompt(problem: Any) -> Any:
-        if instruction is None or not isinstance(problem, str):
+        if not isinstance(problem, str):
             return problem
         question = f"{problem}\n\n{instruction}"
         return [{"role": "user", "content": question}] if conversational else f"{question}\n"
