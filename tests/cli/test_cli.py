@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from io import StringIO
@@ -38,6 +39,33 @@ def test_help_and_version(capsys):
         assert all(name in printed for name in COMMANDS)
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("trl-cancel ")
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--version", 0), ("versio", 2)])
+def test_one_of_several_processes_ends_before_the_interpreter_does(argument, status):
+    """What is registered with `atexit` still runs; what comes after that, where gloo's threads abort, does not."""
+    code = """if True:
+        import atexit, os, runpy, sys
+        class Late:
+            def __del__(self, abort=os.abort):
+                abort()
+        sys.late = Late()
+        import trl_cancel.cli
+        main = trl_cancel.cli.main
+        def registering(*arguments):
+            atexit.register(print, "registered by a library")
+            return main(*arguments)
+        trl_cancel.cli.main = registering
+        runpy.run_module("trl_cancel", alter_sys=True, run_name="__main__")
+    """
+    command = [sys.executable, "-c", code, argument]
+    alone, several = (
+        subprocess.run(command, env={**os.environ, "WORLD_SIZE": size}, capture_output=True, text=True)
+        for size in ("1", "2")
+    )
+    assert several.returncode == status, several.stderr
+    assert several.stdout.endswith("registered by a library\n")
+    assert alone.returncode == -signal.SIGABRT
 
 
 @pytest.mark.parametrize("command", COMMANDS)

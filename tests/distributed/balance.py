@@ -14,6 +14,8 @@ import torch
 
 from tests.runs import train
 
+from .engines import leave
+
 
 SETTINGS = {
     "per_device_train_batch_size": 8,
@@ -56,3 +58,4 @@ def main(model: str, folder: Path) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     main(sys.argv[1], Path(sys.argv[2]))
+    leave()

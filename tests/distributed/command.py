@@ -4,7 +4,7 @@ import sys
 
 from trl_cancel.cli import main
 
-from .engines import allow_engines_without_gpu
+from .engines import allow_engines_without_gpu, leave
 
 
 if __name__ == "__main__":
@@ -21,4 +21,6 @@ if __name__ == "__main__":
         "use_cpu": "true",
         "gradient_checkpointing": "false",
     }
-    sys.exit(main(["train", *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]))
+    if status := main(["train", *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]):
+        sys.exit(status)
+    leave()

@@ -9,7 +9,7 @@ from trl_cancel.cli import main as command
 from trl_cancel.evaluation import EvaluationCallback, EvaluationSettings
 from trl_cancel.playground.data import load_prompts
 
-from .engines import allow_engines_without_gpu
+from .engines import allow_engines_without_gpu, leave
 
 
 def even(completion_ids, **_):
@@ -40,3 +40,4 @@ def main(model, folder):
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))
+    leave()

@@ -26,7 +26,7 @@ from tests.methods import METHODS, Row
 from tests.runs import DEFAULTS, OFF_POLICY, build, repeatable
 from trl_cancel.batching import BatchLayout
 
-from .engines import DEEPSPEED, FSDP, allow_engines_without_gpu, canned_rollouts, whole_weights
+from .engines import DEEPSPEED, FSDP, allow_engines_without_gpu, canned_rollouts, leave, whole_weights
 
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
@@ -120,3 +120,4 @@ if __name__ == "__main__":
     allow_engines_without_gpu()
     deal_groups_alike()
     main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
+    leave()

@@ -19,7 +19,7 @@ from trl import GRPOTrainer
 from tests.runs import build
 from trl_cancel import CancelGRPOTrainer
 
-from .engines import DEEPSPEED, allow_engines_without_gpu, canned_rollouts, whole_weights
+from .engines import DEEPSPEED, allow_engines_without_gpu, canned_rollouts, leave, whole_weights
 
 
 # Sizes of one process; with two each gets half of every micro-batch.
@@ -148,3 +148,4 @@ if __name__ == "__main__":
     allow_engines_without_gpu()
     for scenario in sys.argv[3:]:
         run(scenario, sys.argv[1], Path(sys.argv[2]))
+    leave()

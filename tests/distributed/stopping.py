@@ -10,6 +10,8 @@ import transformers
 
 from tests.runs import noisy_reward, train
 
+from .engines import leave
+
 
 def main(model: str, output: str, action: str) -> None:
     settings = {
@@ -45,3 +47,4 @@ def main(model: str, output: str, action: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()
