@@ -86,6 +86,7 @@ def test_demo(tmp_path, capsys):
     printed = capsys.readouterr().out
     for expected in ("accuracy, greedy", "accuracy, sampled", "optimizer steps", "training time", "Model saved to"):
         assert expected in printed
+    assert "trl-cancel demo --method grpo --output trl-cancel-demo-grpo" in printed
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     before = AutoModelForCausalLM.from_pretrained("trl_cancel/playground/checkpoint")
     assert any((model.state_dict()[name] != value).any() for name, value in before.state_dict().items())
@@ -94,6 +95,14 @@ def test_demo(tmp_path, capsys):
     assert results["steps"] == 8
     assert results["before"]["sampled"][0] == pytest.approx(0.39, abs=0.03)
     assert (tmp_path / "out" / "trainer_state.json").exists()
+
+
+def test_demo_of_trls_method_suggests_ours(monkeypatch, capsys):
+    monkeypatch.setattr("trl_cancel.cli.training.run_training", lambda settings: None)
+    assert main(["demo", "--method", "grpo", "--output", "theirs"]) == 0
+    printed = capsys.readouterr().out
+    assert "trl-cancel demo --method query-preserved --output trl-cancel-demo-query-preserved" in printed
+    assert "trl-cancel compare theirs trl-cancel-demo-query-preserved" in printed
 
 
 @pytest.mark.parametrize("method", METHODS)

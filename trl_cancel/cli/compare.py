@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..diagnostics.comparison import Comparison, compare
 from ..diagnostics.runs import Run, distinguish, read_run
 from . import OneLineErrors, UsageError
 from ._page import load_pages
@@ -42,14 +43,10 @@ def run(arguments: list[str]) -> int:
         raise UsageError(f"--smooth {options.smooth}: must be at least 1.")
     if options.threshold is not None and not math.isfinite(options.threshold):
         raise UsageError(f"--threshold {options.threshold}: must be a finite number.")
-    load_pages()
     return _compare(options)
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from ..diagnostics.comparison import compare
-    from ..diagnostics.comparison_page import comparison_page
-
     try:
         methods = _read(options.runs)
         comparison = compare(methods, options.metric, options.smooth, options.threshold)
@@ -57,8 +54,9 @@ def _compare(options: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     folder = Path(options.output)
     try:
-        index = comparison_page(comparison).write(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "compare.json").write_text(json.dumps(comparison.as_dict(), indent=1, allow_nan=False))
+        curves = _write_page(comparison, folder)
     except OSError as error:
         raise UsageError(f"--output {folder}: cannot write there: {error.strerror}.") from error
 
@@ -66,8 +64,19 @@ def _compare(options: argparse.Namespace) -> int:
     _print(*comparison.table(), console)
     for note in comparison.notes():
         console.print(note, markup=False)
-    console.print(f"Curves: {index}", markup=False)
+    console.print(curves, markup=False)
     return 0
+
+
+def _write_page(comparison: Comparison, folder: Path) -> str:
+    """Writes the page where its optional libraries are, and says where it is, or how to get it."""
+    try:
+        load_pages()
+    except UsageError as error:
+        return f"Numbers: {folder / 'compare.json'}. No page of curves: {error}"
+    from ..diagnostics.comparison_page import comparison_page
+
+    return f"Curves: {comparison_page(comparison).write(folder)}"
 
 
 def _read(arguments: Sequence[str]) -> dict[str, list[Run]]:

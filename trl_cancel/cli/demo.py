@@ -68,7 +68,8 @@ def _train(options: argparse.Namespace) -> int:
         )
         console.print(INTRODUCTION.format(method=options.method, summary=METHODS[options.method].summary))
         run_training(settings)
-        console.print(NEXT_STEPS.format(output=options.output), markup=False)
+        other = "query-preserved" if options.method == "grpo" else "grpo"
+        console.print(NEXT_STEPS.format(output=options.output, other=other), markup=False)
     return 0
 
 
@@ -77,6 +78,7 @@ A 400-thousand-parameter model that learned arithmetic from a teacher who forget
 its own rollouts, with {method}: {summary}.
 """
 NEXT_STEPS = """\
-Use the model:     AutoModelForCausalLM.from_pretrained("{output}")
-Compare with TRL:  trl-cancel demo --method grpo --output trl-cancel-demo-grpo
-In your script:    from trl_cancel import GRPOConfig, GRPOTrainer"""
+Use the model:   AutoModelForCausalLM.from_pretrained("{output}")
+Compare:         trl-cancel demo --method {other} --output trl-cancel-demo-{other}
+                 trl-cancel compare {output} trl-cancel-demo-{other}
+In your script:  from trl_cancel import GRPOConfig, GRPOTrainer"""
