@@ -27,7 +27,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.distributed.engines import DEEPSPEED, FSDP, ROOT, allow_engines_without_gpu, canned_rollouts, start
+from tests.distributed.engines import DEEPSPEED, FSDP, ROOT, allow_engines_without_gpu, canned_rollouts, leave, start
 from tests.runs import DEFAULTS, build
 from trl_cancel.playground.tokenizer import build_tokenizer
 from trl_cancel.playground.warm_start import build_model
@@ -281,5 +281,6 @@ if __name__ == "__main__":
         warnings.simplefilter("ignore")
         allow_engines_without_gpu()
         measure(str(arguments.measure[0]), arguments.measure[1])
+        leave()
     else:
         main(arguments.output)
