@@ -12,10 +12,11 @@ from tests.methods import FirstTokens
 from tests.runs import DEFAULTS, OFF_POLICY, build, load
 from trl_cancel import CancelGRPOConfig, NTHRConfig, NTHRTrainer, papers
 from trl_cancel.active_methods import active_methods, cited, tags_of
-from trl_cancel.evaluation import Evaluation
+from trl_cancel.evaluation import Evaluation, EvaluationCallback, EvaluationSettings
 from trl_cancel.methods import METHODS
 from trl_cancel.model_card import datasets_of, hub_id, rename_in_card
 from trl_cancel.papers import Paper
+from trl_cancel.playground.data import load_prompts
 
 
 PAPERS = [paper for paper in vars(papers).values() if isinstance(paper, Paper)]
@@ -160,6 +161,37 @@ def test_card_shows_results(finished):
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     assert f"| reward | {rewards[0]:.4g} | {rewards[-1]:.4g} |" in card.text
     assert "| cancel/shared_prefix_residual |" in card.text
+
+
+def test_card_of_a_trainer_that_went_back_to_its_best_weights(tiny_model, tmp_path):
+    trainer = build(
+        tiny_model,
+        output_dir=str(tmp_path / "model"),
+        max_steps=3,
+        arguments={"eval_dataset": load_prompts("tune", 4)},
+        eval_strategy="steps",
+        eval_steps=1,
+        num_generations_eval=2,
+        per_device_eval_batch_size=4,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_set_greedy",
+    )
+    scores = {0: [1.0, 0.0], 1: [0.0, 0.0], 2: [1.0, 1.0], 3: [0.0, 1.0]}
+
+    def reward(completions, **_):
+        return [scores[trainer.state.global_step][problem] for problem in range(len(completions))]
+
+    settings = EvaluationSettings(num_samples=0, max_completion_length=4, score_truncated=True)
+    trainer.add_callback(
+        EvaluationCallback(trainer, load_prompts("test", 2), reward, settings, name="set", at_start=True)
+    )
+    trainer.train()
+    card = card_of(trainer)
+    assert "The training went on for 3 steps; these are the weights after 2, the best by eval_set_greedy." in card.text
+    assert re.search(r"\| set \| 2 \| greedy \| 0 and 2 \| 50.0% .*\| 100.0% ", card.text)
+    assert [result.metric_value for result in card.data.eval_results if result.metric_type == "greedy"] == [1.0]
 
 
 def test_card_cites_papers_and_trl(finished):

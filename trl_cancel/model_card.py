@@ -22,6 +22,7 @@ from .configs import CancelGRPOConfig
 from .diagnostics.curves import first_tenth, last_tenth
 from .diagnostics.runs import Run
 from .evaluation import Evaluation
+from .evaluation.callback import steps_trained
 from .evaluation.result import shown
 from .evaluation.scoring import chats
 from .secrets import without_secrets
@@ -115,7 +116,7 @@ def complete_model_card(
     card.data.pipeline_tag = "image-text-to-text" if subject.sees_images else "text-generation"
     card.data.datasets = named or None
     card.data.tags = sorted({*(card.data.tags or ()), *(["lora"] if subject.adapter == "LoRA" else [])})
-    card.data.eval_results = list(_eval_results(trainer.evaluations)) or None
+    card.data.eval_results = list(_eval_results(_evaluations(trainer))) or None
     card.save(path)
 
 
@@ -233,7 +234,8 @@ def _render(
 ) -> str:
     source = files(__package__).joinpath("model_card.md.jinja").read_text(encoding="utf-8")
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)
-    rows = list(_evaluation_rows(trainer.evaluations))
+    evaluations = _evaluations(trainer)
+    rows = list(_evaluation_rows(evaluations))
     methods: list[ActiveMethod] = trainer.active_methods
     return template.render(
         model_name=model_name,
@@ -243,13 +245,15 @@ def _render(
         quick_start=subject.quick_start(trainer.hub_model_id or trainer.args.hub_model_id or model_name),
         evaluations=rows,
         compared=any(row["first"] for row in rows),
-        how_evaluated=list(_how_evaluated(trainer.evaluations)),
+        how_evaluated=list(_how_evaluated(evaluations)),
         badges="\n".join(re.findall(r"^\[<img .*$", of_trl.get("Training procedure", ""), re.MULTILINE)),
         methods=methods,
         explanation=trainer.explain(),
         settings=_settings(trainer),
         metrics=_metrics(trainer),
         steps=trainer.state.global_step,
+        best=steps_trained(trainer),
+        criterion=_cell(trainer.args.metric_for_best_model),
         versions=_versions(of_trl.get("Framework versions", ""), trainer),
         papers=cited(methods),
         trl_citation=_last_block(of_trl.get("Citations", "")),
@@ -379,6 +383,14 @@ def _metrics(trainer: "CancelGRPOTrainer") -> dict[str, tuple[str, str]]:
             if series is not None:
                 means[_cell(name)] = (f"{first_tenth(series):.4g}", f"{last_tenth(series):.4g}")
     return means
+
+
+def _evaluations(trainer: "CancelGRPOTrainer") -> list[Evaluation]:
+    """Those made, without those of later weights than the ones that the trainer went back to."""
+    steps = steps_trained(trainer)
+    if steps == trainer.state.global_step:
+        return trainer.evaluations
+    return [evaluation for evaluation in trainer.evaluations if (evaluation.step or 0) <= steps]
 
 
 def _by_name(evaluations: Sequence[Evaluation]) -> dict[str, list[Evaluation]]:

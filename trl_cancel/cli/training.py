@@ -29,7 +29,7 @@ from trl import get_dataset, get_peft_config, get_quantization_config
 from .. import checkpoints, playground
 from ..evaluation import Estimate, Evaluation, EvaluationSettings
 from ..evaluation import evaluate as evaluate_problems
-from ..evaluation.callback import record, trainer_engine, unchanged_random_state
+from ..evaluation.callback import record, steps_trained, trainer_engine, unchanged_random_state
 from ..evaluation.result import shown
 from ..fit import check_fit
 from ..hub import PushError, check_token
@@ -463,7 +463,7 @@ def evaluate(
                 reward,
                 how,
                 name=settings.run.dataset_name or "test problems",
-                step=trainer.state.global_step,
+                step=steps_trained(trainer),
                 description=label,
                 trainer=trainer,
             )

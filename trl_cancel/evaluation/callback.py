@@ -110,7 +110,7 @@ class EvaluationCallback(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         if self.steps is None:
-            logged = self._evaluate(state.global_step)
+            logged = self._evaluate(steps_trained(self.trainer))
             if metrics is not None:
                 metrics.update(logged)
 
@@ -168,6 +168,13 @@ class EvaluationCallback(TrainerCallback):
         Trainer.log(self.trainer, dict(self._logged))
         self.trainer.control.should_log = is_log_due  # that of the step is still to come
         return self._logged
+
+
+def steps_trained(trainer: Any) -> int:
+    """Optimizer steps that the trainer's weights were trained for: fewer where it went back to its best checkpoint."""
+    state = trainer.state
+    went_back = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
+    return state.best_global_step if went_back and not trainer.is_in_train else state.global_step
 
 
 def record(trainer: Any, evaluation: Evaluation) -> None:
