@@ -6,7 +6,8 @@ off policy, with two passes of four updates over each. All methods of a regime s
 prompts in the same order, generate equally many rollouts and make equally many optimizer steps (those that generate
 further rounds may make fewer). The learning rate of each is chosen from the same grid, by sampled accuracy on
 other problems and with other seeds than those reported; where the best is at the end of the grid, the grid goes on, and
-the best and those beside it are tried with more seeds.
+the best and those beside it are tried with more seeds. What comes out best is tried again with seeds that nothing was
+seen of before, also at the others' learning rates.
 
 Every run is written to `benchmarks/results/learning/` with its settings and its log, at once; what is there is not run
 again. Then `docs/results.md` and its figures are written from all runs there are. `--check METHOD` runs one cell again
@@ -94,6 +95,8 @@ SAME_ON_POLICY = {
     "DFPO orth": "GRPO, loss_type grpo",
     "DFPO positive_orth": "GRPO, loss_type grpo",
 }
+# The claims that the reported seeds led to, tried again with others.
+CONFIRMED, FIRST_FRESH_SEED = (BASELINE, "Pos Only", "Pos Only + DelTA"), 300
 LIMITS = (1e-6, 4e-3)  # of learning rates
 TUNING_SEEDS, FIRST_SEED = range(100, 106), 200  # seeds below these have chosen settings in other experiments
 TUNED_FIRST = 2  # seeds that every learning rate is tried with; only the best and those beside it are with all
@@ -259,11 +262,18 @@ class Strand:
             wanted = [(name, rate, seed) for name, rates in grid.items() for rate, seed in next_runs(rates)]
         return {name: best_rate(rates) for name, rates in grid.items()}
 
-    def compare(self, methods: list[str], seeds: int) -> None:
-        """Tunes, then makes the runs that are reported, seed by seed, so that whatever is there can be paired."""
+    def compare(self, methods: list[str], seeds: int, fresh_seeds: int = 0) -> None:
+        """
+        Tunes, then makes the runs that are reported, seed by seed, so that whatever is there can be paired; then those
+        with fresh seeds, of each method at the learning rates of all of them.
+        """
         rates = {UNTRAINED: 0.0, **self.tune([name for name in methods if name in methods_of(self.regime)])}
         seeds_reported = range(FIRST_SEED, FIRST_SEED + seeds)
         self.run([(*one, seed) for seed in seeds_reported for one in rates.items()], "test")
+        names = [name for name in CONFIRMED if name in rates]
+        seeds_fresh = range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + fresh_seeds)
+        of_any = sorted({rates[name] for name in names})
+        self.run([(name, rate, seed) for seed in seeds_fresh for name in names for rate in of_any], "fresh")
 
     def check(self, name: str, seed: int) -> bool:
         """Makes a reported run again; whether it measures and logs what the file says."""
@@ -274,9 +284,13 @@ class Strand:
         made = cell(self.task, self.regime, name, before["settings"]["learning_rate"], seed, "test")
         made = replace(made, settings=before["settings"], start=before["start"], problems=before.get("problems"))
         again = json.loads(json.dumps(run(made, KEPT)))
-        differing = [key for key in before if key not in ("seconds", "commit") and not same(before[key], again[key])]
+        differing = [
+            key for key in before if key not in ("seconds", "commit", "cpu") and not same(before[key], again[key])
+        ]
         print(f"{name}, seed {seed}: sampled {before['sampled']:.2%} in the file, {again['sampled']:.2%} now.")
-        print(f"At commit {before['commit']} then, at {again['commit']} now.")
+        print(
+            f"At commit {before['commit']} on {before.get('cpu', '?')} then, at {again['commit']} on {again['cpu']} now."
+        )
         print(f"Different: {', '.join(differing)}." if differing else "Everything but the time is the same.")
         return not differing
 
@@ -304,6 +318,7 @@ def main() -> None:
     parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=REGIMES)
     parser.add_argument("--methods", nargs="+", default=list(COMPARED), choices=COMPARED, metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=8, help="seeds to report (default: %(default)s)")
+    parser.add_argument("--fresh", type=int, default=12, help="fresh seeds for what was best (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time")
     parser.add_argument("--check", metavar="METHOD", choices=COMPARED, help="run one cell again")
     parser.add_argument("--check-seed", type=int, default=FIRST_SEED)
@@ -340,7 +355,7 @@ def main() -> None:
             print(f"\n{task}, {regime}\n", flush=True)
             if strand.start:
                 make_checkpoint(strand.start, task, strand.warm_start)
-            strand.compare(options.methods, options.seeds)
+            strand.compare(options.methods, options.seeds, options.fresh)
     if options.results == RESULTS:
         write_results(options.results)
     if failures:

@@ -36,6 +36,20 @@ ORACLE = "oracle"  # a run of this name gets its credit
 OBSERVED = 5  # every so many optimizer steps the blame is measured; shares no factor with the updates of a generation
 
 
+def commit() -> str | None:
+    """The commit that is checked out, and whether the code differs from it."""
+
+    def git(*words: str) -> str:
+        command = ["git", *words]
+        return subprocess.run(command, cwd=MADE.parent, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = "-dirty" if git("status", "--porcelain", "--", ":/*.py") else ""
+    return f"{git('rev-parse', '--short', 'HEAD')}{changed}" or None
+
+
+COMMIT = commit()  # of the code that is imported, whatever is checked out later
+
+
 def checkpoint_of(cell: Cell) -> Path:
     """The model that a run starts from."""
     return MADE / cell.start if cell.start else CHECKPOINTS[cell.task]
@@ -166,7 +180,8 @@ def run(cell: Cell, kept: tuple[str, ...]) -> dict[str, Any]:
         }
     logs = {name: [short(entry.get(name)) for entry in history] for name in kept}
     logs["generated_tokens"] = [round(tokens) for tokens in budget.tokens[: len(history)]]
-    made_with = {"model": digest(checkpoint_of(cell)), "device": device_settings(cell), "commit": commit()}
+    made_with = {"model": digest(checkpoint_of(cell)), "device": device_settings(cell), "commit": COMMIT}
+    made_with["cpu"] = torch.backends.cpu.get_cpu_capability()  # on which the last bits of products depend
     return {**asdict(cell), **measured, **made_with, "logs": logs}
 
 
@@ -181,17 +196,10 @@ def digest(checkpoint: Path) -> str:
     return hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
-def commit() -> str | None:
-    """The commit that is checked out."""
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=MADE.parent, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or None
-
-
 def evaluated(trainer: CancelGRPOTrainer, cell: Cell, task: Task) -> dict[str, Any]:
     """Accuracies on problems of the cell's split, each seed having its own, and the variety of right answers."""
-    problems = load_prompts(cell.split, cell.problems or PROBLEMS, seed=cell.seed, task=cell.task)
+    split = "tune" if cell.split == "tune" else "test"
+    problems = load_prompts(split, cell.problems or PROBLEMS, seed=cell.seed, task=cell.task)
     tokenizer = trainer.processing_class
     _, greedy = answers(trainer, problems, task, 1, 0.0, cell.seed)
     ids, sampled = answers(trainer, problems, task, SAMPLES, 1.0, cell.seed)
@@ -205,7 +213,26 @@ def evaluated(trainer: CancelGRPOTrainer, cell: Cell, task: Task) -> dict[str, A
         "pass": pass_at_k(sampled == 1, SAMPLES).mean().item(),
         "distinct": statistics.mean(len(set(several)) for several in right),
         "variety": variety([[answer.split("\n")[0] for answer in several] for several in right]),
+        "flawed": flawed(task, tokenizer, problems, ids, sampled == 1),
     }
+
+
+def flawed(
+    task: Task, tokenizer: PreTrainedTokenizerBase, problems: Any, ids: list[list[list[int]]], right: torch.Tensor
+) -> float | None:
+    """The share of right answers whose work is wrong all the same, as slips may cancel; `None` without a right one."""
+    found = [
+        first_wrong(task, tokenizer, prompt, response_tokens(tokenizer, torch.tensor(answer))) is not None
+        for prompt, several, rewards in zip(prompts_of(tokenizer, problems), ids, right.tolist(), strict=True)
+        for answer, is_right in zip(several, rewards, strict=True)
+        if is_right
+    ]
+    return statistics.mean(found) if found else None
+
+
+def prompts_of(tokenizer: PreTrainedTokenizerBase, problems: Any) -> list[torch.Tensor]:
+    """The token ids of each problem's prompt."""
+    return [torch.tensor(ids) for ids in prompt_token_ids(tokenizer, problems["prompt"][:])]
 
 
 def variety(groups: list[list[str]]) -> float | None:

@@ -50,7 +50,8 @@ class Cell:
         seed (`int`):
             Seed of the data order, the sampling and the evaluation.
         split (`str`):
-            Problems to evaluate on: `"tune"` or `"test"`.
+            What the run is for, `"tune"` or `"test"`; the problems to evaluate on are of that split (`"fresh"`, seeds that
+            were not used before: of `"test"`).
         mixture (`str`):
             Problems to train on, one of `mixtures.MIXTURES`.
         tokens (`int`, *optional*):
