@@ -37,6 +37,20 @@ def on_first_wrong(run: Result) -> float | None:
     return run["blame"]["gross"] and run["blame"]["gross"][PLACES.index("on")]
 
 
+def rate_of(run: Result) -> float:
+    return run["settings"]["learning_rate"]
+
+
+def paired(
+    runs: Sequence[Result], others: Sequence[Result], measure: Callable[[Result], float | None] = itemgetter("sampled")
+) -> list[float]:
+    """What a measure of some runs is more than that of others, seed by seed, where both have a value."""
+    first, second = (
+        {run["seed"]: value for run in several if (value := measure(run)) is not None} for several in (runs, others)
+    )
+    return [value - second[seed] for seed, value in first.items() if seed in second]
+
+
 class Comparison:
     """
     The finished runs of one task in one regime.
@@ -71,6 +85,11 @@ class Comparison:
         for run in sorted(reported, key=lambda run: run["seed"]):
             if run["name"] != untrained:
                 self.methods.setdefault(run["name"], []).append(run)
+        # Those with fresh seeds, by name and learning rate.
+        self.fresh: dict[tuple[str, float], list[Result]] = {}
+        for run in sorted(runs, key=lambda run: run["seed"]):
+            if run["split"] == "fresh":
+                self.fresh.setdefault((run["name"], rate_of(run)), []).append(run)
         self.controls = {
             name: control
             for name, control in (controls or {}).items()
@@ -92,11 +111,7 @@ class Comparison:
         What a measure of a method, its sampled accuracy if none is given, is more than that of another one or the
         baseline, seed by seed.
         """
-        measured, others = (
-            {run["seed"]: value for run in self.methods[one] if (value := measure(run)) is not None}
-            for one in (name, other or self.baseline)
-        )
-        return [value - others[seed] for seed, value in measured.items() if seed in others]
+        return paired(self.methods[name], self.methods[other or self.baseline], measure)
 
     def ranked(self) -> list[str]:
         """The methods, the best first."""
@@ -165,12 +180,44 @@ def accuracy_table(comparison: Comparison) -> str:
         rows.append(
             [
                 name,
-                f"{runs[0]['settings']['learning_rate']:g}",
+                f"{rate_of(runs[0]):g}",
                 str(len(runs)),
                 interval([run["sampled"] for run in runs]),
                 *((shown(sampled), f"{p_value(sampled):.3f}") if compared else ("", "")),
                 interval([run["greedy"] for run in runs]),
                 shown(greedy) if compared else "",
+            ]
+        )
+    return table(header, rows)
+
+
+def fresh_table(comparison: Comparison) -> str:
+    """What came out best, with seeds of its own and at the learning rates of all that are compared here."""
+    minus = f"minus {comparison.baseline}"
+    header = ["", "learning rate", "seeds", "sampled, avg@8", minus, "p", "minus its control at this rate", "its p"]
+    header += ["greedy", f"greedy {minus}", "right by wrong work"]
+    tuned = {name: rate_of(runs[0]) for name, runs in comparison.methods.items()}
+    baseline = comparison.fresh[comparison.baseline, tuned[comparison.baseline]]
+    rows = []
+    for (name, rate), runs in sorted(comparison.fresh.items(), key=lambda item: -mean(item[1], "sampled")):
+        control = None
+        if name != comparison.baseline:
+            control = comparison.fresh.get((comparison.controls.get(name, comparison.baseline), rate))
+        more = paired(runs, baseline) if runs is not baseline else []
+        than_control = paired(runs, control) if control else []
+        rows.append(
+            [
+                name,
+                f"{rate:g}{', tuned' if rate == tuned[name] else ''}",
+                str(len(runs)),
+                interval([run["sampled"] for run in runs]),
+                shown(more),
+                f"{p_value(more):.3f}" if len(more) > 1 else "",
+                shown(than_control),
+                f"{p_value(than_control):.3f}" if len(than_control) > 1 else "",
+                interval([run["greedy"] for run in runs]),
+                shown(paired(runs, baseline, itemgetter("greedy"))) if more else "",
+                f"{mean(runs, 'flawed'):.1%}",
             ]
         )
     return table(header, rows)
@@ -201,7 +248,7 @@ def control_table(comparison: Comparison) -> str:
     for name, control in comparison.controls.items():
         differences = comparison.differences(name, control)
         if len(differences) > 1:
-            rates = [f"{comparison.methods[one][0]['settings']['learning_rate']:g}" for one in (name, control)]
+            rates = [f"{rate_of(comparison.methods[one][0]):g}" for one in (name, control)]
             blame = shown(comparison.differences(name, control, on_first_wrong), "{:+.2%}")
             rows.append([name, control, " / ".join(rates), shown(differences), f"{p_value(differences):.3f}", blame])
     return table(header, rows)
@@ -265,7 +312,7 @@ def tuning_table(comparison: Comparison) -> str:
     for run in comparison.runs:
         if run["split"] == "tune":
             rates = tuning.setdefault(run["name"], {})
-            rates.setdefault(run["settings"]["learning_rate"], []).append(run["sampled"])
+            rates.setdefault(rate_of(run), []).append(run["sampled"])
     tried = sorted({rate for rates in tuning.values() for rate in rates})
     rows = [
         [
@@ -324,6 +371,7 @@ def section(comparison: Comparison, figure: str) -> str:
         f"{seconds / 3600:.1f} hours, added up, tuning and evaluation included.",
         f"![{comparison.title}: {alt}]({figure})",
         accuracy_table(comparison),
+        *(("### Fresh seeds", fresh_table(comparison)) if comparison.fresh else ()),
         "### Variety and collapses",
         variety_table(comparison),
         "### Against its own control",
@@ -359,7 +407,7 @@ def gave(name: str, comparisons: Sequence[Comparison]) -> str:
         if found(one.differences(name)):
             control = one.controls.get(name)
             unproven = control is not None and not found(one.differences(name, control))
-            beside = "; not found to be more than its control" if unproven else ""
+            beside = "; not found to differ from its control" if unproven else ""
             told.append(f"{100 * statistics.mean(one.differences(name)):+.1f} ({one.short}{beside})")
     return ", ".join(told) or ("no difference found" if compared else "not compared yet")
 

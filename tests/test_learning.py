@@ -152,6 +152,40 @@ def test_control_table(comparison):
     assert cells_of(table, "worse")["minus its control"].startswith("**-")
 
 
+def test_table_of_fresh_seeds(comparison):
+    """Against the baseline at its tuned rate, and against the control at the same one."""
+    accuracies = {("GRPO", 1e-4): 0.5, ("GRPO", 2e-4): 0.4, ("better", 1e-4): 0.6, ("better", 2e-4): 0.7}
+    fresh = [
+        {**result(name, seed, accuracy + 0.01 * seed, "fresh", rate), "flawed": 0.09}
+        for seed in range(10, 16)
+        for (name, rate), accuracy in accuracies.items()
+    ]
+    controls = {"better": "not there"}
+    made = learning_report.Comparison("Title", "here", [*comparison.runs, *fresh], "GRPO", "untrained", controls)
+    assert made.differences("better") == comparison.differences("better")
+    table = learning_report.fresh_table(made)
+    assert [row.split("|")[1:3] for row in table.splitlines()[2:]] == [
+        [" better ", " 0.0002 "],
+        [" better ", " 0.0001, tuned "],
+        [" GRPO ", " 0.0001, tuned "],
+        [" GRPO ", " 0.0002 "],
+    ]
+    cells = cells_of(table, "better")
+    assert cells["minus GRPO"] == "**+20.0% [+20.0%, +20.0%]**"
+    assert cells["minus its control at this rate"] == "**+30.0% [+30.0%, +30.0%]**"
+    assert (cells["seeds"], cells["p"], cells["its p"], cells["right by wrong work"]) == (
+        "6",
+        "0.031",
+        "0.031",
+        "9.0%",
+    )
+    baseline, other = ([cell.strip() for cell in row.split("|")[5:9]] for row in table.splitlines()[4:])
+    assert baseline == ["", "", "", ""]
+    assert other == ["**-10.0% [-10.0%, -10.0%]**", "0.031", "", ""]
+    assert "### Fresh seeds" in learning_report.section(made, "figure.png")
+    assert "### Fresh seeds" not in learning_report.section(comparison, "figure.png")
+
+
 def test_training_table(comparison):
     # The baseline goes from 0.1 to 0.6, so the threshold is 0.55, which means over three rewards (of 128 rollouts)
     # never reach.
@@ -206,7 +240,7 @@ def test_what_a_method_gave(comparison):
     assert learning_report.gave("worse", [comparison, other]) == "-20.0 (here)"
     comparison.controls["better"] = "level"
     comparison.methods["level"] = [result("level", seed, 0.55 + 0.01 * seed) for seed in range(6)]
-    assert learning_report.gave("better", [comparison]) == "+5.1 (here; not found to be more than its control)"
+    assert learning_report.gave("better", [comparison]) == "+5.1 (here; not found to differ from its control)"
     assert learning_report.gave("undecided", [comparison, other]) == "no difference found"
     assert learning_report.gave("not run", [comparison, other]) == "not compared yet"
     comparison.methods["better"] = comparison.methods["better"][:5]
@@ -314,8 +348,9 @@ def test_protocol(tmp_path, monkeypatch):
         ]
 
     monkeypatch.setattr(learning, "run_all", run_all)
-    learning.Strand(learning.VARIED, "off-policy", tmp_path).compare(["GRPO", "NTHR"], seeds=8)
-    tuning, reported = ([one for one in asked if one.split == split] for split in ("tune", "test"))
+    monkeypatch.setattr(learning, "CONFIRMED", ("GRPO", "NTHR", "not asked for"))
+    learning.Strand(learning.VARIED, "off-policy", tmp_path).compare(["GRPO", "NTHR"], seeds=8, fresh_seeds=3)
+    tuning, reported, fresh = ([one for one in asked if one.split == split] for split in ("tune", "test", "fresh"))
     tried = Counter((one.name, one.settings["learning_rate"]) for one in tuning)
     assert tried == {
         **dict.fromkeys([("GRPO", rate) for rate in (5e-5, 1e-4, 2e-4)], 6),
@@ -329,6 +364,10 @@ def test_protocol(tmp_path, monkeypatch):
         ("NTHR", 8e-4),
     }
     assert len(reported) == 3 * 8
+    assert Counter((one.name, one.settings["learning_rate"]) for one in fresh) == {
+        (name, rate): 3 for name in ("GRPO", "NTHR") for rate in (1e-4, 8e-4)
+    }
+    assert {one.seed for one in fresh}.isdisjoint({one.seed for one in asked if one.split != "fresh"})
 
 
 @pytest.mark.parametrize("regime", learning.REGIMES)
@@ -539,6 +578,12 @@ def test_reported_runs_follow_the_protocol(strand):
             )
             assert run["settings"] == json.loads(json.dumps(made.settings))
             assert learning.next_runs(tuning[run["name"]]) == [], "tuned"
+    fresh = [run for run in runs if run["split"] == "fresh"]
+    best = {name: learning.best_rate(rates) for name, rates in tuning.items()}
+    asked = {(name, best[other]) for name in learning.CONFIRMED for other in learning.CONFIRMED if other in best}
+    made = Counter((run["name"], run["settings"]["learning_rate"]) for run in fresh)
+    assert made == dict.fromkeys(asked if fresh else (), len({run["seed"] for run in fresh}))
+    assert {run["seed"] for run in fresh}.isdisjoint({run["seed"] for run in runs if run["split"] != "fresh"})
     reported = [run for run in runs if run["split"] == "test"]
     seeds = {name: sorted(run["seed"] for run in reported if run["name"] == name) for name in tuning}
     assert all(of_method == seeds[learning.BASELINE] for of_method in seeds.values() if of_method)
