@@ -319,7 +319,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(COMPARED), choices=COMPARED, metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=8, help="seeds to report (default: %(default)s)")
     parser.add_argument("--fresh", type=int, default=12, help="fresh seeds for what was best (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time")
+    parser.add_argument(
+        "--jobs", type=int, help=f"runs at a time (default: one a core; one for {RICH}, which may take a GPU)"
+    )
     parser.add_argument("--check", metavar="METHOD", choices=COMPARED, help="run one cell again")
     parser.add_argument("--check-seed", type=int, default=FIRST_SEED)
     parser.add_argument("--report", action="store_true", help="only write the page, from the runs there are")
@@ -342,7 +344,7 @@ def main() -> None:
             task,
             regime,
             options.results,
-            options.jobs,
+            options.jobs or (len(os.sched_getaffinity(0)) if task in CHECKPOINTS else 1),
             options.steps,
             tuple(options.rates),
             options.warm_start_steps,

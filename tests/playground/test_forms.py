@@ -2,12 +2,14 @@
 
 import itertools
 import random
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_cancel.playground import CHECKPOINTS, RICH, VARIED
+from trl_cancel.playground.data import load_demonstrations, load_prompts
 from trl_cancel.playground.forms import Forms
 from trl_cancel.playground.task import Problem, Slips, careless_totals, first_wrong_token, sample_problems, solve
 from trl_cancel.playground.tasks import TASKS, task_named
@@ -84,9 +86,9 @@ def test_teacher(name, share):
     for problem in task.problems("warm_start", 400):
         response = task.imitate(problem, rng)
         ids = tokenizer(response)["input_ids"]
-        assert tokenizer.unk_token_id not in tokenizer(problem.prompt)["input_ids"] + ids
+        assert tokenizer.unk_token_id not in tokenizer(task.prompt(problem))["input_ids"] + ids
         assert tokenizer.decode(ids) == response
-        assert Problem.parse(problem.prompt) == problem
+        assert Problem.parse(task.prompt(problem)) == problem
         wrong = task.forms.first_wrong_token(problem, tokenizer.convert_ids_to_tokens(ids))
         assert wrong is not None or response.endswith(f"\\boxed{{{problem.answer}}}.")  # two slips may cancel
         right += wrong is None
@@ -116,3 +118,16 @@ def test_unknown_task_is_refused():
 
 def test_every_embedded_model_has_a_task():
     assert set(CHECKPOINTS) <= set(TASKS)
+
+
+def test_distractors():
+    """Expressions of the same operations before the problem, the same whenever it is posed."""
+    task = task_named(RICH)
+    problem = task.problems("train", 1)[0]
+    prompt = task.prompt(problem)
+    assert re.fullmatch(r"(Ignore \d([-+*]\d){2,4}\. ){2}Compute from left to right .*", prompt)
+    assert prompt.endswith(problem.prompt)
+    assert prompt == task.prompt(Problem.parse(prompt))
+    assert load_prompts("train", 1, task=RICH)[0]["prompt"][0]["content"] == prompt
+    assert load_demonstrations(1, task=RICH)[0]["prompt"][0]["content"].startswith("Ignore ")
+    assert task_named(VARIED).prompt(problem) == problem.prompt

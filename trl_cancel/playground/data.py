@@ -44,7 +44,7 @@ def load_prompts(
     return Dataset.from_list(
         [
             {
-                "prompt": [{"role": "user", "content": problem.prompt}],
+                "prompt": [{"role": "user", "content": chosen.prompt(problem)}],
                 "solution": f"\\boxed{{{problem.answer}}}",
                 "response": solve(problem),
             }
@@ -72,7 +72,7 @@ def load_demonstrations(num_problems: int, seed: int = 0, task: str = NAME) -> D
     return Dataset.from_list(
         [
             {
-                "prompt": [{"role": "user", "content": problem.prompt}],
+                "prompt": [{"role": "user", "content": chosen.prompt(problem)}],
                 "completion": [{"role": "assistant", "content": chosen.imitate(problem, rng)}],
             }
             for problem in chosen.problems("warm_start", num_problems, seed)

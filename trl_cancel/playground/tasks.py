@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from . import NAME, RICH, VARIED
 from .forms import Forms
-from .task import Problem, Slips, careless_totals, sample_problems
+from .task import Problem, Slips, careless_totals, sample_problem, sample_problems
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Task:
             How often the teacher errs.
         forms ([`~trl_cancel.playground.forms.Forms`], *optional*):
             How responses may be written.
+        distractors (`int`, *optional*, defaults to `0`):
+            Expressions in the prompt that have nothing to do with the problem.
         architecture (`dict[str, int]`, *optional*):
             Entries of the model's configuration that differ from the playground's.
         max_completion_length (`int`, *optional*, defaults to `64`):
@@ -37,6 +39,7 @@ class Task:
     signs: str = "+-"
     slips: Slips = field(default_factory=Slips)
     forms: Forms = field(default_factory=Forms)
+    distractors: int = 0
     architecture: Mapping[str, int] = field(default_factory=dict)
     max_completion_length: int = 64
     warm_start_steps: int = 600
@@ -46,11 +49,17 @@ class Task:
     def words(self) -> tuple[str, ...]:
         """What the tokenizer must know beside digits, `+`, `-`, `=` and the words of the plain form."""
         multiplication = ("*", "from left to right ") if "*" in self.signs else ()
-        return (*self.forms.words, *multiplication)
+        return (*self.forms.words, *multiplication, *(("Ignore",) if self.distractors else ()))
 
     def problems(self, split: str, num_problems: int, seed: int = 0) -> list[Problem]:
         """Distinct problems of a split, as [`~trl_cancel.playground.task.sample_problems`] draws them."""
         return sample_problems(split, num_problems, seed, self.num_steps, self.signs)
+
+    def prompt(self, problem: Problem) -> str:
+        """What poses the problem, after the distractors, which are a function of it."""
+        rng = random.Random(problem.expression)
+        others = [sample_problem(rng, rng.randint(2, 4), self.signs).expression for _ in range(self.distractors)]
+        return "".join(f"Ignore {other}. " for other in others) + problem.prompt
 
     def imitate(self, problem: Problem, rng: random.Random) -> str:
         """A response of the noisy teacher."""
@@ -82,6 +91,7 @@ TASKS = {
         signs="+-*",
         slips=Slips(borrow=0.45, carry=0.1, other=0.01),
         forms=_FREE,
+        distractors=2,
         architecture=_LARGE,
         max_completion_length=248,
         warm_start_steps=4000,
