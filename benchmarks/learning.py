@@ -308,8 +308,9 @@ def write_results(results: Path) -> None:
             comparisons.append(Comparison(*titles, runs, BASELINE, UNTRAINED, controls))
             figures.append(f"images/results-{strand.file.stem}.png")
             draw(comparisons[-1], PAGE.parent / figures[-1], FOLLOWED)
+    superseded = results / "superseded.json"
     if comparisons:
-        write_page(comparisons, figures)
+        write_page(comparisons, figures, json.loads(superseded.read_text())["runs"] if superseded.exists() else ())
 
 
 def main() -> None:

@@ -147,6 +147,13 @@ def p_value(differences: Sequence[float]) -> float:
     return (sums.abs() >= values.sum().abs() * (1 - 1e-9)).double().mean().item()
 
 
+def p_shown(differences: Sequence[float]) -> str:
+    if len(differences) < 2:
+        return ""
+    p = p_value(differences)
+    return f"{p:.3f}" if p >= 0.001 else "<0.001"
+
+
 def found(differences: Sequence[float]) -> bool:
     return p_value(differences) < LEVEL
 
@@ -183,7 +190,7 @@ def accuracy_table(comparison: Comparison) -> str:
                 f"{rate_of(runs[0]):g}",
                 str(len(runs)),
                 interval([run["sampled"] for run in runs]),
-                *((shown(sampled), f"{p_value(sampled):.3f}") if compared else ("", "")),
+                *((shown(sampled), p_shown(sampled)) if compared else ("", "")),
                 interval([run["greedy"] for run in runs]),
                 shown(greedy) if compared else "",
             ]
@@ -212,11 +219,11 @@ def fresh_table(comparison: Comparison) -> str:
                 str(len(runs)),
                 interval([run["sampled"] for run in runs]),
                 shown(more),
-                f"{p_value(more):.3f}" if len(more) > 1 else "",
+                p_shown(more),
                 shown(than_control),
-                f"{p_value(than_control):.3f}" if len(than_control) > 1 else "",
+                p_shown(than_control),
                 interval([run["greedy"] for run in runs]),
-                shown(paired(runs, baseline, itemgetter("greedy"))) if more else "",
+                "" if runs is baseline else shown(paired(runs, baseline, itemgetter("greedy"))),
                 f"{mean(runs, 'flawed'):.1%}",
             ]
         )
@@ -250,7 +257,7 @@ def control_table(comparison: Comparison) -> str:
         if len(differences) > 1:
             rates = [f"{rate_of(comparison.methods[one][0]):g}" for one in (name, control)]
             blame = shown(comparison.differences(name, control, on_first_wrong), "{:+.2%}")
-            rows.append([name, control, " / ".join(rates), shown(differences), f"{p_value(differences):.3f}", blame])
+            rows.append([name, control, " / ".join(rates), shown(differences), p_shown(differences), blame])
     return table(header, rows)
 
 
@@ -399,6 +406,18 @@ def summary(comparisons: Sequence[Comparison]) -> str:
     return table(["", *(one.title for one in comparisons)], rows)
 
 
+def superseded_table(runs: Sequence[Result]) -> str:
+    """Runs that were reported once and are no longer, with the reason."""
+    groups: dict[tuple[str, ...], list[Result]] = {}
+    for run in runs:
+        groups.setdefault((run["strand"], run["name"], f"{rate_of(run):g}", run["why"]), []).append(run)
+    rows = [
+        [strand, name, rate, str(len(several)), interval([run["sampled"] for run in several]), why]
+        for (strand, name, rate, why), several in groups.items()
+    ]
+    return table(["", "", "learning rate", "seeds", "sampled, avg@8", "no longer reported, since it was made"], rows)
+
+
 def gave(name: str, comparisons: Sequence[Comparison]) -> str:
     """What a method has more than the baseline, where a difference was found, and whether its control has it too."""
     compared = [one for one in comparisons if name in one.methods and len(one.differences(name)) >= FEWEST]
@@ -427,10 +446,12 @@ def write_gains(comparisons: Sequence[Comparison]) -> None:
         write_between(README, f"<!-- gave: {name} -->", gave(name, comparisons), "<!-- / -->")
 
 
-def write_page(comparisons: Sequence[Comparison], figures: Sequence[str]) -> None:
+def write_page(comparisons: Sequence[Comparison], figures: Sequence[str], superseded: Sequence[Result] = ()) -> None:
     """Puts the summary and the sections between the page's marks, and what they say into the README."""
     short = summary(comparisons)
     parts = ["## Summary", SUMMARY, short, *map(section, comparisons, figures)]
+    if superseded:
+        parts += ["## Superseded runs", superseded_table(superseded)]
     write_between(PAGE, BEGIN, "\n\n{}\n\n".format("\n\n".join(parts)), END)
     write_between(README, BEGIN, f"\n\n{short}\n\n", END)
     write_gains(comparisons)

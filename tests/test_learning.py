@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 
 from trl_cancel.playground.tasks import task_named
 from trl_cancel.playground.tokenizer import build_tokenizer
@@ -184,6 +185,21 @@ def test_table_of_fresh_seeds(comparison):
     assert other == ["**-10.0% [-10.0%, -10.0%]**", "0.031", "", ""]
     assert "### Fresh seeds" in learning_report.section(made, "figure.png")
     assert "### Fresh seeds" not in learning_report.section(comparison, "figure.png")
+
+
+def test_small_p_values_are_not_0():
+    assert learning_report.p_shown([1.0] * 8) == "0.008"
+    assert learning_report.p_shown([1.0] * 12) == "<0.001"
+    assert learning_report.p_shown([1.0]) == ""
+
+
+def test_table_of_superseded_runs():
+    runs = [{**result("GRPO", seed, 0.5 + 0.01 * seed), "strand": "here", "why": "a reason"} for seed in range(3)]
+    runs += [{**result("GRPO", 0, 0.7, rate=2e-4), "strand": "here", "why": "another"}]
+    assert learning_report.superseded_table(runs).splitlines()[2:] == [
+        "| here | GRPO | 0.0001 | 3 | 51.0% [50.0%, 52.0%] | a reason |",
+        "| here | GRPO | 0.0002 | 1 | 70.0% | another |",
+    ]
 
 
 def test_training_table(comparison):
@@ -393,6 +409,16 @@ def test_right_answers_are_counted_without_filler(monkeypatch):
     found = learning_run.evaluated(SimpleNamespace(processing_class=tokenizer), one, task)
     assert (found["distinct"], found["sampled"], found["pass"]) == ((2 + 0) / 2, 3 / 8, 1 / 2)
     assert found["variety"] == pytest.approx(2 / 3)
+
+
+def test_right_answers_with_wrong_work():
+    task, tokenizer = task_named(learning.NAME), build_tokenizer()
+    lines = ("8-4=4\n4+8=12\n", "8-4=3\n3+8=12\n", "8-4=3\n3+8=11\n")
+    answers = [tokenizer(f"{line}The answer is \\boxed{{12}}.<|im_end|>")["input_ids"] for line in lines]
+    problems = Dataset.from_list([{"prompt": [{"role": "user", "content": "Compute 8-4+8."}]}] * 2)
+    right = torch.tensor([[True, True, False], [False, True, False]])
+    assert learning_run.flawed(task, tokenizer, problems, [answers] * 2, right) == pytest.approx(2 / 3)
+    assert learning_run.flawed(task, tokenizer, problems, [answers] * 2, ~right & right) is None
 
 
 def test_variety():
