@@ -105,6 +105,21 @@ def test_demo_of_trls_method_suggests_ours(monkeypatch, capsys):
     assert "trl-cancel compare theirs trl-cancel-demo-query-preserved" in printed
 
 
+@pytest.mark.parametrize(("model", "expected"), [("playground", 1), ("tiny", 2)])
+def test_threads(model, expected, tiny_model, tmp_path, monkeypatch):
+    """One for the playground's models; a model of the user's has those that there are."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    found = []
+    monkeypatch.setattr("trl_cancel.cli.training.run_training", lambda settings: found.append(torch.get_num_threads()))
+    name, before = tiny_model if model == "tiny" else model, torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert main(["train", *flags(**{**QUICK, "model_name_or_path": name, "output_dir": tmp_path})]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert found == [expected]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains(method, tmp_path):
     settings = {**QUICK, "eval_problems": 0, "output_dir": tmp_path, "method": method}

@@ -5,9 +5,13 @@ from ._quiet import quiet
 
 def run(arguments: list[str]) -> int:
     with quiet():
+        from ..playground import CHECKPOINTS
         from .settings import Parser
-        from .training import run_training
+        from .training import run_training, use_one_thread
 
         parser = Parser("trl-cancel train", "Train a model. Settings come from --config FILE.yaml and from flags.")
-        run_training(parser.read(arguments))
+        settings = parser.read(arguments)
+        if settings.model.model_name_or_path in CHECKPOINTS:
+            use_one_thread()
+        run_training(settings)
     return 0
