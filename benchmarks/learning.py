@@ -273,7 +273,8 @@ class Strand:
         names = [name for name in CONFIRMED if name in rates]
         seeds_fresh = range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + fresh_seeds)
         of_any = sorted({rates[name] for name in names})
-        self.run([(name, rate, seed) for seed in seeds_fresh for name in names for rate in of_any], "fresh")
+        if fresh := [(name, rate, seed) for seed in seeds_fresh for name in names for rate in of_any]:
+            self.run(fresh, "fresh")
 
     def check(self, name: str, seed: int) -> bool:
         """Makes a reported run again; whether it measures and logs what the file says."""

@@ -192,6 +192,8 @@ def test_card_of_a_trainer_that_went_back_to_its_best_weights(tiny_model, tmp_pa
     assert "The training went on for 3 steps; these are the weights after 2, the best by eval_set_greedy." in card.text
     assert re.search(r"\| set \| 2 \| greedy \| 0 and 2 \| 50.0% .*\| 100.0% ", card.text)
     assert [result.metric_value for result in card.data.eval_results if result.metric_type == "greedy"] == [1.0]
+    trainer.evaluate()
+    assert [evaluation.step for evaluation in trainer.evaluations] == [0, 1, 2, 3, 2]
 
 
 def test_card_cites_papers_and_trl(finished):
