@@ -183,7 +183,8 @@ def delta_coefficients(proxies, advantages, lambda_min, lambda_max, *, refinemen
         for side in (1, -1):
             own = [value for value, s in zip(values, sides, strict=True) if s == side]
             mean = sum(own) / len(own)
-            found[side] = math.sqrt(sum((value - mean) ** 2 for value in own) / len(own)) if gamma is None else gamma
+            spread = math.sqrt(sum((value - mean) ** 2 for value in own) / len(own))
+            found[side] = max(spread, 1e-4) if gamma is None else gamma
         return found
 
     def assignments(values, scale):
@@ -197,8 +198,13 @@ def delta_coefficients(proxies, advantages, lambda_min, lambda_max, *, refinemen
         found = margins(weights)
     alpha = [value if s else 0.0 for value, s in zip(assignments(found, scale), sides, strict=True)]
     coefficients = [lambda_min + (lambda_max - lambda_min) * value for value in alpha]
-    mean = sum(coefficients) / len(coefficients) if normalize else 1.0
-    return [value / mean for value in coefficients]
+    if normalize in (False, "none"):
+        return coefficients
+    means = {}
+    for side in (1, 0, -1):
+        own = [value for value, s in zip(coefficients, sides, strict=True) if s == side or normalize != "side"]
+        means[side] = sum(own) / len(own) if own and (side or normalize != "side") else 1.0
+    return [value / means[s] for value, s in zip(coefficients, sides, strict=True)]
 
 
 def log_softmax(logits):

@@ -1,6 +1,7 @@
 """Group weights through the trainer: what is really multiplied, wherever the members of a group are."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -42,6 +43,12 @@ def harness(monkeypatch, model, transformation, **settings):
 
 def post_clip(ratio, advantage):
     return references.post_clip_weight(ratio, advantage, LOW, HIGH)
+
+
+def two_sided(ratio, advantage, delta):
+    """TRL's surrogate as a weight: min(min(r, delta) A, clip(r) A) / A."""
+    bounded, clipped = min(ratio, delta), min(max(ratio, 1 - LOW), 1 + HIGH)
+    return min(bounded * advantage, clipped * advantage) / advantage
 
 
 def weights_of_groups(
@@ -129,10 +136,11 @@ def test_cispo(monkeypatch, tiny_model, batch, transformation):
     ("settings", "clip", "low", "high"),
     [
         ({"symmetric_clip": True}, lambda s, a: min(s, 1 + HIGH), 0.0, 1 + HIGH),
-        ({"delta": 1.3}, lambda s, a: post_clip(min(s, 1.3), a), 1 - LOW, 1 + HIGH),
+        ({"delta": 1.3}, lambda s, a: two_sided(s, a, 1.3), 1 - LOW, 1 + HIGH),
+        ({"delta": 1.12}, lambda s, a: two_sided(s, a, 1.12), 1 - LOW, 1 + HIGH),
         ({"loss_type": "cispo", "epsilon_high": 1.3}, lambda s, a: min(s, 1.3), 0.0, 1.3),
     ],
-    ids=["symmetric", "delta", "cispo"],
+    ids=["symmetric", "delta", "delta within the range", "cispo"],
 )
 def test_other_clipping(monkeypatch, tiny_model, batch, settings, clip, low, high, region):
     """The weight is what each kind of clipping leaves of the ratio, and its trust region follows its own range."""
@@ -205,7 +213,10 @@ def test_off_policy_mask_does_not_look_at_the_sign_of_a_weight(monkeypatch, tiny
 @pytest.mark.parametrize("include", [True, False])
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
 def test_correction_for_the_sampling_engine(monkeypatch, tiny_model, batch, transformation, include, mode):
-    """A correction of whole rollouts is transformed with the ratio and acts once; one of tokens acts as in TRL."""
+    """
+    A correction is transformed with the ratio and acts once; one of tokens counts with its mean over the rollout, which
+    is what TRL spreads over the tokens at this level.
+    """
     logps, old_logps, advantages, mask = batch
     loss_of = harness(
         monkeypatch,
@@ -217,22 +228,44 @@ def test_correction_for_the_sampling_engine(monkeypatch, tiny_model, batch, tran
     loss_of.trainer.use_vllm = loss_of.trainer.vllm_importance_sampling_correction = True
     by_rollout = torch.tensor([0.7, 1.4, 0.0, 1.1, 2.0, 0.3, 1.0, 0.9], dtype=torch.float64)
     correction = by_rollout.unsqueeze(1) if mode == "sequence" else 0.5 + torch.rand(B, T, dtype=torch.float64)
+    if mode == "token":
+        correction[2] = 0  # no token of it is left
+        by_rollout = (correction * mask).sum(1) / mask.sum(1)
     _, by_logps = loss_of(*batch, importance_sampling_ratio=correction, sampling_per_token_logps=old_logps)
-    active = [ratio > 0 for ratio in by_rollout.tolist()] if mode == "sequence" else [True] * B
-    inside = by_rollout.tolist() if mode == "sequence" and include else None
+    active = [ratio > 0 for ratio in by_rollout.tolist()]
+    inside = by_rollout.tolist() if include else None
     weights = weights_of_groups(
         transformation, sequence_ratios(logps, old_logps, mask), advantages.tolist(), active, correction=inside
     )
-    if mode == "token":  # at sequence level TRL spreads each rollout's mean correction over its tokens
-        outside = ((correction * mask).sum(1) / mask.sum(1)).tolist()
-    else:
-        outside = [1.0] * B if include else by_rollout.tolist()
+    outside = [1.0] * B if include else by_rollout.tolist()
     multiplied = [weight * factor for weight, factor in zip(weights, outside, strict=True)]
     expected = expected_gradient(multiplied, advantages, mask, "grpo", None)
     torch.testing.assert_close(by_logps, expected, rtol=1e-9, atol=1e-12)
-    if mode == "sequence" and include and transformation != "identity":
-        pushes = torch.tensor(multiplied, dtype=torch.float64) * advantages
-        assert pushes.view(2, G).sum(1).abs().max() < 1e-9
+    pushes = (torch.tensor(multiplied, dtype=torch.float64) * advantages).view(2, G)
+    norms = [
+        torch.tensor(x, dtype=torch.float64).view(2, G).norm(dim=1) for x in (weights, outside * advantages.numpy())
+    ]
+    told = loss_of.metrics["group_weights/orthogonality"]
+    assert told == pytest.approx((pushes.sum(1).abs() / (norms[0] * norms[1])).mean().item(), rel=1e-5, abs=1e-9)
+    if include and transformation != "identity":
+        assert pushes.sum(1).abs().max() < 1e-9
+
+
+def test_token_credit_shares_the_mean_correction_of_its_rollout(monkeypatch, tiny_model, batch):
+    """As the rollout's tokens do without credit: a credit of nearly 1 changes the update hardly, whatever the tokens'."""
+    logps, old_logps, advantages, mask = batch
+    gradients = []
+    for credit in (0.0, 1e-9):
+        with monkeypatch.context() as patch:
+            loss_of = harness(patch, tiny_model, "none", advantage_sign="both", nthr=True)
+            loss_of.trainer._credits.in_loss = []  # the credited advantages are given
+            loss_of.trainer.use_vllm = loss_of.trainer.vllm_importance_sampling_correction = True
+            correction = torch.rand(B, T, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+            credited = advantages.unsqueeze(1) * (1 + credit * torch.arange(T)) if credit else advantages
+            extra = {"importance_sampling_ratio": correction, "sampling_per_token_logps": old_logps}
+            gradients.append(loss_of(logps, old_logps, credited, mask, **extra)[1])
+    assert gradients[0].any()
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("sampler", ["policy", "engine"])
@@ -555,6 +588,49 @@ def test_on_policy_run_is_trls(tiny_model):
         assert {name: log[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
+TORN = {**SEQUENCE, **ACCUMULATED, "per_device_train_batch_size": 4, "max_steps": 2}
+
+
+@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+def test_torn_groups_on_policy(tiny_model, monkeypatch, transformation):
+    """TRL's own micro-batches hold parts of groups there, and the weights are those of the true groups: all 1."""
+    seen, freeze = [], CancelGRPOTrainer._freeze_ratios
+
+    def watched(self, inputs, logps, weighted_advantages):
+        seen.append((inputs["group_ids"].clone(), weighted_advantages / inputs["advantages"].view(-1, 1)))
+        freeze(self, inputs, logps, weighted_advantages)
+
+    monkeypatch.setattr(CancelGRPOTrainer, "_freeze_ratios", watched)
+    run = train(tiny_model, **TORN, group_weights=transformation)
+    assert any(len(ids.unique()) > 1 for ids, _ in seen), "the micro-batches hold parts of groups"
+    weights = torch.cat([weight for _, weight in seen])
+    torch.testing.assert_close(weights.nan_to_num(1.0), torch.ones_like(weights), rtol=1e-5, atol=1e-5)
+    assert all(entry.get("group_weights/orthogonality", 0) < 1e-5 for entry in run.logs[:-1])
+    theirs = train(tiny_model, trl.GRPOTrainer, **TORN)
+    for name, value in theirs.weights.items():
+        torch.testing.assert_close(run.weights[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_groups_are_balanced_where_members_are_missing_on_policy(tiny_model):
+    """Truncated completions are masked out, so the others' advantages do not sum to zero although all ratios are 1."""
+    settings = {**TORN, "mask_truncated_completions": True, "max_completion_length": 3, "max_steps": 4}
+    told = [
+        entry["group_weights/orthogonality"]
+        for entry in train(tiny_model, **settings, group_weights="min").logs
+        if "group_weights/orthogonality" in entry
+    ]
+    assert max(told) < 1e-5
+    untold = train(tiny_model, **settings, group_weights="identity").logs
+    assert any(entry.get("group_weights/orthogonality", 0) > 1e-2 for entry in untold)
+
+
+def test_parts_of_groups_are_an_error(monkeypatch, tiny_model, batch):
+    logps, old_logps, advantages, mask = batch
+    loss_of = harness(monkeypatch, tiny_model, "min")
+    with pytest.raises(RuntimeError, match=r"groups of 4 rollouts were to be made of groups of \[3, 5\]"):
+        loss_of(logps, old_logps, advantages, mask, group_ids=torch.tensor([0, 0, 0, 1, 1, 1, 1, 1]))
+
+
 # What is said and refused
 
 
@@ -563,14 +639,19 @@ def test_on_policy_run_is_trls(tiny_model):
     [
         ({}, True),
         ({"gradient_accumulation_steps": 4}, True),
+        ({"mask_truncated_completions": True}, False),
+        ({"mask_truncated_completions": True, "group_weights": "identity"}, True),
+        ({"off_policy_mask_threshold": 0.1}, False),
+        ({"group_weights_scale": 0.5, "group_weights": "identity"}, False),
+        ({"group_weights_stop_gradient": False}, False),
         (OFF_POLICY, False),
         ({"num_iterations": 2}, False),
     ],
 )
 def test_notice_where_nothing_can_change(tiny_model, caplog, settings, said):
     with caplog.at_level(logging.WARNING):
-        build(tiny_model, group_weights="min", importance_sampling_level="sequence", **settings)
-    assert ("group_weights='min' changes nothing here" in caplog.text) == said
+        build(tiny_model, **{"group_weights": "min", "importance_sampling_level": "sequence", **settings})
+    assert bool(re.search(r"group_weights='\w+' changes nothing here", caplog.text)) == said
 
 
 def test_named_trainers_have_the_papers_settings(tiny_model, tmp_path):

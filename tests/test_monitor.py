@@ -26,13 +26,13 @@ def monitor():
     return UpdateMonitor(OneProcess(), groups_are_local=True)
 
 
-def scored(ids, completion_mask, mask=None):
+def scored(ids, completion_mask, mask=None, prompts=((5,), (5,)), prompt_mask=((1,), (1,))):
     """A batch of one group of two, with advantages 1 and -1."""
     ids, completion_mask = torch.tensor(ids), torch.tensor(completion_mask)
     mask = completion_mask if mask is None else torch.tensor(mask)
     rollouts = Rollouts(
-        prompt_ids=ids[:, :1],
-        prompt_mask=torch.ones(2, 1),
+        prompt_ids=torch.tensor(prompts),
+        prompt_mask=torch.tensor(prompt_mask),
         completion_ids=ids,
         mask=mask,
         advantages=torch.tensor([1.0, -1.0]),
@@ -45,8 +45,19 @@ def scored(ids, completion_mask, mask=None):
     return {"completion_ids": ids, "completion_mask": completion_mask}, rollouts
 
 
-def shared(monitor, *batch):
-    return (monitor.mark_shared(*scored(*batch), PAD)["shared_contexts"] != 0).tolist()
+def shared(monitor, *batch, **prompts):
+    return (monitor.mark_shared(*scored(*batch, **prompts), PAD)["shared_contexts"] != 0).tolist()
+
+
+def test_rollouts_of_other_prompts_share_nothing(monitor):
+    """As an environment may give them within a group; how far a prompt is padded makes no difference."""
+    completions = [[1, 2], [1, 2]], [[1, 1], [1, 1]]
+    padded = {"prompt_mask": [[0, 1, 1], [1, 1, 1]]}
+    assert shared(monitor, *completions, prompts=[[7, 5, 6], [5, 6, 6]], **padded) == [[False, False]] * 2
+    assert (
+        shared(monitor, *completions, prompts=[[PAD, 5, 6], [5, 6, 0]], prompt_mask=[[0, 1, 1], [1, 1, 0]])
+        == [[True, True]] * 2
+    )
 
 
 def test_an_end_of_sequence_that_also_pads_is_shared(monitor):

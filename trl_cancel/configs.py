@@ -13,7 +13,7 @@ from trl import GRPOConfig
 from . import _upstream  # noqa: F401  (refuses an untested TRL before anything else happens)
 from .batching import BatchLayout
 from .credit.controls import SIGNS
-from .credit.delta import ASSIGNMENTS, PROXIES
+from .credit.delta import ASSIGNMENTS, PROXIES, normalization
 from .credit.group_weights import TRANSFORMATIONS, TRUST_REGIONS
 from .credit.nthr import ETAS, SELECTIONS
 from .secrets import KeepsSecrets, without_secrets
@@ -83,8 +83,8 @@ class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
               is made orthogonal without it.
             - `"group"`: the whole group rests while the ratio of one of its rollouts is outside the range.
         group_weights_include_sampling_ratio (`bool`, *optional*, defaults to `True`):
-            Transform the sequence-level correction for vLLM's sampling together with the ratio, instead of letting it
-            multiply the result. Token-level corrections always multiply.
+            Transform the correction for vLLM's sampling together with the ratio, instead of letting it multiply the
+            result. One of tokens counts with its mean over the rollout, which is what it multiplies a rollout with.
         group_weights_scale (`float`, *optional*, defaults to `1.0`):
             Multiplies all weights; an ablation of the paper.
         group_weights_stop_gradient (`bool`, *optional*, defaults to `True`):
@@ -121,8 +121,10 @@ class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
             hidden state.
         delta_assignment (`str`, *optional*, defaults to `"soft"`):
             `"soft"`; `"hard"`, one side or the other; `"random"`, the soft ones dealt out at random: a control.
-        delta_normalize (`bool`, *optional*, defaults to `True`):
-            Divide the credits by their mean over the generation batch.
+        delta_normalize (`str`, *optional*, defaults to `"batch"`):
+            What the credits are divided by: `"batch"`, their mean over the generation batch, as the authors have it,
+            which pushes one side harder than the other; `"side"`, the mean of their own side, which does not; or
+            `"none"`. `True` and `False` mean `"batch"` and `"none"`.
         delta_top_fraction (`float`, *optional*):
             Instead of weighing tokens, keep this fraction of them, those with the highest credit.
         state_cache_gib (`float`, *optional*, defaults to `2.0`):
@@ -212,8 +214,8 @@ class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
     group_weights_include_sampling_ratio: bool = field(
         default=True,
         metadata={
-            "help": "Transform the sequence-level correction for vLLM's sampling together with the ratio, instead of "
-            "letting it multiply the result."
+            "help": "Transform the correction for vLLM's sampling (of tokens: its mean over the rollout) together with "
+            "the ratio, instead of letting it multiply the result."
         },
     )
     group_weights_scale: float = field(
@@ -291,8 +293,13 @@ class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
             "choices": list(ASSIGNMENTS),
         },
     )
-    delta_normalize: bool = field(
-        default=True, metadata={"help": "Divide DelTA's credits by their mean over the generation batch."}
+    delta_normalize: str = field(
+        default="batch",
+        metadata={
+            "help": "What DelTA's credits are divided by: their mean over the generation batch (`batch`), which pushes "
+            "one side harder than the other; over their own side (`side`); or nothing (`none`). True and False mean "
+            "`batch` and `none`."
+        },
     )
     delta_top_fraction: float | None = field(
         default=None,
@@ -409,11 +416,15 @@ class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
 
     @property
     def has_nothing_to_weigh(self) -> bool:
-        """Whether all that group weights could transform is 1."""
-        samples_elsewhere = self.use_vllm and self.vllm_importance_sampling_correction
-        corrects_sequences = self.vllm_importance_sampling_mode.startswith("sequence")
-        transforms_correction = samples_elsewhere and corrects_sequences and self.group_weights_include_sampling_ratio
-        return self.layout.is_on_policy and not transforms_correction
+        """
+        Whether group weights change nothing but rounding: all that they could transform is 1 and every rollout takes
+        part, so that the advantages of each group sum to zero; and they are neither scaled nor differentiated.
+        """
+        corrects = self.use_vllm and self.vllm_importance_sampling_correction
+        drops_some = self.mask_truncated_completions or self.off_policy_mask_threshold is not None
+        transforms = corrects or drops_some or not self.group_weights_stop_gradient
+        acts = self.group_weights_scale != 1 or (transforms and self.group_weights != "identity")
+        return self.layout.is_on_policy and not acts
 
     @property
     def clip_range(self) -> tuple[float, float]:
@@ -647,6 +658,10 @@ class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
             )
 
     def _check_delta(self) -> None:
+        try:
+            self.delta_normalize = normalization(self.delta_normalize)
+        except ValueError as error:
+            raise ValueError(f"delta_{error}") from None
         if not self.delta_credit:
             return
         low, high = self.delta_lambda_min, self.delta_lambda_max

@@ -254,7 +254,7 @@ def _delta(config: CancelGRPOConfig) -> str:
         "hard": "the higher if it looks like its own side, the lower if it looks like the other",
         "random": "as DelTA would, but dealt out at random",
     }[config.delta_assignment]
-    mean = ", over their mean" if config.delta_normalize else ""
+    mean = {"batch": ", over their mean", "side": ", over the mean of its side", "none": ""}[config.delta_normalize]
     return f"each token carries {config.delta_lambda_min:g} to {config.delta_lambda_max:g} of it{mean}, {how}"
 
 
@@ -327,7 +327,7 @@ def _own_passes(config: CancelGRPOConfig, credits: TokenCredits) -> Iterator[str
         yield "Token credit takes its hidden states from the one for the log-probs."
     elif credits.states_when_scored:
         yield "This package adds one without gradients for each generation batch, for the hidden states of token credit."
-    if config.group_weights != "none" and not layout.holds_groups_in_micro_batches and not layout.is_on_policy:
+    if config.group_weights != "none" and layout.spreads_groups and not layout.is_on_policy:
         yield (
             "This package adds one without gradients for each optimizer step but the first of a generation batch, "
             "since groups are spread over micro-batches; a per_device_train_batch_size that is a multiple of "

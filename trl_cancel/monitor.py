@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from .diagnostics.energy import asymmetry_by_group
 from .diagnostics.pushes import policy_pushes
-from .diagnostics.residual import shared_contexts, shared_prefix_residual
+from .diagnostics.residual import same_prompt, shared_contexts, shared_prefix_residual
 from .metrics import StepMetrics
 from .rollouts import Rollouts, Rows
 
@@ -47,7 +47,8 @@ class UpdateMonitor:
         ids = batch["completion_ids"]
         # A completion that is masked for being truncated is missing from the update but not from its group.
         present = (ids != pad_token_id) | batch["completion_mask"].bool()
-        marks = shared_contexts(*self.whole_groups(ids, present.long(), rollouts.group_ids, rollouts.advantages))
+        prompts = same_prompt(rollouts.group_ids, rollouts.prompt_ids, rollouts.prompt_mask)
+        marks = shared_contexts(*self.whole_groups(ids, present.long(), prompts, rollouts.advantages))
         contexts, deserved = (self.own_rows(mark)[:, : ids.size(1)] for mark in marks)
         return {"shared_contexts": contexts * rollouts.mask, "deserved": deserved}
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -218,6 +218,13 @@ class LMHead:
                 "states, so logits of single tokens cannot be computed."
             )
         return head
+
+    @property
+    def vocabulary_size(self) -> int:
+        """V, the words for which there are logits."""
+        if isinstance(self.layer, nn.Module):
+            return int(cast(Any, self.layer).out_features)
+        return len(self.layer) if isinstance(self.layer, torch.Tensor) else int(self.layer.token_ids.max()) + 1
 
     @torch.no_grad()
     def restricted_to(self, token_ids: torch.Tensor) -> "LMHead":

@@ -40,7 +40,7 @@ from .rollouts import ABOUT_IMAGES, Rollouts, Rows, generator_of, take_rows
 from .rounds import Choice, GroupPool, Scored
 from .states import CPU_SHARE, GIB, LMHead, StateStore
 from .token_credits import TokenCredits, credited, makes_old_logps
-from .update_weights import UpdateWeights, loss_mask
+from .update_weights import NEEDED_FOR_GROUPS, UpdateWeights, loss_mask, mean_correction
 
 
 logger = get_logger(__name__)
@@ -160,10 +160,10 @@ class CancelGRPOTrainer(Published, Resumable):
                 self._lm_head()  # an unsuitable model is refused now; one that is yet to be sharded, later
 
     def _say_what_falls_short(self) -> None:
-        idle = ["symmetric_clip=True"] if self.args.symmetric_clip else []
+        idle = ["symmetric_clip=True"] if self.args.symmetric_clip and self._layout.is_on_policy else []
         if self._weighs_groups and self._has_nothing_to_weigh:
             idle.append(f"group_weights={self.args.group_weights!r}")
-        if idle and self._layout.is_on_policy:
+        if idle:
             logger.warning(
                 f"{' and '.join(idle)} changes nothing here: each generation batch is used for one optimizer step, so "
                 "all ratios are 1. It acts with num_iterations > 1 or with steps_per_generation greater than "
@@ -211,6 +211,12 @@ class CancelGRPOTrainer(Published, Resumable):
         if (weighs or self._credits.in_loss) and self._layout.steps_per_generation > 1:
             return True
         return self.args.query_preserved and self._layout.is_split
+
+    @property
+    def _holds_groups_in_micro_batches(self) -> bool:
+        """Whether each micro-batch holds whole groups, taken over all processes."""
+        cut_so = self._keeps_groups_whole and self._layout.groups_fit_micro_batches
+        return cut_so or self._layout.steps_per_generation == 1
 
     @property
     def _acts_in_loss(self) -> bool:
@@ -368,7 +374,7 @@ class CancelGRPOTrainer(Published, Resumable):
             self._buffered_inputs = self._whole_group_batches(self._scored)
             self._scored = None
             inputs = self._buffered_inputs[self._step % len(self._buffered_inputs)]
-        if self.model.training and self._weighs_groups and not self._layout.holds_groups_in_micro_batches:
+        if self.model.training and self._weighs_groups and not self._holds_groups_in_micro_batches:
             together = self._layout.micro_batches_together
             first = self._step % len(self._buffered_inputs)
             if first % together == 0:
@@ -557,6 +563,8 @@ class CancelGRPOTrainer(Published, Resumable):
             return
         if self._credits.spread_over_tokens and advantages.size(1) > 1:
             self.importance_sampling_level = "token"  # until the loss is done: the weights hold the sequence's ratio
+            if (correction := mean_correction(inputs)) is not None:  # which its tokens shared, as they did the ratio
+                inputs["importance_sampling_ratio"] = correction
         self._freeze_ratios(inputs, logps, advantages * weights)
 
     def _freeze_ratios(self, inputs: Rows, logps: torch.Tensor, weighted_advantages: torch.Tensor) -> None:
@@ -583,7 +591,7 @@ class CancelGRPOTrainer(Published, Resumable):
             # Rollouts that it drops have weight 0 already; it must not drop others for the sign of their weight.
             inputs["sampling_per_token_logps"] = logps.detach()
         correction = inputs.get("importance_sampling_ratio")
-        if self.args.group_weights_include_sampling_ratio and correction is not None and correction.size(1) == 1:
+        if self.args.group_weights_include_sampling_ratio and correction is not None:
             inputs["importance_sampling_ratio"] = torch.ones_like(correction)
         return weights.unsqueeze(1)
 
@@ -598,7 +606,7 @@ class CancelGRPOTrainer(Published, Resumable):
             ratios = weighing.ratios(micro_batch, current).squeeze(1)
             parts.append((ratios, weighing.taking_part(micro_batch, current)))
         ratios, active = (torch.cat(part) for part in zip(*parts, strict=True))
-        names = {"rollout_advantages", "group_ids", "importance_sampling_ratio"} & micro_batches[0].keys()
+        names = NEEDED_FOR_GROUPS & micro_batches[0].keys()
         rows = {name: torch.cat([micro_batch[name] for micro_batch in micro_batches]) for name in names}
         weights = weighing.of_groups(ratios, active, rows)
         sizes = [micro_batch["group_ids"].size(0) for micro_batch in micro_batches]

@@ -18,6 +18,13 @@ from .monitor import UpdateMonitor
 from .rollouts import Rows
 
 
+# Entries of a micro-batch that the weights of its groups are made of.
+NEEDED_FOR_GROUPS = {
+    *("advantages", "rollout_advantages", "group_ids", "importance_sampling_ratio"),
+    *("completion_mask", "tool_mask"),
+}
+
+
 class UpdateWeights:
     """
     The weights of a micro-batch's tokens or rollouts, given its log-probs.
@@ -83,8 +90,8 @@ class UpdateWeights:
         """Rollouts that the loss counts, of shape `(B,)` and type `bool`: some token, and not dropped whole."""
         mask = loss_mask(rows)
         active = mask.any(1)
-        if (ratio := _sequence_correction(rows)) is not None:
-            active = active & (ratio != 0)
+        if (correction := mean_correction(rows)) is not None:
+            active = active & (correction.squeeze(1) != 0)
         if self.args.off_policy_mask_threshold is not None:
             old_logps: Any = rows.get("old_per_token_logps")
             old_logps = logps if old_logps is None else old_logps
@@ -111,23 +118,45 @@ class UpdateWeights:
             active (`torch.Tensor` of shape `(B,)` and type `bool`):
                 Rollouts that take part.
             rows (`dict`):
-                What else belongs to the rollouts: `rollout_advantages`, `group_ids`, and `importance_sampling_ratio`
-                where sampling is corrected for.
+                What else belongs to the rollouts: `advantages`, `rollout_advantages`, `group_ids`, the masks, and
+                `importance_sampling_ratio` where sampling is corrected for.
 
         Returns:
             `torch.Tensor` of shape `(B,)`: \\( \tilde s_i \\), 0 for rollouts that do not take part.
+
+        Raises:
+            `RuntimeError`: If a group is not complete.
         """
-        correction = _sequence_correction(rows)
-        if correction is None or not self.args.group_weights_include_sampling_ratio:
-            correction = torch.ones_like(ratios)
+        correction, pushed = self._inside(rows), self._outside_of_weights(rows)
         *columns, group_ids = self.monitor.whole_groups(
-            ratios, active.to(ratios.dtype), rows["rollout_advantages"], correction, rows["group_ids"]
+            ratios, active.to(ratios.dtype), rows["rollout_advantages"], correction, pushed, rows["group_ids"]
         )
-        order = group_ids.argsort(stable=True)
-        fold = (-1, self.group_size)
-        ratios, active, advantages, correction = (column[order].view(fold) for column in columns)  # (P, G)
-        weights = self._consistent(ratios, active.bool(), advantages, correction).flatten()
-        return self.monitor.own_rows(torch.empty_like(weights).scatter(0, order, weights))
+        order = in_whole_groups(group_ids, self.group_size)  # (P, G)
+        ratios, active, advantages, correction, pushed = (column[order] for column in columns)
+        weights = self._consistent(ratios, active.bool(), advantages, correction)
+        net, gross = (weights * pushed).sum(-1).abs(), weights.norm(dim=-1) * pushed.norm(dim=-1)
+        self.monitor.metrics.add("group_weights/orthogonality", net / gross.where(gross > 0, 1.0), (gross > 0).float())
+        back = order.flatten().argsort()
+        return self.monitor.own_rows(weights.flatten()[back])
+
+    def _inside(self, rows: Rows) -> torch.Tensor:
+        """What is multiplied with the ratio of each rollout before it is transformed, of shape `(B,)`."""
+        correction = mean_correction(rows)
+        if correction is None or not self.args.group_weights_include_sampling_ratio:
+            return torch.ones_like(rows["rollout_advantages"])
+        return correction.squeeze(1)
+
+    def _outside_of_weights(self, rows: Rows) -> torch.Tensor:
+        """
+        What the weight of each rollout is multiplied with, of shape `(B,)`: the mean over its tokens of its advantage
+        with token credit, and with a correction that stays in the loss.
+        """
+        mask, pushes = loss_mask(rows), rows["advantages"].detach()
+        pushes = pushes.unsqueeze(1) if pushes.dim() == 1 else pushes
+        if "importance_sampling_ratio" in rows and not self.args.group_weights_include_sampling_ratio:
+            by_token = self.args.loss_type not in CLIPPED_LOSSES  # in the others a rollout's tokens share one ratio
+            pushes = pushes * (rows["importance_sampling_ratio"] if by_token else mean_correction(rows))
+        return (pushes * mask).sum(1) / mask.sum(1).clamp(min=1)
 
     def _consistent(
         self, ratios: torch.Tensor, active: torch.Tensor, advantages: torch.Tensor, correction: torch.Tensor
@@ -145,8 +174,6 @@ class UpdateWeights:
         metrics.add_range("group_weights/ratio_min", "group_weights/ratio_max", ratios[active])
         metrics.add("group_weights/weight_mean", weights, counted)
         metrics.add("group_weights/clip_fraction", (clipped != ratios).float(), counted)
-        net, gross = (weights * advantages).sum(-1).abs(), weights.norm(dim=-1) * advantages.norm(dim=-1)
-        metrics.add("group_weights/orthogonality", net / gross.where(gross > 0, 1.0), (gross > 0).float())
         if self.args.cancellation_metrics:
             metrics.add("cancel/asymmetry_before", gradient_asymmetry(before * counted, advantages))
         return weights
@@ -156,9 +183,7 @@ class UpdateWeights:
             return ratios.clamp(max=self.epsilon_high)
         if self.args.symmetric_clip:
             return symmetric_clip(ratios, self.epsilon_high)
-        if self.args.delta is not None:  # as in TRL, which bounds both signs although only one can reach it
-            ratios = ratios.clamp(max=self.args.delta)
-        return post_clip_weights(ratios, advantages, self.epsilon_low, self.epsilon_high)
+        return post_clip_weights(ratios, advantages, self.epsilon_low, self.epsilon_high, self.args.delta)
 
     def _outside(self, ratios: torch.Tensor) -> torch.Tensor:
         if self.args.loss_type == "cispo":
@@ -172,7 +197,40 @@ def loss_mask(rows: Rows) -> torch.Tensor:
     return mask * rows["tool_mask"] if "tool_mask" in rows else mask
 
 
-def _sequence_correction(rows: Rows) -> torch.Tensor | None:
-    """vLLM's correction of whole rollouts, of shape `(B,)`, where there is one and it is not by token."""
-    ratio = rows.get("importance_sampling_ratio")
-    return ratio.squeeze(1) if ratio is not None and ratio.size(1) == 1 else None
+def mean_correction(rows: Rows) -> torch.Tensor | None:
+    """
+    What vLLM's correction multiplies each rollout with where its tokens share one ratio, of shape `(B, 1)`: its own, or
+    the mean of its tokens'. `None` where sampling is not corrected for.
+    """
+    correction = rows.get("importance_sampling_ratio")
+    if correction is None or correction.size(1) == 1:
+        return correction
+    mask = loss_mask(rows)
+    return (correction * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def in_whole_groups(group_ids: torch.Tensor, group_size: int) -> torch.Tensor:
+    """
+    The rollouts by group, whatever order they stand in.
+
+    Args:
+        group_ids (`torch.Tensor` of shape `(B,)`):
+            Which rollouts share a prompt.
+        group_size (`int`):
+            G, the rollouts of each group.
+
+    Returns:
+        `torch.Tensor` of shape `(B/G, G)`: Indices of the rollouts.
+
+    Raises:
+        `RuntimeError`: If a group has fewer rollouts, or more.
+    """
+    order = group_ids.argsort(stable=True)
+    sizes = group_ids.unique(return_counts=True)[1]
+    if (sizes != group_size).any():
+        raise RuntimeError(
+            f"Weights of groups of {group_size} rollouts were to be made of groups of {sizes.unique().tolist()}. An "
+            "override of _prepare_inputs or _generate_and_score_completions must leave groups whole; otherwise this is "
+            "a fault of trl-cancel: please report it with your configuration."
+        )
+    return order.view(-1, group_size)

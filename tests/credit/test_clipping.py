@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import references
-from trl_cancel.credit import sequence_ratios, surrogate_weight, symmetric_clip, token_ratios
+from trl_cancel.credit import post_clip_weights, sequence_ratios, surrogate_weight, symmetric_clip, token_ratios
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_symmetric_clip_of_an_infinite_ratio_is_finite():
     assert symmetric_clip(torch.tensor(math.inf), 0.2) == torch.tensor(1.2)
 
 
-@pytest.mark.parametrize("delta", [None, 1.5])
+@pytest.mark.parametrize("delta", [None, 1.5, 1.1, 1.0, 0.9, 0.5])
 def test_surrogate_weight_is_the_slope_of_the_surrogate(delta):
     torch.manual_seed(0)
     log_ratios = (0.6 * torch.randn(500, dtype=torch.float64)).requires_grad_()
@@ -56,5 +56,11 @@ def test_surrogate_weight_is_the_slope_of_the_surrogate(delta):
     (slope,) = torch.autograd.grad(surrogate.sum(), log_ratios)
     weight = surrogate_weight(ratios.detach(), advantages, 0.2, 0.3, delta)
     torch.testing.assert_close(weight * advantages, slope, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        post_clip_weights(ratios.detach(), advantages, 0.2, 0.3, delta) * advantages,
+        surrogate.detach(),
+        rtol=1e-12,
+        atol=0,
+    )
     assert (weight == 0).any()
     assert (weight != 0).any()

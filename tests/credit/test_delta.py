@@ -22,7 +22,7 @@ def batch(seed, tokens=30, size=4, zeros=True):
     return proxies + advantages.unsqueeze(1).sign(), advantages
 
 
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("normalize", [True, False, "batch", "side", "none"])
 @pytest.mark.parametrize("gamma", [None, 2.0])
 @pytest.mark.parametrize("refinements", [0, 1, 3])
 @pytest.mark.parametrize("seed", range(3))
@@ -62,6 +62,67 @@ def test_split_over_processes():
 
     found = torch.cat(in_two_processes(run))
     torch.testing.assert_close(found, delta_coefficients(proxies, advantages, refinements=2), rtol=1e-12, atol=1e-12)
+
+
+def test_words_of_the_hidden_gradient_are_those_of_all_processes():
+    """The likeliest words that occur in the whole generation batch, wherever."""
+    whole = replace(_rollouts(), head=LMHead(torch.randn(9, 8, generator=torch.Generator().manual_seed(1))))
+    whole.completion_ids[:8] = whole.completion_ids[:8] % 4  # the halves have different words
+    credit = delta.DelTA(proxy="hidden_gradient")
+
+    def run(rank, reduce):
+        half = torch.arange(8) + 8 * rank
+        return credit.coefficients(whole.take(half, states=whole.states[half], head=whole.head, reduce=reduce))
+
+    torch.testing.assert_close(torch.cat(in_two_processes(run)), credit.coefficients(whole), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("assignment", delta.ASSIGNMENTS)
+def test_the_tilt_is_logged_and_normalisation_by_side_takes_it_away(assignment):
+    """A side whose tokens look like it more than the other's do like theirs is pushed harder, unless by side."""
+    logged = {}
+
+    def mean_of(name, values, weights=None):
+        weights = torch.ones_like(values) if weights is None else weights
+        logged[name] = ((values * weights).sum() / weights.expand_as(values).sum()).item()
+
+    rollouts = replace(_rollouts(), log=mean_of)
+    rollouts.states[:1] += 3
+    sides = [rollouts.advantages > 0, rollouts.advantages < 0]
+    for normalize in delta.NORMALIZATIONS:
+        values = delta.DelTA(normalize=normalize, assignment=assignment, refinements=2).coefficients(rollouts)
+        means = [values[side].mean().item() for side in sides]
+        assert [logged["delta/lambda_mean_positive"], logged["delta/lambda_mean_negative"]] == pytest.approx(means)
+        assert (means == pytest.approx([1.0, 1.0])) == (normalize == "side")
+        assert (values.mean().item() == pytest.approx(1)) == (normalize == "batch")
+
+
+@pytest.mark.parametrize("normalize", delta.NORMALIZATIONS)
+def test_the_random_control_has_each_sides_values_and_mean(normalize):
+    rollouts = _rollouts()
+    soft, random = (
+        delta.DelTA(normalize=normalize, assignment=assignment).coefficients(rollouts)
+        for assignment in ("soft", "random")
+    )
+    assert not torch.equal(soft, random)
+    for side in (rollouts.advantages > 0, rollouts.advantages < 0, rollouts.advantages == 0):
+        torch.testing.assert_close(random[side].flatten().sort().values, soft[side].flatten().sort().values)
+
+
+def test_a_side_of_less_spread_than_the_authors_bound_is_told_apart_less():
+    """Margins of 1e-4 and 3e-4 around a spread of 1e-4 or less are divided by 1e-4."""
+    proxies = torch.tensor([[0.01], [0.01], [0.0], [0.0]], dtype=torch.float64)
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
+    found = delta_coefficients(proxies, advantages, refinements=0, lambda_min=0, lambda_max=1, normalize=False)
+    torch.testing.assert_close(found, torch.full((4,), 1 / (1 + torch.tensor(-1.0).exp().item()), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("normalize", ["sides", None, 2])
+def test_unknown_normalisation_is_refused(normalize):
+    with pytest.raises(ValueError, match=rf"normalize={normalize!r} is not one of 'batch', 'side', 'none'"):
+        delta_coefficients(*batch(0), normalize=normalize)
+    with pytest.raises(ValueError, match="is not one of 'batch'"):
+        delta.DelTA(normalize=normalize)
 
 
 def test_neutral_range():

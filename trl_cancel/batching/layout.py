@@ -93,9 +93,9 @@ class BatchLayout:
         return self.per_device_train_batch_size % self.num_generations == 0
 
     @property
-    def holds_groups_in_micro_batches(self) -> bool:
-        """Whether each micro-batch can hold whole groups, taken over all processes."""
-        return self.groups_fit_micro_batches or self.micro_batches_together == 1
+    def spreads_groups(self) -> bool:
+        """Whether groups have to be spread over several micro-batches."""
+        return self.steps_per_generation > 1 and not self.groups_fit_micro_batches
 
     @property
     def micro_steps_per_generation(self) -> int:

@@ -1,13 +1,12 @@
 """Credit: how much of a rollout's advantage each token carries, as pure functions of tensors."""
 
-from .clipping import surrogate_weight, symmetric_clip
+from .clipping import post_clip_weights, surrogate_weight, symmetric_clip
 from .controls import SignControl
 from .delta import DelTA, delta_coefficients
 from .group_weights import (
     min_replace,
     orthogonal_projection,
     positive_orthogonal_projection,
-    post_clip_weights,
     truncate_and_rebalance,
 )
 from .nthr import NTHR, nthr_eta, nthr_scores

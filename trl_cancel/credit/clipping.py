@@ -1,5 +1,5 @@
 """
-Symmetric clipping, and the weight that a clipped surrogate puts on a token.
+Symmetric clipping, and the weight that a clipped surrogate puts on a token or rollout.
 
 Stock clipping, min(rA, clip(r)A), treats one ratio r differently for positive and negative advantages, so tokens that
 good and bad rollouts share no longer cancel outside the clipping range (Appendix F of 2604.13088). Symmetric clipping
@@ -29,6 +29,45 @@ def symmetric_clip(ratios: torch.Tensor, epsilon: float) -> torch.Tensor:
     return ratios.clamp(0.0, 1.0 + epsilon)
 
 
+def post_clip_weights(
+    ratios: torch.Tensor,
+    advantages: torch.Tensor,
+    epsilon_low: float,
+    epsilon_high: float,
+    delta: float | None = None,
+) -> torch.Tensor:
+    r"""
+    The clipped surrogate of PPO written as a weight of the advantage: with
+    \\( c = \mathrm{clip}(r, 1-\varepsilon_{low}, 1+\varepsilon_{high}) \\),
+
+    $$ \bar s = \min(r, c) \text{ if } A \ge 0, \text{ else } \max(r, c) $$
+
+    so that \\( \min(rA, cA) = \bar sA \\). For ratios of whole rollouts this is Eq. 47 of
+    [2604.13088](https://huggingface.co/papers/2604.13088). With two-sided clipping TRL's surrogate is
+    \\( \min(\min(r, \delta)A, cA) \\), whose weight is bounded by \\( \min(\delta, 1+\varepsilon_{high}) \\) for
+    \\( A \ge 0 \\) and by \\( \max(\delta, 1+\varepsilon_{high}) \\) for \\( A < 0 \\).
+
+    Args:
+        ratios (`torch.Tensor`):
+            Importance ratios of tokens or sequences.
+        advantages (`torch.Tensor`):
+            Advantages, broadcastable with `ratios`.
+        epsilon_low (`float`):
+            Distance of the lower bound from 1; it bounds negative advantages.
+        epsilon_high (`float`):
+            Distance of the upper bound from 1; it bounds positive advantages.
+        delta (`float`, *optional*):
+            Bound on the ratio itself (two-sided clipping).
+
+    Returns:
+        `torch.Tensor`: The weights, of the shape that `ratios` and `advantages` broadcast to.
+    """
+    low, high = 1 - epsilon_low, 1 + epsilon_high
+    of_positive = ratios.clamp(max=high if delta is None else min(delta, high))
+    of_negative = ratios.clamp(low, None if delta is None else max(delta, high))
+    return torch.where(advantages >= 0, of_positive, of_negative)
+
+
 def surrogate_weight(
     ratios: torch.Tensor,
     advantages: torch.Tensor,
@@ -39,24 +78,18 @@ def surrogate_weight(
     r"""
     The weight w with which the clipped surrogate of PPO enters the gradient:
     \\( \nabla \min(\min(r,\delta)A, \mathrm{clip}(r)A) = w\,A\,\nabla\log\pi \\), that is r inside the clipping range
-    and 0 where it is cut off.
+    and 0 where it is cut off, that is where [`post_clip_weights`] is flat.
 
     Args:
         ratios (`torch.Tensor`):
             Importance ratios of tokens or sequences.
         advantages (`torch.Tensor`):
             Advantages, broadcastable with `ratios`.
-        epsilon_low (`float`):
-            Distance of the lower bound from 1; it cuts off negative advantages.
-        epsilon_high (`float`):
-            Distance of the upper bound from 1; it cuts off positive advantages.
-        delta (`float`, *optional*):
-            Upper bound for negative advantages (two-sided clipping).
+        epsilon_low, epsilon_high, delta:
+            As in [`post_clip_weights`].
 
     Returns:
         `torch.Tensor`: The weights, of the shape that `ratios` and `advantages` broadcast to.
     """
-    cut = torch.where(advantages >= 0, ratios > 1 + epsilon_high, ratios < 1 - epsilon_low)
-    if delta is not None:
-        cut = cut | ((advantages < 0) & (ratios > delta))
-    return torch.where(cut, 0.0, ratios)
+    weights = post_clip_weights(ratios, advantages, epsilon_low, epsilon_high, delta)
+    return torch.where((weights < ratios) | (weights > ratios), 0.0, ratios)

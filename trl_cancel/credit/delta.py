@@ -26,6 +26,8 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 Proxies = Callable[[], Iterable[torch.Tensor]]  # gives the proxies anew at each call, some tokens at a time
 PROXIES = ("lm_head_row", "hidden_gradient")
 ASSIGNMENTS = ("soft", "hard", "random")
+NORMALIZATIONS = ("batch", "side", "none")
+LEAST_SPREAD = 1e-4  # the authors' lower bound of γ
 CHUNK = 8192  # tokens
 TOP_WORDS = 20
 
@@ -37,12 +39,12 @@ def delta_coefficients(
     lambda_min: float = 0.8,
     lambda_max: float = 1.2,
     gamma: float | None = None,
-    normalize: bool = True,
+    normalize: bool | str = True,
     reduce: Reduce | None = None,
 ) -> torch.Tensor:
     r"""
     The credit of each token: \\( \lambda = \lambda_{min} + (\lambda_{max}-\lambda_{min})\,\sigma(m/\gamma) \\), divided
-    by its mean. In each refinement the centroids are taken again with the tokens weighted by \\( \sigma(m/\gamma)|A| \\).
+    by a mean. In each refinement the centroids are taken again with the tokens weighted by \\( \sigma(m/\gamma)|A| \\).
 
     Args:
         proxies (`torch.Tensor` of shape `(N, d)`):
@@ -57,21 +59,26 @@ def delta_coefficients(
             Credit of a token that looks like its own.
         gamma (`float`, *optional*):
             Scale of the margins; by default, for each side, the standard deviation (of the population) of the margins
-            from which the centroids were refined.
-        normalize (`bool`, *optional*, defaults to `True`):
-            Divide by the mean over all tokens, so that the mean is 1.
+            from which the centroids were refined, and at least 1e-4.
+        normalize (`bool` or `str`, *optional*, defaults to `True`):
+            `"batch"` or `True`: divide by the mean over all tokens, so that it is 1. The means of the two sides then
+            differ, so the update is tilted towards one. `"side"`: divide each side by its own mean, so that neither is
+            pushed harder. `"none"` or `False`: leave the coefficients as they are.
         reduce (`Callable`, *optional*):
             Sums a tensor over all processes. Centroids, scales and the mean are then those of all.
 
     Returns:
         `torch.Tensor` of shape `(N,)`: The coefficients. Where one side has no token, there is nothing to tell apart,
         and the tokens of the other get the middle of the range.
+
+    Raises:
+        `ValueError`: If `normalize` is none of these.
     """
     reduce = reduce or (lambda tensor: tensor)
     advantages = advantages.to(torch.promote_types(advantages.dtype, proxies.dtype))
     assignment, _ = assign(lambda: proxies.split(CHUNK), advantages, refinements, gamma, reduce)
     coefficients = lambda_min + (lambda_max - lambda_min) * assignment
-    return over_mean(coefficients, reduce) if normalize else coefficients
+    return normalized(coefficients, advantages, normalization(normalize), reduce)
 
 
 def assign(
@@ -98,7 +105,7 @@ def assign(
         positive and of the negative side, of shape `(2,)`.
     """
     magnitude = advantages.abs().to(torch.promote_types(advantages.dtype, torch.float32))
-    sides = torch.stack([advantages > 0, advantages < 0]).to(magnitude.dtype)  # (2, N)
+    sides = _sides(advantages).to(magnitude.dtype)  # (2, N)
 
     margins = _margins(proxies, sides, magnitude, reduce)
     spread = _spread(margins, sides, reduce)
@@ -110,10 +117,52 @@ def assign(
     return soften(_over(margins, scale, sides, gamma)).where(advantages != 0, 0.0), spread
 
 
-def over_mean(coefficients: torch.Tensor, reduce: Reduce) -> torch.Tensor:
-    r"""Divides by the mean over the tokens of all processes: \\( \bar\lambda = \lambda N / Z \\)."""
-    count, total = reduce(torch.stack([torch.ones_like(coefficients).sum(), coefficients.sum()]))
-    return coefficients * count / total.where(total > 0, 1.0)
+def normalization(normalize: bool | str) -> str:
+    """
+    The name of a normalisation.
+
+    Args:
+        normalize (`bool` or `str`):
+            One of the names; or `True` for `"batch"` and `False` for `"none"`, also spelled as text.
+
+    Raises:
+        `ValueError`: If it is none of these.
+    """
+    name = {"true": "batch", "false": "none"}.get(str(normalize).lower(), normalize)
+    if name not in NORMALIZATIONS:
+        raise ValueError(f"normalize={normalize!r} is not one of {', '.join(map(repr, NORMALIZATIONS))}.")
+    return str(name)
+
+
+def normalized(coefficients: torch.Tensor, advantages: torch.Tensor, by: str, reduce: Reduce) -> torch.Tensor:
+    r"""
+    Coefficients over their mean over the tokens of all processes, \\( \bar\lambda = \lambda N / Z \\).
+
+    Args:
+        coefficients (`torch.Tensor` of shape `(N,)`):
+            Coefficients.
+        advantages (`torch.Tensor` of shape `(N,)`):
+            Advantages of their tokens.
+        by (`str`):
+            `"batch"`: the mean over all tokens; `"side"`: over those of the same sign of the advantage, and tokens of
+            advantage 0 are left as they are; `"none"`.
+        reduce (`Callable`):
+            Sums a tensor over all processes.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`.
+    """
+    if by == "none":
+        return coefficients
+    sides = _sides(advantages).to(coefficients.dtype) if by == "side" else torch.ones_like(coefficients).unsqueeze(0)
+    count, total = reduce(torch.stack([sides.sum(1), sides @ coefficients]))  # (1,) or (2,)
+    factor = torch.where(total > 0, count / total.where(total > 0, 1.0), 1.0)
+    return coefficients * (factor @ sides).where(sides.any(0), 1.0)
+
+
+def _sides(advantages: torch.Tensor) -> torch.Tensor:
+    """Which tokens are of the positive side, and which of the negative one, of shape `(2, N)`."""
+    return torch.stack([advantages > 0, advantages < 0])
 
 
 def _margins(proxies: Proxies, sides: torch.Tensor, weights: torch.Tensor, reduce: Reduce) -> torch.Tensor:
@@ -152,10 +201,12 @@ def _spread(margins: torch.Tensor, sides: torch.Tensor, reduce: Reduce) -> torch
 
 
 def _over(margins: torch.Tensor, spread: torch.Tensor, sides: torch.Tensor, gamma: float | None) -> torch.Tensor:
-    """Margins over their scale; where a side has no spread, the limit."""
-    scale = spread @ sides if gamma is None else torch.full_like(margins, gamma)
-    limit = torch.where(margins == 0, 0.0, torch.inf * margins.sign())
-    return torch.where(scale > 0, margins / scale.where(scale > 0, 1.0), limit)
+    """Margins over their scale."""
+    return (
+        margins / (spread.clamp(min=LEAST_SPREAD) @ sides).where(sides.any(0), 1.0)
+        if gamma is None
+        else margins / gamma
+    )
 
 
 def output_row(hidden: torch.Tensor, logps: torch.Tensor) -> torch.Tensor:
@@ -225,10 +276,10 @@ class DelTA:
             As in [`delta_coefficients`].
         proxy (`str`, *optional*, defaults to `"lm_head_row"`):
             `"lm_head_row"` ([`output_row`]) or `"hidden_gradient"` ([`hidden_gradient`], over the tokens that occur in
-            the generation batch of this process).
+            the generation batch of all processes).
         assignment (`str`, *optional*, defaults to `"soft"`):
             `"soft"`; `"hard"`: 1 for a positive margin, else 0; `"random"`: the soft assignments, dealt out at random
-            among the tokens of the same side and process.
+            among the tokens of the same side and process, so that each side keeps its values and its mean.
         top_fraction (`float`, *optional*):
             Instead of weighing tokens, keep this fraction of those that have an advantage, those with the highest
             assignments.
@@ -243,12 +294,12 @@ class DelTA:
         lambda_min: float = 0.8,
         lambda_max: float = 1.2,
         gamma: float | None = None,
-        normalize: bool = True,
+        normalize: bool | str = True,
         proxy: str = "lm_head_row",
         assignment: str = "soft",
         top_fraction: float | None = None,
     ):
-        self.refinements, self.gamma, self.normalize = refinements, gamma, normalize
+        self.refinements, self.gamma, self.normalize = refinements, gamma, normalization(normalize)
         self.lambda_min, self.lambda_max = lambda_min, lambda_max
         self.proxy, self.assignment, self.top_fraction = proxy, assignment, top_fraction
 
@@ -269,8 +320,9 @@ class DelTA:
             least = _quantile(assignment[pushed], self.top_fraction, rollouts.reduce)
             values = (pushed & (assignment >= least)).to(assignment)
         self._log(rollouts, values, spread)
-        if self.normalize:
-            values = over_mean(values, rollouts.reduce)
+        values = normalized(values, advantages, self.normalize, rollouts.reduce)
+        for side, tokens in zip(("positive", "negative"), _sides(advantages), strict=True):
+            rollouts.log(f"delta/lambda_mean_{side}", values, tokens.to(values.dtype))
         return torch.ones_like(rollouts.mask, dtype=values.dtype).masked_scatter(active, values)
 
     def _proxies(self, rollouts: Rollouts, active: torch.Tensor) -> Proxies:
@@ -288,9 +340,10 @@ class DelTA:
             return lambda: (output_row(*hidden_and_logps(rows)) for rows in pieces)
 
         ids = rollouts.completion_ids
-        vocabulary = ids[active].unique()
+        occurs = torch.zeros(rollouts.head.vocabulary_size, device=ids.device)
+        occurs[ids[active]] = 1  # of all processes, so that the update does not depend on their number
+        vocabulary = rollouts.reduce(occurs).nonzero().squeeze(1)
         head = rollouts.head.restricted_to(vocabulary)
-
         size = max(1, HELD_LOGITS // max(1, len(vocabulary)))  # tokens
 
         def gradients(rows: slice) -> torch.Tensor:

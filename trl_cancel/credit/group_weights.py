@@ -16,34 +16,6 @@ Shapes: the last dimension is the group (G); leading dimensions are free. Rollou
 import torch
 
 
-def post_clip_weights(
-    ratios: torch.Tensor, advantages: torch.Tensor, epsilon_low: float, epsilon_high: float
-) -> torch.Tensor:
-    r"""
-    GSPO's clipped ratio written as a weight of the advantage (Eq. 47): with
-    \\( c_i = \mathrm{clip}(s_i, 1-\varepsilon_{low}, 1+\varepsilon_{high}) \\),
-
-    $$ \bar s_i = \min(s_i, c_i) \text{ if } A_i \ge 0, \text{ else } \max(s_i, c_i) $$
-
-    so that \\( \min(s_iA_i, c_iA_i) = \bar s_iA_i \\).
-
-    Args:
-        ratios (`torch.Tensor` of shape `(..., G)`):
-            Sequence-level ratios.
-        advantages (`torch.Tensor` of shape `(..., G)`):
-            Advantages.
-        epsilon_low (`float`):
-            Distance of the lower bound from 1.
-        epsilon_high (`float`):
-            Distance of the upper bound from 1.
-
-    Returns:
-        `torch.Tensor` of shape `(..., G)`: The weights.
-    """
-    clipped = ratios.clamp(1 - epsilon_low, 1 + epsilon_high)
-    return torch.where(advantages >= 0, torch.minimum(ratios, clipped), torch.maximum(ratios, clipped))
-
-
 def min_replace(weights: torch.Tensor) -> torch.Tensor:
     r"""
     Every rollout gets the smallest weight of its group (Eq. 50): \\( \tilde s_i = \min_j \bar s_j \\).

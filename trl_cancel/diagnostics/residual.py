@@ -37,6 +37,27 @@ def prefix_ids(token_ids: torch.Tensor, mask: torch.Tensor, group_ids: torch.Ten
     return _scramble(prefix + _scramble(group_ids.long() + 1).unsqueeze(1)) * mask.long()
 
 
+def same_prompt(group_ids: torch.Tensor, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> torch.Tensor:
+    """
+    Numbers the prompts: two rollouts get the same number if and only if they belong to the same group and their prompts
+    hold the same tokens. An environment may give the rollouts of a group prompts of their own. (A hash, as above.)
+
+    Args:
+        group_ids (`torch.Tensor` of shape `(B,)`):
+            Which rollouts belong to the same group.
+        prompt_ids (`torch.Tensor` of shape `(B, P)`):
+            Token ids of the prompts.
+        prompt_mask (`torch.Tensor` of shape `(B, P)`):
+            1 for tokens, 0 for padding, however much there is of it.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)` and type `int64`: The numbers.
+    """
+    position = prompt_mask.long().cumsum(1)
+    prompt = (_scramble(_scramble(prompt_ids.long() + 1) + position) * prompt_mask.long()).sum(1)
+    return _scramble(prompt + _scramble(group_ids.long() + 1))
+
+
 def _scramble(x: torch.Tensor) -> torch.Tensor:
     """The finaliser of SplitMix64, in wrapping 64-bit arithmetic."""
     x = (x ^ (x >> 30)) * -0x40A7B892E31B1A47
@@ -76,7 +97,7 @@ def shared_contexts(
         mask (`torch.Tensor` of shape `(B, T)`):
             1 for tokens, 0 for padding.
         group_ids (`torch.Tensor` of shape `(B,)`):
-            Which rollouts share a prompt.
+            Which rollouts share a prompt; where those of a group may differ in it, the numbers of [`same_prompt`].
         advantages (`torch.Tensor` of shape `(B,)`):
             Advantages of the rollouts.
 
