@@ -81,7 +81,10 @@ SHIFT_METRICS = (
     *(f"shift/{sign}{kind}" for sign in ("positive_", "negative_", "") for kind in ("boosted", "suppressed", "mean")),
     "shift/mean_magnitude",
 )
-DELTA_METRICS = tuple(f"delta/{name}" for name in ("lambda_mean", "lambda_std", "margin_std_pos", "margin_std_neg"))
+DELTA_METRICS = (
+    *("delta/lambda_mean", "delta/lambda_std", "delta/lambda_mean_positive", "delta/lambda_mean_negative"),
+    *("delta/margin_std_pos", "delta/margin_std_neg"),
+)
 SEQUENCE = {"importance_sampling_level": "sequence", "loss_type": "grpo"}
 
 

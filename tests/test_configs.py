@@ -49,6 +49,18 @@ def test_paper_recipes_have_the_papers_sizes():
     grpo_fix = Parser("test", "").read(["--config", str(CONFIGS / "grpo_fix.yaml")]).training
     assert grpo_fix.layout.rollouts_together == grpo_fix.num_generations == 32
     assert not grpo_fix.layout.is_on_policy
+    delta = Parser("test", "").read(["--config", str(CONFIGS / "delta.yaml")]).training
+    assert (delta.layout.prompts_per_generation, delta.layout.updates_per_generation) == (128, 4)
+    assert delta.layout.rollouts_together == 32 * delta.num_generations == 512
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("side", "side"), (True, "batch"), (False, "none"), ("true", "batch"), ("False", "none")]
+)
+def test_former_values_of_delta_normalize_are_understood(given, meant):
+    assert CancelGRPOConfig(bf16=False, delta_normalize=given).delta_normalize == meant
+    arguments = ["--bf16", "false", "--output_dir", "x", "--delta_normalize", str(given)]
+    assert Parser("test", "").read(arguments).training.delta_normalize == meant
 
 
 def test_groups_that_straddle_processes_are_refused(monkeypatch):
@@ -70,6 +82,7 @@ def test_groups_that_straddle_processes_are_refused(monkeypatch):
     ("settings", "message"),
     [
         ({"symmetric_clip": "false"}, "symmetric_clip='false' must be True or False"),
+        ({"delta_normalize": "sides"}, "delta_normalize='sides' is not one of 'batch', 'side', 'none'"),
         ({"query_preserved": None}, "query_preserved=None must be True or False"),
         ({"epsilon": -0.3}, "epsilon=-0.3 must be a positive number"),
         ({"epsilon": None}, "epsilon=None must be a positive number"),

@@ -350,9 +350,13 @@ def test_scale(monkeypatch, tiny_model, batch):
     torch.testing.assert_close(gradients[1], 0.5 * gradients[0], rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
-def test_without_stop_gradient(monkeypatch, tiny_model, batch, transformation):
-    """The gradient is that of -mean of A s(theta): zero wherever the weights are orthogonal whatever theta is."""
+def test_without_stop_gradient(monkeypatch, tiny_model, batch, transformation, loss_type):
+    """
+    The gradient is that of -sum of A s(theta) times each rollout's share of the loss: zero where the weights are
+    orthogonal whatever theta is and rollouts count alike, and not where they count with their lengths.
+    """
     logps, old_logps, advantages, mask = batch
     loss_of = harness(
         monkeypatch,
@@ -360,13 +364,15 @@ def test_without_stop_gradient(monkeypatch, tiny_model, batch, transformation):
         transformation,
         group_weights_stop_gradient=False,
         group_weights_trust_region="none",
+        loss_type=loss_type,
     )
     value, by_logps = loss_of(*batch)
+    shares = [sum(row) for row in references.normalisation(mask.tolist(), loss_type, None)]
 
     def objective(log_probs):
         ratios = sequence_ratios(log_probs, old_logps, mask)
         weights = weights_of_groups(transformation, ratios, advantages.tolist(), [True] * B)
-        return -sum(weight * a for weight, a in zip(weights, advantages.tolist(), strict=True)) / B
+        return -sum(w * a * share for w, a, share in zip(weights, advantages.tolist(), shares, strict=True))
 
     assert value.item() == pytest.approx(objective(logps), abs=1e-9)
     step, differences = 1e-6, torch.zeros_like(logps)
@@ -377,7 +383,7 @@ def test_without_stop_gradient(monkeypatch, tiny_model, batch, transformation):
             down[i, t] -= step
             differences[i, t] = (objective(up) - objective(down)) / (2 * step)
     torch.testing.assert_close(by_logps, differences, rtol=1e-5, atol=1e-8)
-    assert bool(by_logps.abs().max() > 1e-6) == (transformation == "identity")
+    assert bool(by_logps.abs().max() > 1e-6) == (transformation == "identity" or loss_type == "dapo")
 
 
 def test_metrics(monkeypatch, tiny_model, batch):

@@ -309,7 +309,7 @@ def test_top_fraction_keeps_the_tokens_of_highest_credit(monkeypatch, tiny_model
 
     monkeypatch.setattr(module, "credited", watched)
     for fraction in (None, 0.3):
-        settings = {**OFF_POLICY, **DELTA, "delta_normalize": False, "delta_top_fraction": fraction, "max_steps": 1}
+        settings = {**OFF_POLICY, **DELTA, "delta_normalize": "none", "delta_top_fraction": fraction, "max_steps": 1}
         train(tiny_model, **settings)
     assert (found[0.3] == found[0.3].round()).all()
     kept = found[0.3] == 1

@@ -220,9 +220,13 @@ def _clipping(config: CancelGRPOConfig) -> str:
     if config.loss_type not in CLIPPED_LOSSES:
         return f"That of loss_type={config.loss_type!r}, {level}."
     loose = config.importance_sampling_level == "sequence" and high >= 0.1
+    bound, positive = config.delta, 1 + high
+    above = ""
+    if bound is not None:  # two-sided clipping, as TRL takes the least of its terms
+        above, positive = f" and above {max(bound, positive):g}", min(bound, positive)
     return (
-        f"TRL's, by the sign of the advantage: {level}, negative rollouts are cut off below {1 - low:g}, positive ones "
-        f"above {1 + high:g}.{' That is loose for whole sequences; 0.003 to 0.02 is usual.' if loose else ''}"
+        f"TRL's, by the sign of the advantage: {level}, negative rollouts are cut off below {1 - low:g}{above}, positive "
+        f"ones above {positive:g}.{' That is loose for whole sequences; 0.003 to 0.02 is usual.' if loose else ''}"
     )
 
 
@@ -374,5 +378,6 @@ def _leaks(config: CancelGRPOConfig) -> Iterator[str]:
         yield "mask_truncated_completions=True drops members of a group after its advantages are computed."
     if config.off_policy_mask_threshold is not None:
         yield "off_policy_mask_threshold drops negative members of a group."
-    if config.use_vllm and config.vllm_importance_sampling_correction:
+    is_transformed = config.group_weights != "none" and config.group_weights_include_sampling_ratio
+    if config.use_vllm and config.vllm_importance_sampling_correction and not is_transformed:
         yield f"vllm_importance_sampling_mode={config.vllm_importance_sampling_mode!r} weighs rollouts or tokens apart."

@@ -6,7 +6,7 @@ import torch
 
 from .energy import asymmetry_by_group
 from .probe import UpdateProbe
-from .residual import shared_contexts, shared_prefix_residual
+from .residual import same_prompt, shared_contexts, shared_prefix_residual
 from .variants import Variant
 
 
@@ -60,9 +60,8 @@ def off_policy_steps(
     if not whole_groups and variant.weighs_groups:
         raise ValueError(f"whole_groups=False: {variant.name} weighs rollouts within their groups.")
     rollouts, batches = probe.rollouts, _batches(probe, num_steps, whole_groups, seed)
-    contexts, deserved = shared_contexts(
-        rollouts.completion_ids, rollouts.mask, rollouts.group_ids, rollouts.advantages
-    )
+    prompts = same_prompt(rollouts.group_ids, rollouts.prompt_ids, rollouts.prompt_mask)
+    contexts, deserved = shared_contexts(rollouts.completion_ids, rollouts.mask, prompts, rollouts.advantages)
     measures = []
     with probe.restored():
         for rows in batches * num_iterations:

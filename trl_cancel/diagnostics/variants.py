@@ -87,6 +87,7 @@ class Variant:
         rows = {
             "completion_mask": rollouts.mask,
             "old_per_token_logps": rollouts.old_logps,
+            "advantages": advantages,
             "rollout_advantages": rollouts.advantages,
             "group_ids": rollouts.group_ids,
         }
