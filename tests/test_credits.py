@@ -191,7 +191,7 @@ def test_level_is_restored_after_an_error(monkeypatch, tiny_model):
     with pytest.raises(RuntimeError):
         loss_of(values, values, values, torch.ones(4, 3, dtype=torch.long), completion_mask=torch.ones(4, 2))
     assert loss_of.trainer.importance_sampling_level == "sequence"
-    assert loss_of.trainer._loss_inputs is None
+    assert loss_of.trainer._loss is None
 
 
 def test_sapo_cannot_spread_token_credit(tiny_model):

@@ -75,8 +75,8 @@ class Watch:
         self.examples, self.rounds, self.losses, self.seen = {}, 0, 0, set()
         score, weigh = CancelGRPOTrainer._score, CancelGRPOTrainer._weigh
 
-        def watched_score(trainer, inputs):
-            scored = score(trainer, inputs)
+        def watched_score(trainer, generate, inputs):
+            scored = score(trainer, generate, inputs)
             self.rounds += 1
             self.examples |= dict(zip(scored.group_ids.tolist(), scored.examples, strict=True))
             return scored

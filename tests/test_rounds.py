@@ -53,8 +53,8 @@ class Steps:
             self.batches.append(dict(inputs))
             return loss(trainer, model, inputs, *args, **kwargs)
 
-        def watched_score(trainer, inputs):
-            scored = score(trainer, inputs)
+        def watched_score(trainer, generate, inputs):
+            scored = score(trainer, generate, inputs)
             self.generated[-1].append(scored)
             ids = torch.cat([scored.batch["prompt_ids"], scored.batch["completion_ids"]], dim=1)
             assert len(ids) == len(scored)
@@ -62,9 +62,9 @@ class Steps:
 
         chosen = module.CancelGRPOTrainer._chosen
 
-        def watched_chosen(trainer, inputs):
+        def watched_chosen(trainer, generate, inputs):
             self.generated.append([])
-            return chosen(trainer, inputs)
+            return chosen(trainer, generate, inputs)
 
         monkeypatch.setattr(trl.GRPOTrainer, "compute_loss", watched_loss)
         monkeypatch.setattr(module.CancelGRPOTrainer, "_score", watched_score)
@@ -257,8 +257,8 @@ def test_discarded_rollouts_are_released(monkeypatch, tiny_model):
     alive = []
     score = module.CancelGRPOTrainer._score
 
-    def watched(trainer, inputs):
-        scored = score(trainer, inputs)
+    def watched(trainer, generate, inputs):
+        scored = score(trainer, generate, inputs)
         alive.append(weakref.ref(scored.batch["completion_ids"]))
         return scored
 

@@ -85,7 +85,9 @@ METHODS = {
     "_get_output_dir": ["self", "trial"],
     # Loads a checkpoint; adapters keep the type in which they were trained.
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
-    # The loss itself, public in name, whose inputs are rewritten.
+    # The loss proper; its inputs are rewritten where it is called, below all overrides of it.
+    "_compute_loss": ["self", "model", "inputs"],
+    # What calls it, public in name.
     "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
 }
 # Instance attributes that are read or written; tests/contract/ asserts that a trainer has them.

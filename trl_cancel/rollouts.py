@@ -168,6 +168,26 @@ def take_rows(batch: Rows, index: torch.Tensor) -> Rows:
     return {name: pick(value) for name, value in batch.items()}
 
 
+def of_rollouts(batch: Rows) -> torch.Tensor:
+    """The advantage of each rollout, of shape `(B,)`: where an override gives one a token, their mean over its tokens."""
+    advantages = batch["advantages"]
+    if advantages.dim() == 1:
+        return advantages
+    mask = loss_mask(batch)
+    return (advantages * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def silenced(advantages: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Advantages of shape `(B,)` or `(B, T)` with 0 for some rollouts, `rows` of shape `(B,)` and type `bool`."""
+    return advantages.masked_fill(rows if advantages.dim() == 1 else rows.unsqueeze(1), 0)
+
+
+def loss_mask(rows: Rows) -> torch.Tensor:
+    """1 for the tokens that the loss counts, of shape `(B, T)`."""
+    mask = rows["completion_mask"]
+    return mask * rows["tool_mask"] if "tool_mask" in rows else mask
+
+
 # Entries of prompts and of prompts and completions together; others with a value for each token are of completions.
 OF_PROMPTS = ("prompt_ids", "prompt_mask")
 OF_BOTH = ("token_type_ids", "mm_token_type_ids")

@@ -8,9 +8,8 @@ import torch
 
 from .batching import balanced_order, select_balanced_groups
 from .configs import CancelGRPOConfig
-from .rollouts import Rows, join_rows, take_rows
+from .rollouts import Rows, join_rows, loss_mask, of_rollouts, take_rows
 from .states import StateStore
-from .update_weights import loss_mask
 
 
 @dataclass
@@ -107,7 +106,7 @@ class GroupPool:
         """
         size = self.layout.num_generations
         counted = torch.cat([loss_mask(part.batch).any(1) for part in self.rounds])
-        advantages = (torch.cat([part.batch["advantages"] for part in self.rounds]) * counted).view(-1, size)
+        advantages = (torch.cat([of_rollouts(part.batch) for part in self.rounds]) * counted).view(-1, size)
         idle = torch.cat([part.idle for part in self.rounds])[::size]
         positives, negatives = ((sign * advantages > 0).sum(1).masked_fill(idle, 0) for sign in (1, -1))
         return positives, negatives, idle

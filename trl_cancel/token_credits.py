@@ -23,12 +23,14 @@ class TokenCredits:
             Configuration.
         own (`Sequence` of [`~trl_cancel.credit.Credit`]):
             The user's credits.
+        may_wait (`bool`, *optional*, defaults to `True`):
+            Whether credits may wait for the loss; not for that of a subclass that goes its own way.
 
     Raises:
         `ValueError`: If a credit is none, or cannot be honoured with these settings.
     """
 
-    def __init__(self, args: CancelGRPOConfig, own: Sequence[Credit] = ()):
+    def __init__(self, args: CancelGRPOConfig, own: Sequence[Credit] = (), may_wait: bool = True):
         if not isinstance(own, Sequence):
             raise ValueError(f"credits={own!r} must be a list, e.g. credits=[{type(own).__name__}(...)].")
         self.own = list(own)
@@ -36,7 +38,7 @@ class TokenCredits:
         self._check()
         self.all = [*configured(args), *self.own]
         self.of_states = [credit for credit in self.all if getattr(credit, "needs_states", False)]
-        self.in_loss = self.of_states if self._fits_loss(self.of_states) else []
+        self.in_loss = self.of_states if may_wait and self._fits_loss(self.of_states) else []
         self.when_scored = [credit for credit in self.all if credit not in self.in_loss]
         self.states_when_scored = bool(self.of_states) and not self.in_loss
 

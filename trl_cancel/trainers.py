@@ -2,9 +2,9 @@
 
 import copy
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from .credit import Credit
 from .diagnostics.callbacks import TokenShiftCallback
 from .evaluation import Evaluation
 from .explanation import explain, within_generation
+from .hooks import around, left_out
 from .model_card import datasets_of
 from .monitor import UpdateMonitor
 from .precision import emulates_bfloat16, hold_trained_weights_in_float32
@@ -36,14 +37,40 @@ from .prompts import FreshPrompts
 from .publishing import Published
 from .resuming import Resumable
 from .rewards import check_models, checked
-from .rollouts import ABOUT_IMAGES, Rollouts, Rows, generator_of, take_rows
+from .rollouts import ABOUT_IMAGES, Rollouts, Rows, generator_of, loss_mask, of_rollouts, silenced, take_rows
 from .rounds import Choice, GroupPool, Scored
 from .states import CPU_SHARE, GIB, LMHead, StateStore
 from .token_credits import TokenCredits, credited, makes_old_logps
-from .update_weights import NEEDED_FOR_GROUPS, UpdateWeights, loss_mask, mean_correction
+from .update_weights import NEEDED_FOR_GROUPS, UpdateWeights, mean_correction
 
 
 logger = get_logger(__name__)
+
+Generate = Callable[[list[dict[str, Any]]], Rows]
+Forward = Callable[..., Any]
+FORWARD = "_get_per_token_logps_and_entropies"
+
+
+@dataclass
+class LossProgress:
+    """
+    The loss of a micro-batch while it is computed.
+
+    Args:
+        is_measured (`bool`):
+            Whether metrics are taken of it.
+        inputs (`dict`, *optional*):
+            What TRL's loss is computed from, while it is.
+        logps (`torch.Tensor` of shape `(B, T)`, *optional*):
+            Log-probs of the latest forward pass.
+        is_weighed (`bool`):
+            Whether the update-time weights are in its inputs.
+    """
+
+    is_measured: bool
+    inputs: Rows | None = None
+    logps: torch.Tensor | None = None
+    is_weighed: bool = False
 
 
 class CancelGRPOTrainer(Published, Resumable):
@@ -116,8 +143,10 @@ class CancelGRPOTrainer(Published, Resumable):
             # With the bound on negative advantages too, and no lower one, TRL's surrogate is the symmetric one (Eq. 80).
             args = copy.copy(args)
             args.delta = 1 + args.clip_range[1]
-        self._layout = args.layout
-        self._credits = TokenCredits(args, credits)
+        self.args, self._layout = args, args.layout
+        own_loss = any(left_out(type(self), hook, CancelGRPOTrainer) for hook in ("compute_loss", "_compute_loss"))
+        self._credits = TokenCredits(args, credits, may_wait=not own_loss)
+        self._check_overrides()
         self.evaluations: list[Evaluation] = []
         self.dataset_names = datasets_of(train_dataset)
         self.active_methods = active_methods(args, self._credits.own)
@@ -131,13 +160,10 @@ class CancelGRPOTrainer(Published, Resumable):
 
         self._groups_seen = 0
         self._generated_at_step = 0
-        self._only_forward = False
-        self._rewards: torch.Tensor | None = None
+        self._advantages_of_trl: torch.Tensor | None = None  # before subclasses have changed them
         self._scored: Rows | None = None  # the generation batch, until it is cut into micro-batches
-        self._loss_inputs: Rows | None = None  # the inputs of the loss that is being computed
-        self._loss_logps: torch.Tensor | None = None
+        self._loss: LossProgress | None = None  # the loss that is being computed
         self._rollouts: Rollouts | None = None  # the generation batch, for credits that wait for the loss
-        self._states: StateStore | None = None  # takes the hidden states of the passes that are made meanwhile
         self._head: LMHead | None = None
 
         super().__init__(model, reward_funcs, args, train_dataset, *trl_args, **trl_kwargs)
@@ -146,7 +172,7 @@ class CancelGRPOTrainer(Published, Resumable):
             hold_trained_weights_in_float32(cast(torch.nn.Module, self.model).named_parameters())
         self.epsilon_low, self.epsilon_high = args.clip_range
         self._monitor = UpdateMonitor(self.accelerator, self._layout.groups_are_local)
-        self._update_weights = UpdateWeights(self.args, self._monitor)
+        self._update_weights = UpdateWeights(self.args, self._monitor, lambda **rows: self.get_off_policy_mask(**rows))
         if self.args.chooses_groups:
             self._fresh_prompts = FreshPrompts(self.train_dataset, self.args.seed)
             self.add_callback(self._fresh_prompts)
@@ -219,6 +245,44 @@ class CancelGRPOTrainer(Published, Resumable):
         return cut_so or self._layout.steps_per_generation == 1
 
     @property
+    def _asked_for_in_generation(self) -> list[str]:
+        """What cannot do without the way from the generation to the micro-batches."""
+        asked_for = {
+            "reward_balance": bool(self.args.reward_balance),
+            "filter_zero_variance": self.args.filter_zero_variance,
+            "group_weights": self._weighs_groups,
+        }
+        named = [f"{name}={getattr(self.args, name)!r}" for name, is_on in asked_for.items() if is_on]
+        return [*named, *(f"the token credit {type(credit).__name__}" for credit in self._credits.all)]
+
+    @property
+    def _asked_for_in_loss(self) -> list[str]:
+        """What cannot do without TRL's loss."""
+        asked_for = {"symmetric_clip": self.args.symmetric_clip, "group_weights": self._weighs_groups}
+        named = [f"{name}={getattr(self.args, name)!r}" for name, is_on in asked_for.items() if is_on]
+        credits = self._credits.all if self._credits.spread_over_tokens else self._credits.in_loss
+        return [*named, *(f"the token credit {type(credit).__name__}" for credit in credits)]
+
+    def _check_overrides(self) -> None:
+        """
+        Refuses subclasses whose overrides leave out what a method cannot do without.
+
+        Raises:
+            `ValueError`: Names the hook, the class and the settings.
+        """
+        for hooks, asked_for in (
+            (("_prepare_inputs",), self._asked_for_in_generation),
+            (("compute_loss", "_compute_loss"), self._asked_for_in_loss),
+        ):
+            for hook in hooks:
+                name = left_out(type(self), hook, CancelGRPOTrainer)
+                if name is not None and asked_for:
+                    raise ValueError(
+                        f"{name}.{hook} does not call super().{hook}, but {' and '.join(asked_for)} acts there. Call "
+                        "it, or turn that off."
+                    )
+
+    @property
     def _acts_in_loss(self) -> bool:
         acts = self.args.symmetric_clip or bool(self._credits) or self._weighs_groups or self.args.chooses_groups
         return self.args.cancellation_metrics or acts
@@ -248,16 +312,16 @@ class CancelGRPOTrainer(Published, Resumable):
         finally:
             self.reward_funcs = functions
         check_models(rewards, functions, names)
-        self._rewards = rewards
         return rewards
 
     def _generate_and_score_completions(self, inputs):
-        if not self.model.training:
-            batch = super()._generate_and_score_completions(inputs)
-            if self.args.chooses_groups:  # the table of completions has a column for it
-                self._mark_kept([None] * len(inputs))
-            return batch
-        scored = self._chosen(inputs) if self.args.chooses_groups else self._score(inputs)
+        batch = super()._generate_and_score_completions(inputs)
+        self._advantages_of_trl = batch["advantages"].clone()
+        return batch
+
+    def _generation(self, generate: Generate, inputs: list[dict[str, Any]]) -> Rows:
+        """Stands around TRL's generation, with all that subclasses make of it."""
+        scored = self._chosen(generate, inputs) if self.args.chooses_groups else self._score(generate, inputs)
         batch, rollouts = scored.batch, self._view(scored)
         batch.update(group_ids=rollouts.group_ids, rollout_advantages=rollouts.advantages)
         if self.args.cancellation_metrics:
@@ -273,39 +337,86 @@ class CancelGRPOTrainer(Published, Resumable):
         self._generated_at_step = self.state.global_step
         return batch
 
-    def _score(self, inputs: list[dict[str, Any]]) -> Scored:
+    def _score(self, generate: Generate, inputs: list[dict[str, Any]]) -> Scored:
         """One round of generation."""
-        if self._credits.states_when_scored and makes_old_logps(self.args):
-            self._states = StateStore(self.args.state_cache_gib)  # filled by TRL's first pass, for the old log-probs
-        batch = super()._generate_and_score_completions(inputs)
-        states, self._states = self._states, None
-        if states is not None and (states.logps is None or states.logps is not batch.get("old_per_token_logps")):
-            states = None
+        found: list[torch.Tensor] = []
+        self._advantages_of_trl = None
+
+        def calculate(hook: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+            found.append(hook(*args, **kwargs))
+            return found[-1]
+
+        # Filled by the first pass, for the log-probs of the policy that sampled.
+        states = StateStore(self.args.state_cache_gib)
+        catches = self._credits.states_when_scored and makes_old_logps(self.args)
+        with (
+            around(self, "_calculate_rewards", calculate),
+            self._first_pass_caught(states) if catches else nullcontext(),
+        ):
+            batch = dict(generate(inputs))
+        is_taken = states.logps is not None and states.logps is batch.get("old_per_token_logps")
         rows = len(inputs)
         first = self.accelerator.process_index * rows
         index = torch.arange(first, first + rows, device=batch["advantages"].device)
         group_ids = self._groups_seen + index // self._layout.num_generations
         self._groups_seen += self._layout.prompts_per_generation
-        rewards, self._rewards = self._rewards, None
-        assert rewards is not None
-        apart = self.args.multi_objective_aggregation == "normalize_then_sum"
-        groups = rewards.unflatten(0, (-1, self._layout.num_generations))
-        idle = without_variance(groups, self.reward_weights.to(rewards.device), apart)
-        idle = idle.repeat_interleave(self._layout.num_generations)[first : first + rows]
+        rewards, idle = self._judged(found[-1] if found else None, batch)
         if self._credits or self._weighs_groups:
             # Equal rewards differ from their mean by rounding, which has one sign; no method is to take it for credit.
-            batch["advantages"] = batch["advantages"].masked_fill(idle, 0)
-        return Scored(batch, rewards[first : first + rows], idle, group_ids, inputs, states)
+            batch["advantages"] = silenced(batch["advantages"], idle)
+        return Scored(batch, rewards, idle, group_ids, inputs, states if is_taken else None)
+
+    def _judged(self, found: torch.Tensor | None, batch: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The rewards of this process's rollouts, `nan` where an override has not asked for any; and whether their group
+        has nothing to learn from: equal rewards, unless an override has given it advantages of its own.
+        """
+        size, advantages = self._layout.num_generations, batch["advantages"]
+        own = slice(
+            len(advantages) * self.accelerator.process_index, len(advantages) * (1 + self.accelerator.process_index)
+        )
+        of_trl = self._advantages_of_trl
+        changed = advantages != (0 if of_trl is None or of_trl.shape != advantages.shape else of_trl)
+        changed = changed.view(len(advantages), -1).any(1)
+        if found is None:
+            found, equal = (
+                advantages.new_full((own.stop, len(self.reward_weights)), torch.nan),
+                torch.ones_like(changed),
+            )
+        else:
+            apart = self.args.multi_objective_aggregation == "normalize_then_sum"
+            groups = found.unflatten(0, (-1, size))  # (P, G, F)
+            equal = without_variance(groups, self.reward_weights.to(found.device), apart).repeat_interleave(size)[own]
+        (changed,) = self._monitor.whole_groups(changed.long())
+        changed = changed.view(-1, size).any(1).repeat_interleave(size)
+        return found[own], equal & ~self._monitor.own_rows(changed)
+
+    @contextmanager
+    def _first_pass_caught(self, store: StateStore) -> Iterator[None]:
+        """Lets a store take states and log-probs of the first forward pass made meanwhile."""
+
+        def watched(
+            forward: Forward, model: Any, input_ids: Any, mask: Any, length: int, *args: Any, **kwargs: Any
+        ) -> Any:
+            if store.logps is not None:
+                return forward(model, input_ids, mask, length, *args, **kwargs)
+            with self._catch(store, mask[:, -length:]):
+                result = forward(model, input_ids, mask, length, *args, **kwargs)
+            store.logps = result[0]
+            return result
+
+        with around(self, FORWARD, watched):
+            yield
 
     # Rounds of generation
 
-    def _chosen(self, inputs: list[dict[str, Any]]) -> Scored:
+    def _chosen(self, generate: Generate, inputs: list[dict[str, Any]]) -> Scored:
         """The groups that are kept of as many rounds as it takes."""
         pool = GroupPool(self.args)
         for log in _logs_of(self._logs):
             log.clear()
         while True:
-            scored = self._score(inputs)
+            scored = self._score(generate, inputs)
             pool.add(replace(scored, batch=split_pixel_values_by_grid(scored.batch)))
             choice = pool.choose()
             satisfied = self.accelerator.gather(torch.tensor([choice.satisfied], device=self.accelerator.device))
@@ -364,25 +475,30 @@ class CancelGRPOTrainer(Published, Resumable):
 
     def _forget_generation(self):
         super()._forget_generation()
-        self._scored = self._rollouts = self._states = None
+        self._scored = self._rollouts = None
         self._monitor.forget_step()
 
     def _prepare_inputs(self, generation_batch):
-        inputs = super()._prepare_inputs(generation_batch)
+        if not self.model.training:
+            inputs = super()._prepare_inputs(generation_batch)
+            if self.args.chooses_groups:  # the table of completions has a column for it
+                self._mark_kept([None] * len(generation_batch))
+            return inputs
+        with around(self, "_generate_and_score_completions", self._generation):
+            inputs = super()._prepare_inputs(generation_batch)
         if self._scored is not None:
             # TRL has just shuffled single rollouts into the micro-batches; cut the batch again, group by group.
             self._buffered_inputs = self._whole_group_batches(self._scored)
             self._scored = None
             inputs = self._buffered_inputs[self._step % len(self._buffered_inputs)]
-        if self.model.training and self._weighs_groups and not self._holds_groups_in_micro_batches:
+        if self._weighs_groups and not self._holds_groups_in_micro_batches:
             together = self._layout.micro_batches_together
             first = self._step % len(self._buffered_inputs)
             if first % together == 0:
                 self._weigh_groups_ahead(self._buffered_inputs[first : first + together])
-        if self.model.training:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, TokenShiftCallback):
-                    callback.on_micro_batch(inputs)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TokenShiftCallback):
+                callback.on_micro_batch(inputs)
         return inputs
 
     def _whole_group_batches(self, batch: Rows) -> list[Rows]:
@@ -411,7 +527,7 @@ class CancelGRPOTrainer(Published, Resumable):
             prompt_mask=batch["prompt_mask"],
             completion_ids=batch["completion_ids"],
             mask=loss_mask(batch),
-            advantages=batch["advantages"].masked_fill(scored.idle, 0),
+            advantages=silenced(of_rollouts(batch), scored.idle),
             group_ids=scored.group_ids,
             rewards=scored.rewards,
             reward_names=list(self.reward_func_names),
@@ -458,11 +574,7 @@ class CancelGRPOTrainer(Published, Resumable):
         count = -(-len(rows) // self._layout.per_device_train_batch_size)
         while len(rows) % count:  # pieces are of one size
             count += 1
-        self._states = states
-        try:
-            return torch.cat([self._current_logps(part) for part in self._micro_batches(batch, rows, count)])
-        finally:
-            self._states = None
+        return torch.cat([self._current_logps(part, states) for part in self._micro_batches(batch, rows, count)])
 
     def _credit_micro_batch(self, inputs: Rows, logps: torch.Tensor, states: StateStore) -> None:
         """Applies the credits that wait for the loss's own forward pass."""
@@ -482,47 +594,92 @@ class CancelGRPOTrainer(Published, Resumable):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not (self.model.training and self._acts_in_loss):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        measures = self._was_prepared(inputs) and self.args.cancellation_metrics
         inputs = dict(inputs)  # the micro-batch itself is used again by later iterations
         # The metrics tell the pushes of the policy from those of a KL term by their advantages.
-        advantages = inputs["advantages"] = (
-            inputs["advantages"].detach().requires_grad_(self.args.cancellation_metrics and bool(self.beta))
-        )
-        level, self._loss_inputs = self.importance_sampling_level, inputs
-        self._states = StateStore() if self._credits.in_loss else None
+        advantages = inputs["advantages"].detach().requires_grad_(measures and bool(self.beta))
+        inputs["advantages"] = advantages
+        progress = self._loss = LossProgress(measures)
         try:
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            if self.args.cancellation_metrics:
-                assert self._loss_logps is not None
-                self._monitor.watch_loss(loss, self._loss_logps, advantages, inputs)
+            with around(self, FORWARD, self._pass_of_loss):
+                loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
-            self.importance_sampling_level, self._loss_inputs, self._loss_logps = level, None, None
-            self._states = None
+            self._loss = None
+        if self._credits.in_loss or self._acts_by_weights(advantages):
+            self._check_weighed(progress)
+        if measures:
+            self._watch(loss, progress, advantages, inputs)
         if self.accelerator.sync_gradients:
             for name, value in self._monitor.end_step().items():
                 self._metrics["train"][name].append(value)
         return loss
 
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        if self._only_forward:
-            kwargs["compute_entropy"] = False
-        pixels = kwargs.get("pixel_values")
-        if pixels is not None and not len(pixels):  # models want none rather than 0, where no prompt has an image
-            kwargs = {name: value for name, value in kwargs.items() if name not in ABOUT_IMAGES}
-        states = self._states if self._states is not None and self._states.logps is None else None
-        with self._catch(states, attention_mask[:, -logits_to_keep:]):
-            logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-            )
-        if self._only_forward:
-            raise _ForwardDone(logps)
-        if self._loss_inputs is not None:  # called by the loss, which reads its other inputs only now
-            self._loss_logps = logps
+    def _compute_loss(self, model, inputs):
+        if self._loss is None:
+            return super()._compute_loss(model, inputs)
+        level, self._loss.inputs = self.importance_sampling_level, dict(inputs)
+        try:
+            return super()._compute_loss(model, self._loss.inputs)
+        finally:
+            self.importance_sampling_level, self._loss.inputs = level, None
+
+    def _pass_of_loss(
+        self, forward: Forward, model: Any, input_ids: Any, mask: Any, length: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Stands around the forward pass of the loss. TRL's loss reads its other inputs only after it."""
+        progress = self._loss
+        assert progress is not None
+        inputs = None if progress.is_weighed else progress.inputs
+        states = StateStore() if inputs is not None and self._credits.in_loss else None
+        with self._catch(states, mask[:, -length:]):
+            result = forward(model, input_ids, mask, length, *args, **_without_empty_images(kwargs))
+        progress.logps = result[0]
+        if inputs is not None:
             if states is not None:
-                self._credit_micro_batch(self._loss_inputs, logps, states)
-            self._weigh(self._loss_inputs, logps)
-        elif states is not None:
-            states.logps = logps
-        return logps, entropies, aux_loss
+                self._credit_micro_batch(inputs, progress.logps, states)
+            self._weigh(inputs, progress.logps)
+            progress.is_weighed = True
+        return result
+
+    def _acts_by_weights(self, advantages: torch.Tensor) -> bool:
+        """Whether the update needs weights that TRL's surrogate does not give."""
+        spread = self._credits.spread_over_tokens and advantages.dim() > 1
+        return self._weighs_groups or self.args.symmetric_clip or spread
+
+    def _was_prepared(self, inputs: Rows) -> bool:
+        """Whether a micro-batch has come by way of this package; an override may have made it by itself."""
+        if "group_ids" in inputs:
+            return True
+        asked_for = self._asked_for_in_generation
+        if asked_for:
+            raise RuntimeError(
+                f"{' and '.join(asked_for)} could not act: {type(self).__name__}'s micro-batches have no group_ids. "
+                "They are added on the way from _generate_and_score_completions to _prepare_inputs: let your override "
+                "of _prepare_inputs call super()._prepare_inputs, and keep all entries of what it returns."
+            )
+        logger.warning_once(
+            f"cancel/* and query_preserved are left out: the micro-batches of {type(self).__name__} do not come from "
+            "this package's _prepare_inputs."
+        )
+        return False
+
+    def _check_weighed(self, progress: LossProgress) -> None:
+        if not progress.is_weighed:
+            raise RuntimeError(
+                f"{' and '.join(self._asked_for_in_loss)} could not act: {type(self).__name__} has computed its loss "
+                "without TRL's. Let your overrides of compute_loss and _compute_loss call super(), or turn it off."
+            )
+
+    def _watch(self, loss: torch.Tensor, progress: LossProgress, advantages: torch.Tensor, inputs: Rows) -> None:
+        """Metrics of a loss. They never end a run."""
+        problem = "it makes no forward pass by _get_per_token_logps_and_entropies" if progress.logps is None else None
+        try:
+            if progress.logps is not None:
+                self._monitor.watch_loss(loss, progress.logps, advantages, inputs)
+        except RuntimeError as error:  # of PyTorch, for a graph that cannot be followed
+            problem = str(error)
+        if problem is not None:
+            logger.warning_once(f"cancel/* is left out: the loss of {type(self).__name__} cannot be read ({problem}).")
 
     def _catch(self, states: StateStore | None, mask: torch.Tensor) -> AbstractContextManager[None]:
         """Lets a store, if there is one, take the hidden states of the passes made meanwhile."""
@@ -557,7 +714,7 @@ class CancelGRPOTrainer(Published, Resumable):
             weights = of_surrogate
         if self.args.symmetric_clip:
             self._update_weights.count_clipped(inputs, ratios, advantages.detach())
-        if self.args.cancellation_metrics:
+        if self._loss is not None and self._loss.is_measured:
             self._monitor.watch_weights(of_surrogate if weights is None else weights, inputs, loss_mask(inputs))
         if weights is None:
             return
@@ -623,24 +780,30 @@ class CancelGRPOTrainer(Published, Resumable):
                 return torch.zeros_like(inputs["completion_mask"]).float()
         return self._current_logps(inputs)
 
-    def _current_logps(self, inputs: Rows) -> torch.Tensor:
-        """A forward pass without gradients, with the arguments that the loss would give it."""
+    def _current_logps(self, inputs: Rows, states: StateStore | None = None) -> torch.Tensor:
+        """A forward pass without gradients, with the arguments that TRL's loss would give it."""
+
+        def only(
+            forward: Forward, model: Any, input_ids: Any, mask: Any, length: int, *args: Any, **kwargs: Any
+        ) -> Any:
+            kwargs = {**_without_empty_images(kwargs), "compute_entropy": False}
+            with self._catch(states, mask[:, -length:]):
+                raise _ForwardDone(forward(model, input_ids, mask, length, *args, **kwargs)[0])
+
         model, checkpointing = cast(Any, (self.model, self.args.gradient_checkpointing_kwargs))
-        self._only_forward = True
+        # Its dropout is not to change what is sampled and trained later.
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
         try:
-            # Its dropout is not to change what is sampled and trained later.
-            devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
             with (
                 torch.random.fork_rng(devices),
                 torch.no_grad(),
                 disable_gradient_checkpointing(model, checkpointing),
+                around(self, FORWARD, only),
             ):
-                super().compute_loss(model, inputs)
+                super()._compute_loss(model, inputs)
         except _ForwardDone as done:
             return done.logps
-        finally:
-            self._only_forward = False
-        raise AssertionError("the loss has made no forward pass")
+        raise AssertionError("TRL's loss has made no forward pass")
 
     def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
@@ -698,6 +861,14 @@ class DelTATrainer(CancelGRPOTrainer):
 
 
 NAMED_TRAINERS = (DFPOTrainer, GRPOFixTrainer, NTHRTrainer, DelTATrainer)
+
+
+def _without_empty_images(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Models want no images rather than 0, where no prompt has one."""
+    pixels = arguments.get("pixel_values")
+    if pixels is None or len(pixels):
+        return arguments
+    return {name: value for name, value in arguments.items() if name not in ABOUT_IMAGES}
 
 
 class _ForwardDone(Exception):

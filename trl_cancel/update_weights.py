@@ -5,6 +5,7 @@ Known only once a forward pass has given the current log-probs, unlike token cre
 are scored.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .credit import post_clip_weights, sequence_ratios, surrogate_weight, symmet
 from .credit.group_weights import consistent_weights, inside_trust_region
 from .diagnostics.energy import gradient_asymmetry
 from .monitor import UpdateMonitor
-from .rollouts import Rows
+from .rollouts import Rows, loss_mask
 
 
 # Entries of a micro-batch that the weights of its groups are made of.
@@ -36,10 +37,17 @@ class UpdateWeights:
             Configuration.
         monitor ([`~trl_cancel.monitor.UpdateMonitor`]):
             Takes the metrics, and completes groups that straddle processes.
+        off_policy_mask (`Callable`, *optional*, defaults to that of [`~trl.GRPOTrainer`]):
+            Which rollouts the loss keeps, with `off_policy_mask_threshold`.
     """
 
-    def __init__(self, args: CancelGRPOConfig, monitor: UpdateMonitor):
-        self.args, self.monitor = args, monitor
+    def __init__(
+        self,
+        args: CancelGRPOConfig,
+        monitor: UpdateMonitor,
+        off_policy_mask: Callable[..., torch.Tensor] = GRPOTrainer.get_off_policy_mask,
+    ):
+        self.args, self.monitor, self.off_policy_mask = args, monitor, off_policy_mask
         self.epsilon_low, self.epsilon_high = args.clip_range
         # Symmetric clipping bounds the ratio of negative advantages too (Eq. 80).
         self.delta = 1 + self.epsilon_high if args.symmetric_clip else args.delta
@@ -95,12 +103,12 @@ class UpdateWeights:
         if self.args.off_policy_mask_threshold is not None:
             old_logps: Any = rows.get("old_per_token_logps")
             old_logps = logps if old_logps is None else old_logps
-            kept = GRPOTrainer.get_off_policy_mask(
-                rows["rollout_advantages"].unsqueeze(1),
-                logps,
-                rows.get("sampling_per_token_logps", old_logps),
-                mask,
-                self.args.off_policy_mask_threshold,
+            kept = self.off_policy_mask(
+                advantages=rows["rollout_advantages"].unsqueeze(1),
+                per_token_logps=logps,
+                sampling_per_token_logps=rows.get("sampling_per_token_logps", old_logps),
+                mask=mask,
+                off_policy_threshold=self.args.off_policy_mask_threshold,
             )
             active = active & kept.squeeze(1).bool()
         return active
@@ -189,12 +197,6 @@ class UpdateWeights:
         if self.args.loss_type == "cispo":
             return ratios > self.epsilon_high
         return (ratios > 1 + self.epsilon_high) | (ratios < 1 - self.epsilon_low)
-
-
-def loss_mask(rows: Rows) -> torch.Tensor:
-    """1 for the tokens that the loss counts, of shape `(B, T)`."""
-    mask = rows["completion_mask"]
-    return mask * rows["tool_mask"] if "tool_mask" in rows else mask
 
 
 def mean_correction(rows: Rows) -> torch.Tensor | None:

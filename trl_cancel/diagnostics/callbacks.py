@@ -6,9 +6,8 @@ import torch
 from transformers import TrainerCallback
 
 from ..metrics import StepMetrics
-from ..rollouts import Rows
+from ..rollouts import Rows, loss_mask
 from ..states import without_dropout
-from ..update_weights import loss_mask
 from .shifts import THRESHOLD, TokenShifts, token_shifts
 
 

@@ -1,0 +1,387 @@
+"""
+Subclasses of the trainer, written as people write them for TRL's: what an override returns is what is trained on.
+
+Each override is a mixin that goes before either trainer, so what it gets from this package's can be compared with what
+it gets from TRL's.
+"""
+
+import logging
+
+import pytest
+import torch
+import trl
+from accelerate.logging import MultiProcessAdapter
+
+from trl_cancel import CancelGRPOTrainer
+
+from .methods import FirstTokens
+from .runs import OFF_POLICY, assert_same_weights, build, noisy_reward, train
+
+
+class Rewards:
+    """Doubled and turned round, seen by everything that judges by rewards."""
+
+    def _calculate_rewards(self, *args, **kwargs):
+        return -2 * super()._calculate_rewards(*args, **kwargs)
+
+
+class OwnRewards:
+    """Without asking the reward functions."""
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = [[float(sum(ids) % 5)] for ids in completion_ids_list]
+        return self.accelerator.gather(torch.tensor(rewards, device=self.accelerator.device))
+
+
+class NewBatch:
+    """A new dictionary, with advantages of its own."""
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        rank = torch.arange(len(batch["advantages"])) % 4
+        return {**batch, "advantages": 0.3 * batch["advantages"] + (rank - 1.5)}
+
+
+class TokenAdvantages:
+    """One advantage a token, as TRL's loss takes them."""
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        fading = 1 / (1 + torch.arange(batch["completion_ids"].size(1)))
+        return {**batch, "advantages": batch["advantages"].unsqueeze(1) * fading}
+
+
+class PreparedInputs:
+    """Changes the micro-batch on its way to the loss."""
+
+    def _prepare_inputs(self, generation_batch):
+        inputs = super()._prepare_inputs(generation_batch)
+        return {**inputs, "advantages": inputs["advantages"].clamp(max=1)}
+
+
+class OwnPreparation:
+    """Without this package's or TRL's: a buffer of its own, never shuffled."""
+
+    def _prepare_inputs(self, generation_batch):
+        every = self.args.steps_per_generation * self.num_iterations
+        if self._step % every == 0:
+            batch = self._generate_and_score_completions(generation_batch)
+            rows = len(batch["advantages"]) // self.args.steps_per_generation
+            self.own_buffer = [
+                {
+                    name: value[k * rows :][:rows] if isinstance(value, torch.Tensor) and value.dim() else value
+                    for name, value in batch.items()
+                }
+                for k in range(self.args.steps_per_generation)
+            ]
+        return self.own_buffer[self._step % self.args.steps_per_generation]
+
+
+class MoreLoss:
+    """Another term."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss + 1e-3 * sum(weight.square().sum() for weight in model.parameters())
+
+
+class MoreLossWithin:
+    """Another term, within."""
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        return loss + 1e-3 * sum(weight.square().sum() for weight in model.parameters())
+
+
+class LossInputs:
+    """Other inputs than it was given."""
+
+    def _compute_loss(self, model, inputs):
+        return super()._compute_loss(model, {**inputs, "advantages": inputs["advantages"] * 0.5})
+
+
+class OwnLoss:
+    """With TRL's forward pass, without its loss."""
+
+    def _compute_loss(self, model, inputs):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        length = inputs["completion_ids"].size(1)
+        logps, _, _ = self._get_per_token_logps_and_entropies(model, ids, mask, length)
+        advantages = inputs["advantages"]
+        advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+        return -(advantages * logps * inputs["completion_mask"]).mean()
+
+
+class OwnPass:
+    """With a forward pass and a loss of its own."""
+
+    def _compute_loss(self, model, inputs):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        length = inputs["completion_ids"].size(1)
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, -length - 1 : -1]
+        logps = logits.log_softmax(-1).gather(-1, inputs["completion_ids"].unsqueeze(-1)).squeeze(-1)
+        return -(inputs["advantages"].view(len(ids), -1) * logps * inputs["completion_mask"]).mean()
+
+
+class LogProbs:
+    """What the loss reads is what the override makes of the log-probs."""
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        logps, entropies, loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        return 0.9 * logps, entropies, loss
+
+
+class OwnLogProbs:
+    """Without TRL's."""
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, -logits_to_keep - 1 : -1]
+        logps = (logits / self.temperature).log_softmax(-1)
+        entropies = -(logps.exp() * logps).sum(-1).detach()
+        return logps.gather(-1, input_ids[:, -logits_to_keep:].unsqueeze(-1)).squeeze(-1), entropies, None
+
+
+class Generation:
+    """Shorter completions than were sampled."""
+
+    def _generate_single_turn(self, *args, **kwargs):
+        completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
+        return [ids[:4] for ids in completion_ids], logprobs
+
+
+class Step:
+    """What happens around a micro-step."""
+
+    def training_step(self, *args, **kwargs):
+        for weight in self.model.parameters():
+            weight.data.mul_(0.999)
+        return super().training_step(*args, **kwargs)
+
+
+class Sampler:
+    """Another order of the prompts, each repeated for its group."""
+
+    def _get_train_sampler(self, dataset=None):
+        rows = self.args.per_device_train_batch_size * self.args.steps_per_generation // self.num_generations
+        order = [row for first in range(32, 64, rows) for row in range(first, first + rows)]
+        uses = self.num_iterations * self.args.steps_per_generation
+        return [
+            row
+            for first in range(0, len(order), rows)
+            for _ in range(uses)
+            for row in order[first : first + rows]
+            for _ in range(self.num_generations)
+        ]
+
+
+class EntropyMask:
+    """Another choice of tokens."""
+
+    def get_high_entropy_mask(self, entropies, mask, threshold):
+        return mask.bool() & (torch.arange(mask.size(1)) % 2 == 0)
+
+
+OVERRIDES = {
+    override.__name__: override
+    for override in (
+        *(Rewards, OwnRewards, NewBatch, TokenAdvantages, PreparedInputs, OwnPreparation, MoreLoss, MoreLossWithin),
+        *(LossInputs, OwnLoss, OwnPass, LogProbs, OwnLogProbs, Generation, Step, Sampler, EntropyMask),
+    )
+}
+SIZES = {"per_device_train_batch_size": 8, "max_steps": 4, "learning_rate": 2e-3}
+SPLIT = {**SIZES, **OFF_POLICY, "num_iterations": 1, "max_steps": 4}
+SEQUENCE = {"importance_sampling_level": "sequence", "loss_type": "grpo"}
+# What is on, and whether it acts on the way to the micro-batches ("prepared") or in TRL's loss ("loss").
+FEATURES = {
+    "positive-only": ({"advantage_sign": "positive", **SIZES}, {"prepared"}),
+    "nthr, in the loss": ({"nthr": True, **SIZES}, {"prepared"}),
+    "nthr, off policy": ({"nthr": True, **SPLIT}, {"prepared"}),
+    "delta": ({"delta_credit": True, **SIZES}, {"prepared"}),
+    "filter": ({"filter_zero_variance": True, **SIZES}, {"prepared"}),
+    "balance": ({"reward_balance": 0.25, **SPLIT}, {"prepared"}),
+    "symmetric clip": ({"symmetric_clip": True, **SPLIT}, {"loss"}),
+    "symmetric clip, score": ({"symmetric_clip": True, "symmetric_clip_gradient": "score", **SPLIT}, {"loss"}),
+    "min": ({"group_weights": "min", **SEQUENCE, **SPLIT}, {"prepared", "loss"}),
+    "min, spread": (
+        {
+            "group_weights": "min",
+            **SEQUENCE,
+            **SPLIT,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "steps_per_generation": 8,
+        },
+        {"prepared", "loss"},
+    ),
+    "shifts": ({"token_shift_steps": 1, **SIZES}, set()),
+}
+LEFT_OUT = {"OwnPreparation": ("_prepare_inputs", "prepared"), "OwnLoss": ("_compute_loss", "loss")}
+LEFT_OUT["OwnPass"] = LEFT_OUT["OwnLoss"]
+
+
+def subclass(override, base=CancelGRPOTrainer):
+    return type(f"Mine{override.__name__}", (override, base), {})
+
+
+def needs_quantile(name):
+    return {"top_entropy_quantile": 0.5} if name == "EntropyMask" else {}
+
+
+@pytest.mark.parametrize("sizes", [SIZES, {**SPLIT, "query_preserved": False}], ids=["whole", "split"])
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_subclass_gets_what_it_gets_from_trl(tiny_model, name, sizes):
+    """Bit for bit, with this package's metrics on."""
+    override, settings = OVERRIDES[name], {**sizes, **needs_quantile(name)}
+    ours = train(tiny_model, subclass(override), **settings)
+    settings.pop("query_preserved", None)
+    theirs = train(tiny_model, subclass(override, trl.GRPOTrainer), **settings)
+    assert_same_weights(ours.weights, theirs.weights)
+    plain = train(tiny_model, trl.GRPOTrainer, **settings)
+    same = all(torch.equal(theirs.weights[name], plain.weights[name]) for name in plain.weights)
+    assert not same or name in ("OwnPreparation", "OwnLogProbs"), "the override changes something"
+
+
+def every_fourth():
+    """All pairs; those of the default suite still have each override and each feature several times."""
+    for i, name in enumerate(OVERRIDES):
+        for j, feature in enumerate(FEATURES):
+            marks = [] if (i + j) % 4 == 0 or name in LEFT_OUT else [pytest.mark.slow]
+            yield pytest.param(name, feature, marks=marks, id=f"{name}-{feature}")
+
+
+@pytest.mark.parametrize(("name", "feature"), list(every_fourth()))
+def test_features_act_or_are_refused(tiny_model, name, feature):
+    """What a method cannot do without is named before the training; everything else trains."""
+    settings, acts_in = FEATURES[feature]
+    hook, room = LEFT_OUT.get(name, (None, None))
+    make = subclass(OVERRIDES[name])
+    settings = {**settings, **needs_quantile(name)}
+    if room in acts_in:
+        with pytest.raises(
+            ValueError, match=rf"{OVERRIDES[name].__name__}\.{hook} does not call super\(\)\.{hook}, but"
+        ):
+            build(tiny_model, make, **settings)
+        return
+    run = train(tiny_model, make, **settings)
+    assert all(torch.isfinite(value).all() for value in run.weights.values())
+    assert any(entry.get("grad_norm", 0) > 0 for entry in run.logs)
+
+
+def watched(monkeypatch):
+    """What reaches TRL's own loss."""
+    seen, loss = [], trl.GRPOTrainer._compute_loss
+
+    def look(self, model, inputs):
+        seen.append(inputs["advantages"].detach().clone())
+        return loss(self, model, inputs)
+
+    monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", look)
+    return seen
+
+
+@pytest.mark.parametrize("settings", [SIZES, SPLIT, {**SIZES, "filter_zero_variance": True}], ids=str)
+def test_advantages_of_an_override_are_trained_on(tiny_model, monkeypatch, settings):
+    """Also where this package cuts the micro-batches, or chooses the groups."""
+
+    class Ranked(trl.GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            batch = super()._generate_and_score_completions(inputs)
+            return {**batch, "advantages": torch.arange(len(batch["advantages"])) % 4 - 1.5}
+
+    seen = watched(monkeypatch)
+    train(tiny_model, type("Mine", (Ranked, CancelGRPOTrainer), {}), **settings)
+    values = torch.cat(seen)
+    assert set(values.tolist()) == {-1.5, -0.5, 0.5, 1.5}
+
+
+def constant_reward(completion_ids, **kwargs):
+    return [1.0] * len(completion_ids)
+
+
+@pytest.mark.parametrize("settings", [{"nthr": True}, {"delta_credit": True}, {"filter_zero_variance": True}], ids=str)
+def test_rewards_of_an_override_are_judged(tiny_model, settings):
+    """Reward functions give all the same; the override makes rewards differ, and methods see that."""
+
+    class Varied(CancelGRPOTrainer):
+        def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            return rewards + torch.tensor(noisy_reward(completion_ids_list)).unsqueeze(1)
+
+    run = train(tiny_model, Varied, **SIZES, **settings, arguments={"reward_funcs": constant_reward})
+    assert all(entry["grad_norm"] > 0 for entry in run.logs[:-1])
+    assert all(entry.get("balance/zero_variance_fraction", 0) < 1 for entry in run.logs[:-1])
+
+
+def test_rewards_that_an_override_makes_equal_are_filtered(tiny_model):
+    class Equal(CancelGRPOTrainer):
+        def _calculate_rewards(self, *args):
+            return torch.ones_like(super()._calculate_rewards(*args))
+
+    logs = train(tiny_model, Equal, **SIZES, filter_zero_variance=True, max_generation_rounds=2).logs[:-1]
+    assert {entry["balance/zero_variance_fraction"] for entry in logs} == {1.0}
+
+
+def test_credit_multiplies_what_the_override_gives(tiny_model, monkeypatch):
+    """Advantages of tokens, times this package's coefficients of tokens."""
+    seen = watched(monkeypatch)
+    credits = {"credits": [FirstTokens(weight=0.5)]}
+    settings = {**SIZES, "max_steps": 1, "arguments": credits}
+    train(tiny_model, subclass(TokenAdvantages), **settings)
+    (found,) = seen
+    monkeypatch.undo()
+    seen = watched(monkeypatch)
+    train(tiny_model, subclass(TokenAdvantages), **{**settings, "arguments": {}})
+    ratio = (found / seen[0]).nan_to_num(1.0)
+    assert set(ratio.flatten().tolist()) == {0.5, 1.0}
+
+
+def test_a_hook_of_the_instance_is_heard_too(tiny_model):
+    trainer = build(tiny_model, **SIZES)
+    calculate, seen = trainer._calculate_rewards, []
+
+    def doubled(*args):
+        seen.append(len(args))
+        return 2 * calculate(*args)
+
+    trainer._calculate_rewards = doubled
+    trainer.train()
+    assert len(seen) == 4
+    assert trainer._calculate_rewards is doubled
+
+
+def test_metrics_that_cannot_be_read_are_left_out_with_one_warning(tiny_model, caplog):
+    MultiProcessAdapter.warning_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        logs = train(tiny_model, subclass(OwnPass), **SIZES).logs[:-1]
+    assert not any(name.startswith("cancel/shared") for entry in logs for name in entry)
+    assert caplog.text.count("cancel/* is left out: the loss of MineOwnPass cannot be read") == 1
+
+
+def test_micro_batches_that_lost_what_methods_need(tiny_model):
+    class Forgetful(CancelGRPOTrainer):
+        def _prepare_inputs(self, generation_batch):
+            inputs = super()._prepare_inputs(generation_batch)
+            return {name: value for name, value in inputs.items() if name != "group_ids"}
+
+    trainer = build(tiny_model, Forgetful, **SEQUENCE, **SPLIT, group_weights="min")
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with pytest.raises(
+        RuntimeError, match="group_weights='min' could not act: Forgetful's micro-batches have no group_ids"
+    ):
+        trainer.train()
+    assert_same_weights(before, dict(trainer.model.state_dict()))
+
+
+def test_off_policy_mask_of_an_override_decides(tiny_model):
+    """Which rollouts take part in a group's weights."""
+
+    class KeepsAll(CancelGRPOTrainer):
+        @staticmethod
+        def get_off_policy_mask(advantages, per_token_logps, sampling_per_token_logps, mask, off_policy_threshold):
+            return torch.ones_like(advantages)
+
+    settings = {**SEQUENCE, **SPLIT, "group_weights": "min", "group_weights_trust_region": "none"}
+    mine = train(tiny_model, KeepsAll, **settings, off_policy_mask_threshold=1e-9)
+    assert_same_weights(mine.weights, train(tiny_model, **settings).weights)
