@@ -2,9 +2,9 @@ r"""
 Reward-balanced batching (section 4 of 2605.08666): an update must hold enough rollouts of either sign of the advantage
 for their pushes to cancel, \\( \min(N_+, N_-) / |B| \ge \rho \\).
 
-Choosing whole groups that meet the target is a knapsack with two constraints. It is solved exactly, as a search for the
-fewest exchanges between the groups that came first and the others: leaving e groups out and taking e others in changes
-both counts by sums over few groups, and of all sums that change one count alike only the best for the other matters.
+Choosing whole groups that meet the target is a knapsack with two constraints, which is solved exactly (`choosing.py`):
+first how much of the target any choice reaches, then with how few exchanges between the groups that came first and the
+others. Spreading the groups over steps is `spreading.py`.
 """
 
 import math
@@ -44,7 +44,7 @@ def select_balanced_groups(
         they meet the target, which they do if and only if some choice does.
 
     Raises:
-        `ValueError`: If there are too few groups, or counts do not fit into a group.
+        `ValueError`: If there are too few groups, counts do not fit into a group, or a number makes no sense.
 
     Example:
 
@@ -79,10 +79,9 @@ def balanced_order(
     r"""
     Spreads groups over optimizer steps so that each holds enough rollouts of either sign.
 
-    The given order is kept if it does. Otherwise the groups are dealt out, those with most rollouts of nonzero
-    advantage first, each to the step in which it meets fewest of its own kind: the one that raises
-    \\( \sum N_+^2 + N_-^2 \\) over the steps least. Then groups change places while
-    that brings steps nearer to the target. This finds most of what there is to be found, not all.
+    The given order is kept if it does. Otherwise as many steps as possible are filled, and come first. That is the most
+    there is for up to 12 groups, and wherever as many steps are filled as the groups hold enough for when they are taken
+    together; for large pools with little to spare a search of bounded size may miss a step or two.
 
     Args:
         order (`torch.Tensor` of shape `(M,)`):
@@ -100,6 +99,9 @@ def balanced_order(
 
     Returns:
         `tuple`: The order, a `torch.Tensor` of shape `(M,)`, and in how many steps it leaves both signs enough.
+
+    Raises:
+        `ValueError`: If the groups do not fill the steps, `order` does not hold each once, or a number makes no sense.
     """
     counts = _counts(positives, negatives, group_size)
     num_steps = _whole("num_steps", num_steps)
@@ -146,12 +148,14 @@ def without_variance(rewards: torch.Tensor, weights: torch.Tensor, apart: bool =
 
 def _counts(positives: torch.Tensor, negatives: torch.Tensor, group_size: int) -> np.ndarray:
     """Rollouts of either sign in each group, of shape `(M, 2)`."""
-    for name, counts in (("positives", positives), ("negatives", negatives)):
-        if not isinstance(counts, torch.Tensor) or counts.dim() != 1 or counts.is_floating_point():
-            what = f"{counts.dtype} of shape {tuple(counts.shape)}" if isinstance(counts, torch.Tensor) else repr(counts)
+    for name, given in (("positives", positives), ("negatives", negatives)):
+        if not isinstance(given, torch.Tensor) or given.dim() != 1 or given.is_floating_point():
+            what = f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, torch.Tensor) else repr(given)
             raise ValueError(f"{name} ({what}): must be a tensor of one whole number for each group.")
     if len(positives) != len(negatives):
-        raise ValueError(f"positives are of {len(positives)} groups and negatives of {len(negatives)}: must be the same.")
+        raise ValueError(
+            f"positives are of {len(positives)} groups and negatives of {len(negatives)}: must be the same."
+        )
     group_size = _whole("group_size", group_size)
     counts = torch.stack([positives, negatives], dim=1).long().cpu().numpy()
     if (counts < 0).any() or (counts.sum(1) > group_size).any():
@@ -222,7 +226,9 @@ class _Exchanges:
         found = [kept, chosen - kept]
         most = int(found[1].sum())
         # What divisible groups could reach rises with the exchanges up to where it suffices, so there is a first place.
-        least = bisect_left(range(most), True, key=lambda number: bound(self._pools(number), (target, target)).slack >= 0)
+        least = bisect_left(
+            range(most), True, key=lambda number: bound(self._pools(number), (target, target)).slack >= 0
+        )
         for number in range(least, most):
             fewer = choose(self._pools(number), (target, target))
             if fewer is not None:

@@ -102,6 +102,37 @@ def bound(pools: Sequence[Pool], targets: tuple[int, int]) -> Bound:
         left, right = (between, right) if between[1] >= between[2] else (left, between)
 
 
+def between(
+    pools: Sequence[Pool], ends: tuple[list[np.ndarray], list[np.ndarray]], targets: tuple[int, int]
+) -> list[np.ndarray] | None:
+    """
+    Goes from one best choice to another, item by item: all between are as good, and one may meet both targets, or do so
+    after one more exchange.
+
+    Args:
+        pools (`Sequence[Pool]`):
+            The pools.
+        ends (`tuple`):
+            Those of a [`Bound`].
+        targets (`tuple[int, int]`):
+            What the two sums should reach.
+
+    Returns:
+        `list[np.ndarray]`: For each pool how many of each kind; `None` if none was found, which proves nothing.
+    """
+    chosen = [counts.copy() for counts in ends[0]]
+    reached = np.array(sums(pools, chosen))
+    moves = [move for index, pool in enumerate(pools) for move in _moves(index, pool, *(end[index] for end in ends))]
+    for index, gone, come in [(0, 0, 0), *moves]:
+        kinds = pools[index].kinds
+        chosen[index][gone] -= 1
+        chosen[index][come] += 1
+        reached = reached + kinds[come] - kinds[gone]
+        if (reached >= targets).all() or _mended(pools, chosen, targets - reached):
+            return chosen
+    return None
+
+
 def choose(pools: Sequence[Pool], targets: tuple[int, int]) -> list[np.ndarray] | None:
     """
     A choice whose sums reach both targets.
@@ -121,13 +152,15 @@ def choose(pools: Sequence[Pool], targets: tuple[int, int]) -> list[np.ndarray] 
     limit = bound(pools, reachable)
     if limit.slack < 0:
         return None
-    found = _between(pools, limit.ends, reachable)
+    found = between(pools, limit.ends, reachable)
     for loss in sorted({0, limit.slack}):
         found = found or _searched(pools, limit, loss, reachable)
     return found
 
 
-def exchanged(pools: Sequence[Pool], chosen: Sequence[np.ndarray], worth: np.ndarray, targets: tuple[int, int]) -> None:
+def exchanged(
+    pools: Sequence[Pool], chosen: Sequence[np.ndarray], worth: np.ndarray, targets: tuple[int, int]
+) -> None:
     """
     Exchanges items of a choice for others of their pool that are worth more, as long as both targets are met.
 
@@ -191,26 +224,6 @@ def _next_reachable(pools: Sequence[Pool], targets: tuple[int, int]) -> tuple[in
             return None
         raised.append(least if target <= least else least + step * -(-(target - least) // step))
     return raised[0], raised[1]
-
-
-def _between(
-    pools: Sequence[Pool], ends: tuple[list[np.ndarray], list[np.ndarray]], targets: tuple[int, int]
-) -> list[np.ndarray] | None:
-    """
-    Goes from one best choice to another, item by item: all between are as good, and one may meet both targets, or do so
-    after one more exchange.
-    """
-    chosen = [counts.copy() for counts in ends[0]]
-    reached = np.array(sums(pools, chosen))
-    moves = [move for index, pool in enumerate(pools) for move in _moves(index, pool, *(end[index] for end in ends))]
-    for index, gone, come in [(0, 0, 0), *moves]:
-        kinds = pools[index].kinds
-        chosen[index][gone] -= 1
-        chosen[index][come] += 1
-        reached = reached + kinds[come] - kinds[gone]
-        if (reached >= targets).all() or _mended(pools, chosen, targets - reached):
-            return chosen
-    return None
 
 
 def _mended(pools: Sequence[Pool], chosen: list[np.ndarray], lacking: np.ndarray) -> bool:

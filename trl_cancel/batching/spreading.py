@@ -1,21 +1,23 @@
 """
 Spreading groups over optimizer steps so that as many steps as possible hold enough rollouts of either sign.
 
-No more steps can be filled than there are groups that hold, taken together, what so many steps need: that bound is
-exact for the groups as a whole (see `choosing.py`). From there downwards, the groups that reach it are dealt out, and
-groups change places while that lowers what the steps lack. Where this falls short of the bound, all ways to fill the
-steps are searched, as far as `CONTENTS` and `BRANCHES` go.
+No more steps can be filled than the groups hold enough for when they are taken together and could be divided (the
+bound of `choosing.py`). From there downwards, groups that come near are dealt out, and change places while that lowers
+what the steps lack. Where this falls short of the bound, all ways to fill the steps are searched, as far as `CONTENTS`
+and `BRANCHES` go.
 """
 
 from collections.abc import Iterator
+from itertools import islice
+from math import comb
 
 import numpy as np
 
-from .choosing import Pool, choose
+from .choosing import Pool, between, bound
 
 
 CONTENTS = 2_000  # different contents of a step that are looked at
-BRANCHES = 20_000  # branches of the search
+BRANCHES = 5_000  # branches of the search: more than 12 groups need, and a tenth of a second
 
 
 def fill_steps(counts: np.ndarray, num_steps: int, target: int) -> list[list[int]]:
@@ -33,33 +35,25 @@ def fill_steps(counts: np.ndarray, num_steps: int, target: int) -> list[list[int
     Returns:
         `list[list[int]]`: Numbers of groups, for each step that is filled.
     """
-    kinds, kind_of, available = np.unique(counts, axis=0, return_inverse=True, return_counts=True)
+    # Of what one group has more than a step needs, no other step has anything.
+    kinds, kind_of, available = np.unique(np.minimum(counts, target), axis=0, return_inverse=True, return_counts=True)
     room = len(counts) // num_steps
-    most, chosen = _most(kinds, available, num_steps, room, target)
-    found = np.zeros((0, len(kinds)), dtype=np.int64)
-    for number in range(most, 0, -1):
-        if number < most:
-            chosen = choose([Pool(kinds, available, number * room)], (number * target, number * target))
-        if len(found) >= number or chosen is None:
-            continue
-        filled = _dealt_and_swapped(kinds, available, chosen[0], number, room, target)
-        found = filled if len(filled) > len(found) else found
+    found, most = np.zeros((0, len(kinds)), dtype=np.int64), 0
+    for number in range(num_steps, 0, -1):
+        if number <= len(found):
+            break
+        pools, targets = [Pool(kinds, available, number * room)], (number * target, number * target)
+        limit = bound(pools, targets)
+        if limit.slack >= 0:
+            most = most or number
+            chosen = between(pools, limit.ends, targets) or limit.ends[0]
+            filled = _dealt_and_swapped(kinds, available, chosen[0], number, room, target)
+            found = filled if len(filled) > len(found) else found
     if len(found) < most:
         searched = _Search(kinds, room, target).filling(available, len(found) + 1, most)
         found = found if searched is None else searched
     members = [list(np.flatnonzero(kind_of.reshape(-1) == kind)[::-1]) for kind in range(len(kinds))]
     return [[int(members[kind].pop()) for kind in np.repeat(np.arange(len(kinds)), step)] for step in found]
-
-
-def _most(
-    kinds: np.ndarray, available: np.ndarray, num_steps: int, room: int, target: int
-) -> tuple[int, list[np.ndarray] | None]:
-    """How many steps the groups hold enough for, taken together, and such groups."""
-    for number in range(num_steps, 0, -1):
-        chosen = choose([Pool(kinds, available, number * room)], (number * target, number * target))
-        if chosen is not None:
-            return number, chosen
-    return 0, None
 
 
 def _dealt_and_swapped(
@@ -119,7 +113,12 @@ def _swap(steps: np.ndarray, kinds: np.ndarray, wanted: np.ndarray) -> bool:
         after[step] = 0
         other, gone, come = np.unravel_index(after.argmin(), after.shape)
         if after[other, gone, come] < 0:
-            for index, kind, sign in ((step, own[gone], -1), (step, come, 1), (other, own[gone], 1), (other, come, -1)):
+            for index, kind, sign in (
+                (step, own[gone], -1),
+                (step, come, 1),
+                (other, own[gone], 1),
+                (other, come, -1),
+            ):
                 steps[index, kind] += sign
             return True
     return False
@@ -158,22 +157,20 @@ class _Search:
         if contents is None:
             return None
         for number in range(most, least - 1, -1):
-            self.branches = 0
             found = self._filled(available, number, contents)
             if found is not None:
                 return np.array(found)
         return None
 
     def _contents(self, available: np.ndarray) -> np.ndarray | None:
-        """All contents of a step that hold enough, `None` if they are too many."""
-        found, tried = [], 0
-        for content in self._choices(available.tolist(), self.room):
-            tried += 1
-            if tried > 10 * CONTENTS or len(found) > CONTENTS:
-                return None
-            if (np.array(content) @ self.kinds >= self.target).all():
-                found.append(content)
-        return np.array(found).reshape(-1, len(self.kinds))
+        """All contents of a step that hold enough, `None` if there are too many to look at."""
+        if comb(len(self.kinds), self.room) > CONTENTS:  # of different kinds alone
+            return None
+        looked_at = list(islice(self._choices(available.tolist(), self.room), CONTENTS + 1))
+        if len(looked_at) > CONTENTS:
+            return None
+        contents = np.array(looked_at)
+        return contents[(contents @ self.kinds >= self.target).all(1)]
 
     def _choices(self, available: list[int], number: int) -> Iterator[list[int]]:
         if not available:
@@ -188,14 +185,16 @@ class _Search:
         """Contents of `number` steps: the first kind that is left goes into one of them, or all of it is left over."""
         if not number:
             return []
+        self.branches += 1
         key = (number, available.tobytes())
         enough = available.sum() >= number * self.room and (available @ self.kinds >= number * self.target).all()
         if not enough or key in self.hopeless or self.branches > BRANCHES:
             return None
-        self.branches += 1
         kind = int(np.argmax(available > 0))
         fitting = contents[(contents <= available).all(1)]
         for content in fitting[fitting[:, kind] > 0]:
+            if self.branches > BRANCHES:
+                return None
             found = self._filled(available - content, number - 1, fitting)
             if found is not None:
                 return [content, *found]
