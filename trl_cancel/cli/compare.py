@@ -13,6 +13,7 @@ from rich.text import Text
 from ..diagnostics.comparison import Comparison, compare
 from ..diagnostics.runs import Run, distinguish, read_run
 from . import OneLineErrors, UsageError
+from ._console import plain_console
 from ._page import load_pages
 
 
@@ -60,7 +61,7 @@ def _compare(options: argparse.Namespace) -> int:
     except OSError as error:
         raise UsageError(f"--output {folder}: cannot write there: {error.strerror}.") from error
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console()
     _print(*comparison.table(), console)
     for note in comparison.notes():
         console.print(note, markup=False)
