@@ -65,9 +65,10 @@ TOKEN = re.compile(
 # As values of settings: `hf_` alone may start a name.
 VALUE = re.compile(TOKEN.pattern.replace(r"\bhf_\w+", r"\bhf_[A-Za-z0-9]{12,}"))
 # `user:password@` or `token@`, before a host; a password may hold a slash or an @ that were not encoded.
-USER = re.compile(r"(?<=://)(?:[^\s/?#'\"]*@|[^\s/?#:@'\"]*:(?!\d+(?:[/?#]|$))[^\s'\"]*@)")
+# Of two slashes a `Path` keeps one.
+USER = re.compile(r"((?<=\w:)//|(?<=\w\w:)/)(?:[^\s/?#'\"]*@|[^\s/?#:@'\"]*:(?!\d+(?:[/?#]|$))[^\s'\"]*@)")
 HOST = r"(?:localhost|\d+(?:\.\d+){3}|[\w.-]+\.[a-z]\w+|[\w.-]+(?=:\d))(?::\d+)?"
-USER_WITHOUT_SCHEME = re.compile(rf"[^\s:@/]+:(?!//)[^\s@]+(@{HOST}(?:/\S*)?)")
+USER_WITHOUT_SCHEME = re.compile(rf"(?<![^\s'\"(=])[^\s:@/'\"(=]+:(?!//)[^\s@'\"]+(?=@{HOST})")
 PARAMETER = re.compile(r"([?&#;])([\w.~%-]+)=([^&#;\s'\"]+)")
 PARAMETERS = _words(
     """
@@ -198,10 +199,14 @@ def is_secret(name: Any) -> bool:
 
 
 def _cleaned(name: Any, value: Any, instead: str | None) -> Any:
-    # Numbers and switches open nothing, nor does what stands in TRL's place of a token already.
-    if not is_secret(name) or isinstance(value, bool | int | float) or value == f"<{name.upper()}>":
+    # Numbers and switches open nothing, nor do special tokens of a chat (and what TRL writes in place of a token).
+    if not is_secret(name) or isinstance(value, bool | int | float) or _is_special_token(name, value):
         return without_secrets(value, instead)
-    return value if value is None else (instead if value else None)
+    return instead if value else None
+
+
+def _is_special_token(name: str, value: Any) -> bool:
+    return name.lower().endswith("token") and isinstance(value, str) and bool(re.fullmatch(r"[<[].*[]>]", value))
 
 
 def _same(cleaned: Any, values: Any) -> bool:
@@ -233,11 +238,9 @@ def _with_fields(settings: Any, changed: dict[str, Any]) -> Any:
 
 
 def _without_secrets_in(text: str) -> str:
-    text = USER.sub(f"{HIDDEN}@", text)
+    text = USER_WITHOUT_SCHEME.sub(HIDDEN, USER.sub(rf"\1{HIDDEN}@", text))
     text = PARAMETER.sub(_masked_parameter, text)
-    text = VALUE.sub(HIDDEN, text)
-    address = USER_WITHOUT_SCHEME.fullmatch(text)
-    return f"{HIDDEN}{address[1]}" if address else text
+    return VALUE.sub(HIDDEN, text)
 
 
 def _masked_parameter(match: re.Match[str]) -> str:
