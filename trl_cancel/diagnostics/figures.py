@@ -66,11 +66,11 @@ def make_plain(figure: Figure) -> None:
             The figure; changed in place.
     """
     for text in figure.findobj(Text):
-        if (seen := plain(text.get_text(), lines=True)) != text.get_text():
+        if (seen := _drawable(text.get_text())) != text.get_text():
             text.set_text(seen)
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
         labels = [label.get_text() for label in axis.get_ticklabels()]  # which are made anew for each drawing
-        if (seen_labels := [plain(label, lines=True) for label in labels]) != labels:
+        if (seen_labels := [_drawable(label) for label in labels]) != labels:
             axis.set_ticks(axis.get_majorticklocs(), seen_labels)
 
 
@@ -111,6 +111,10 @@ def as_svg(figure: Figure, name: str, alt: str) -> str:
         "style": f"--width: {width}",
     }
     return ElementTree.tostring(svg, encoding="unicode")
+
+
+def _drawable(text: str) -> str:
+    return plain(text, lines=True).expandtabs(4)
 
 
 def _local(name: str) -> str:
