@@ -7,13 +7,22 @@ solved. Then what is learned from equally many generated tokens, on problems of 
 GRPO, with groups without variance replaced, and with balanced steps. The learning rate of each is chosen from the same
 grid, on other problems and with other seeds than those reported. Writes `benchmarks/results/balance.json`, where it also
 takes up again what was interrupted, and prints the tables. About half an hour on two cores.
+
+`--cost` prints what choosing groups and spreading them over steps cost instead, in seconds.
 """
 
 import argparse
 import statistics
+import time
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 from runs import Cell, interval, run_all
+
+from trl_cancel.batching import balanced_order, select_balanced_groups
 
 
 RESULTS = Path(__file__).parent / "results" / "balance.json"
@@ -86,13 +95,58 @@ def mean_accuracy(runs: list[dict], name: str, rate: float) -> float:
     return statistics.mean(run["sampled"] for run in here)
 
 
+def measured(work: Callable[[], Any]) -> tuple[Any, float, float]:
+    """What it returns, its seconds, and its peak of memory in MB (on a second run, since counting takes time)."""
+    started = time.perf_counter()
+    result = work()
+    seconds = time.perf_counter() - started
+    tracemalloc.start()
+    work()
+    peak = tracemalloc.get_traced_memory()[1] / 1e6
+    tracemalloc.stop()
+    return result, seconds, peak
+
+
+def cost_table(kept: int = 512, size: int = 16, steps: int = 64) -> str:
+    """Four rounds of generation, of which a quarter is kept; pools in which a target can and cannot be reached."""
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.rand(4 * kept, generator=generator)
+    right = torch.binomial(torch.full((4 * kept,), float(size)), shares, generator=generator).long()
+    wrong = ((size + 1 - right) * torch.rand(4 * kept, generator=generator)).long()
+    hopeless = right * (shares > 0.9)
+    pools = {
+        "90% hopeless": (hopeless, size - hopeless),
+        "all shares of right ones": (right, size - right),
+        "even numbers of right ones": (right // 2 * 2, size - right // 2 * 2),
+        "some without advantage": (right, wrong),
+    }
+    lines = ["| groups | target | reached | seconds | peak MB | steps filled | seconds | peak MB |", "|---" * 8 + "|"]
+    for name, (positives, negatives) in pools.items():
+        for share in (0.1, 0.25, 0.4, 0.5):
+            (chosen, met), seconds, peak = measured(
+                lambda p=positives, n=negatives, share=share: select_balanced_groups(p, n, kept, size, share)
+            )
+            of_chosen = positives[chosen], negatives[chosen]
+            (_, filled), *cost = measured(
+                lambda counts=of_chosen, share=share: balanced_order(torch.arange(kept), *counts, steps, size, share)
+            )
+            cells = [name, f"{share:.0%}", "yes" if met else "no", f"{seconds:.3f}", f"{peak:.1f}"]
+            cells += [f"{filled} of {steps}", f"{cost[0]:.3f}", f"{cost[1]:.1f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=6, help="seeds of the comparison")
     parser.add_argument("--tokens", type=int, default=150_000, help="budget of the comparison")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--cost", action="store_true", help="only what choosing and spreading groups cost")
     options = parser.parse_args()
+    if options.cost:
+        print(f"512 of 2048 groups of 16 are chosen, and spread over 64 steps:\n\n{cost_table()}")
+        return
 
     def compared(name: str, rate: float, seed: int, split: str) -> Cell:
         settings = {**COMPARED[name], "learning_rate": rate, "max_steps": 400}

@@ -1,11 +1,16 @@
 """What a configuration does, in words."""
 
+from unittest.mock import patch
+
 import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from trl_cancel import CancelGRPOConfig, explain
 
 from .methods import FirstTokens
-from .runs import DEFAULTS, train
+from .runs import DEFAULTS, build, train
 
 
 DFPO = {"group_weights": "min", "importance_sampling_level": "sequence", "num_iterations": 2}
@@ -13,7 +18,10 @@ SPREAD = {"steps_per_generation": 8, "per_device_train_batch_size": 2, "gradient
 
 
 def told(**settings):
-    text = explain(CancelGRPOConfig(output_dir="unused", **{**DEFAULTS, **settings}))
+    return topics(explain(CancelGRPOConfig(output_dir="unused", **{**DEFAULTS, **settings})))
+
+
+def topics(text):
     lines, topic = {}, ""
     for line in text.splitlines():
         assert len(line) <= 100
@@ -34,6 +42,124 @@ def test_sizes():
     assert lines["Optimizer step"] == "32 rollouts (4 prompts), as 2 x 16."
     assert told()["Generation"] == "1 prompt x 4 rollouts = 4 rollouts."
     assert lines["Off-policy"].startswith("8 optimizer steps with each generation batch")
+
+
+class Steps:
+    """The rollouts and prompts of each optimizer step, by the index arithmetic of TRL's `_prepare_inputs`."""
+
+    def __init__(self, config, processes=1, count=120):
+        size, every = config.per_device_train_batch_size, config.steps_per_generation * config.num_iterations
+        self.used, self.generations, buffered = [], [], None
+        for micro_step in range(count * config.gradient_accumulation_steps):
+            if micro_step % every == 0:
+                rows = [(micro_step // every, row) for row in range(config.steps_per_generation * size * processes)]
+                buffered = [rows[first : first + size * processes] for first in range(0, len(rows), size * processes)]
+            if micro_step % config.gradient_accumulation_steps == 0:
+                self.used.append([])
+            self.used[-1] += buffered[micro_step % config.steps_per_generation]
+        self.rollouts = {len({*step}) for step in self.used}
+        self.prompts = {number / config.num_generations for number in self.rollouts}
+        self.times = {step.count(rollout) for step in self.used for rollout in step}
+        by_generation = {}
+        for index, step in enumerate(self.used):
+            for generation, _ in step:
+                by_generation.setdefault(generation, set()).add(index)
+        del by_generation[max(by_generation)]  # it may go on
+        self.updates = {len(steps) for steps in by_generation.values()}
+
+
+def in_words(numbers, noun):
+    low, high = min(numbers), max(numbers)
+    return f"{low:g} to {high:g} {noun}s" if low < high else f"{low:g} {noun}{'s' * (high != 1)}"
+
+
+USED_AGAIN = {
+    "per_device_train_batch_size": 2,
+    "num_generations": 2,
+    "gradient_accumulation_steps": 2,
+    "steps_per_generation": 1,
+    "num_iterations": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "line"),
+    [
+        ({}, "2 rollouts (1 prompt), each used 2 times, as 2 x 2."),
+        ({"num_iterations": 3}, "2 to 4 rollouts (1 to 2 prompts), each used 1 to 2 times, as 2 x 2."),
+        ({"gradient_accumulation_steps": 4}, "4 rollouts (2 prompts), each used 2 times, as 4 x 2."),
+        ({"num_iterations": 1, "gradient_accumulation_steps": 4}, "8 rollouts (4 prompts), as 4 x 2."),
+        ({"gradient_accumulation_steps": 3, "steps_per_generation": 2, "num_iterations": 1}, "6 rollouts (3 prompts), as 3 x 2."),
+        ({"gradient_accumulation_steps": 3, "steps_per_generation": 2}, "4 to 6 rollouts (2 to 3 prompts), each used 1 to 2 times, as 3 x 2."),
+        (
+            {"num_generations": 4, "steps_per_generation": 4, "num_iterations": 1, "query_preserved": False},
+            "4 rollouts (of up to 2 prompts), as 2 x 2.",
+        ),
+    ],
+)  # fmt: skip
+def test_batches_that_are_used_again_within_a_step(sizes, line):
+    settings = {**USED_AGAIN, **sizes}
+    assert told(**settings)["Optimizer step"] == line
+    seen = Steps(CancelGRPOConfig(output_dir="unused", **{**DEFAULTS, **settings}))
+    assert line.startswith(in_words(seen.rollouts, "rollout"))
+
+
+@given(
+    batch=st.integers(1, 4),
+    group=st.integers(2, 4),
+    accumulation=st.integers(1, 6),
+    steps=st.integers(1, 6),
+    iterations=st.integers(1, 3),
+    processes=st.integers(1, 3),
+)
+@settings(max_examples=150, deadline=None)
+def test_sizes_against_a_simulation(batch, group, accumulation, steps, iterations, processes):
+    """What an optimizer step holds and how often a generation batch is used, over all ways in which they can overlap."""
+    assume(batch * steps % group == 0)
+    sizes = {
+        "per_device_train_batch_size": batch,
+        "num_generations": group,
+        "gradient_accumulation_steps": accumulation,
+        "steps_per_generation": steps,
+        "num_iterations": iterations,
+    }
+    try:
+        config = CancelGRPOConfig(output_dir="unused", **{**DEFAULTS, **sizes})
+    except ValueError:
+        config = CancelGRPOConfig(output_dir="unused", **{**DEFAULTS, **sizes, "query_preserved": False})
+    with patch.object(CancelGRPOConfig, "world_size", processes):
+        lines = topics(explain(config))
+    seen = Steps(config, processes)
+    step = lines["Optimizer step"]
+    assert step.startswith(f"{in_words(seen.rollouts, 'rollout')} (")
+    assert step.endswith(f", as {accumulation * processes} x {batch}.")
+    assert (f"each used {in_words(seen.times, 'time')}," in step) == (seen.times != {1})
+    if not config.layout.is_split or config.query_preserved:
+        assert f"({in_words(seen.prompts, 'prompt')})" in step
+    if "No:" in lines["Off-policy"]:
+        assert seen.updates == {1}
+    else:
+        assert lines["Off-policy"].startswith(f"{in_words(seen.updates, 'optimizer step')} with each generation batch")
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"num_iterations": 3}, {"gradient_accumulation_steps": 3, "steps_per_generation": 2}]
+)
+def test_what_a_step_holds_in_training(tiny_model, sizes):
+    """The rollouts that reach the loss, told apart by their tokens."""
+    settings = {**USED_AGAIN, **sizes, "max_steps": 6, "max_completion_length": 16}
+    trainer = build(tiny_model, **settings)
+    seen, loss = [], trainer.compute_loss
+
+    def watched(model, inputs, *args, **kwargs):
+        step = trainer.state.global_step
+        seen.extend((step, *row.tolist()) for row in torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1))
+        return loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = watched
+    trainer.train()
+    held = [len({row for row in seen if row[0] == step}) for step in range(6)]
+    assert told(**settings)["Optimizer step"].startswith(in_words(held, "rollout"))
 
 
 @pytest.mark.parametrize(
@@ -131,6 +257,8 @@ def test_topics_without_a_line_are_left_out(topic):
         {"loss_type": "sapo"},
         {"steps_per_generation": 4, "query_preserved": False},
         {"use_vllm": True},
+        # A step holds the rest of one generation batch and the start of the next.
+        {"gradient_accumulation_steps": 3, "steps_per_generation": 2},
     ],
 )
 def test_loss_that_is_not_zero(settings):

@@ -301,5 +301,5 @@ def test_renaming_changes_only_the_quick_start(tmp_path):
     card.write_text('---\nmodel_id: x\n---\n    model_id = "kept"\nmodel_id = "old"\nmodel_id = "kept"\n')
     rename_in_card(card, r"some\one/new")
     assert card.read_text() == (
-        '---\nmodel_id: x\n---\n    model_id = "kept"\nmodel_id = "some\\one/new"\nmodel_id = "kept"\n'
+        '---\nmodel_id: x\n---\n    model_id = "kept"\nmodel_id = "some\\\\one/new"\nmodel_id = "kept"\n'
     )

@@ -1,18 +1,27 @@
 """Tokens and keys reach no file and no output; nothing is unpickled or run that was not asked for."""
 
 import copy
+import json
 import re
+from collections import OrderedDict, defaultdict
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import trl
+from peft import LoraConfig
+from transformers import GenerationConfig
+from trl import DatasetMixtureConfig, ModelConfig
 
 from trl_cancel import CancelGRPOConfig, DFPOConfig
 from trl_cancel.cli import main
-from trl_cancel.secrets import quotable, without_secrets
+from trl_cancel.evaluation import EvaluationSettings
+from trl_cancel.evaluation.models import EngineSettings
+from trl_cancel.secrets import is_secret, quotable, without_secrets, without_tokens
 
 from .runs import build
 
@@ -48,13 +57,115 @@ def test_secrets_stay_in_memory(tmp_path):
     assert args.hub_token == SECRETS["hub_token"]
 
 
-def test_what_is_a_secret():
-    kept = {"eos_token": "a", "max_tokens": 1, "pad_token_id": 2, "tokenizer": "t", "monkey": 3}
-    hidden = {"token": "a", "hub_token": "b", "api_key": "c", "openai_api_key": "d", "password": "e"}
-    hidden |= {"db_passwd": "f", "credentials": {"user": "g"}, "secret": None}
-    assert without_secrets({**kept, "inner": hidden}) == {**kept, "inner": dict.fromkeys(hidden)}
-    assert without_secrets([1, (kept, hidden)]) == [1, (kept, dict.fromkeys(hidden))]
-    assert without_secrets(hidden, "***") == {**dict.fromkeys(hidden, "***"), "secret": None}
+SECRET_NAMES = """
+    token hub_token hf.token HF_TOKEN slackToken my_token access_tokens auth_token aws_session_token new_hub_token
+    api_key API-Key apiKey openai_api_key openai_key OPENAI_KEY wandb_key WANDB_API_KEY my-key ssh_key privateKey
+    AWS_ACCESS_KEY_ID aws_secret_access_key github_pat my_pat pat password db_passwd userPassword client_secret mySecret
+    credentials authorization
+"""
+PLAIN_NAMES = """
+    tokenizer tokenizer_name max_tokens num_tokens tokens eos_token pad_token pad_token_id bos_token image_token
+    decoder_start_token_id end_of_turn_token think_token stop_tokens additional_special_tokens token_type_ids key keys
+    keyboard monkey turkey key_value num_key_value_heads key_proj sort_key primary_key public_key prompt_key reward_key
+    path pattern patience patch compat dispatch secretary author include_num_input_tokens_seen
+"""
+
+
+@pytest.mark.parametrize("name", SECRET_NAMES.split())
+def test_names_of_secrets(name):
+    assert without_secrets({name: "abc"}) == {name: None}
+    assert without_secrets({"a": [({name: "abc"},)]}, "***") == {"a": [({name: "***"},)]}
+    assert without_tokens(f"got {name}='abc' here") == f"got {name}='***' here"
+
+
+@pytest.mark.parametrize("name", PLAIN_NAMES.split())
+def test_names_of_what_is_no_secret(name):
+    assert without_secrets({name: "abc"}) == {name: "abc"}
+    assert without_tokens(f"got {name}='abc' here") == f"got {name}='abc' here"
+
+
+def test_no_setting_is_taken_for_a_secret():
+    settings = [CancelGRPOConfig, ModelConfig, DatasetMixtureConfig, LoraConfig, EvaluationSettings, EngineSettings]
+    names = {field.name for kind in settings for field in fields(kind)} | GenerationConfig().to_dict().keys()
+    assert {name for name in names if is_secret(name)} == {"hub_token"}
+
+
+def test_values_of_secrets():
+    kept = {"use_auth_token": True, "api_key": None, "user_token": "<|user|>", "hub_token": "<HUB_TOKEN>"}
+    assert without_secrets(kept) == kept
+    hidden = {"password": "e", "credentials": {"user": "g"}, "secret": "", "api_key": b"x", "keys_of_api": ["a"]}
+    assert without_secrets(hidden, "***") == {
+        **dict.fromkeys(hidden, "***"),
+        "secret": None,
+        "keys_of_api": ["a"],
+    }
+    assert without_secrets(["sk-proj-" + "a1" * 10, "hf_" + "Ab1" * 8, "hf_run"]) == ["***", "***", "hf_run"]
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("http://user:s3cr3t@host:8000/v1", "http://***@host:8000/v1"),
+        ("https://s3cr3t@host/x?y=1", "https://***@host/x?y=1"),
+        ("postgres://user:s3/c@r3t@host:5/db", "postgres://***@host:5/db"),
+        (
+            "https://host/x?token=s3cr3t&a=1&api_key=s3cr3t#key=s3cr3t",
+            "https://host/x?token=***&a=1&api_key=***#key=***",
+        ),
+        ("https://host/x?X-Amz-Signature=s3cr3t;n=2", "https://host/x?X-Amz-Signature=***;n=2"),
+        ("user:s3cr3t@host:8000", "***@host:8000"),
+        ("user:s3cr3t@my.host.org/x", "***@my.host.org/x"),
+    ],
+)
+def test_addresses(address, shown):
+    assert without_secrets({"base_url": address}) == {"base_url": shown}
+    assert "s3cr3t" not in without_tokens(f"cannot reach {address}.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://host:8000/a@b",
+        "https://host/@me/x?max_tokens=3&sort=a",
+        "git@github.com:a/b",
+        "me@host.org",
+        "runs/lr:3@0.01",
+        "exp:lr@1e-4",
+        "12:30@noon",
+        "sk-learn-baseline_number_two",
+    ],
+)
+def test_what_is_no_address_with_a_secret(text):
+    assert without_secrets([text]) == [text]
+
+
+class Pair(NamedTuple):
+    address: str
+    rest: Any
+
+
+@dataclass(frozen=True)
+class Service:
+    url: str
+    openai_key: str
+    size: int = 3
+
+
+def test_secrets_at_any_depth():
+    service = Service("http://u:SECRET@host", "SECRET")
+    settings = OrderedDict(a=(Pair("x://SECRET@host", {service}),), b=frozenset({"x://SECRET@host"}))
+    settings["c"] = defaultdict(list, my_pat="SECRET", size=1)
+    shown = without_secrets(settings)
+    assert "SECRET" not in repr(shown)
+    assert isinstance(shown, OrderedDict)
+    assert shown["a"] == (Pair("x://***@host", {Service("http://***@host", None)}),)
+    assert shown["c"].default_factory is list
+    assert service.openai_key == settings["c"]["my_pat"] == "SECRET"
+    plain = {"a": [1, {"size": Service("http://host", "")}], "b": torch.ones(2)}
+    assert without_secrets({**plain})["b"] is plain["b"]
+    assert without_secrets(plain["a"][1]["size"]).size == 3
+    kept = {"a": [1, ("b", {"path": "c"})]}
+    assert without_secrets(kept) is kept, "nothing is copied in vain"
 
 
 @dataclass
@@ -62,6 +173,8 @@ class Derived(CancelGRPOConfig):
     """As a user writes it."""
 
     other: int = 5
+    wandb_key: str | None = None
+    services: list = field(default_factory=list)
 
 
 @pytest.mark.parametrize("kind", [CancelGRPOConfig, DFPOConfig, Derived])
@@ -75,12 +188,86 @@ def test_secrets_are_not_printed(tmp_path, kind):
     assert args.model_init_kwargs == SECRETS["model_init_kwargs"]
 
 
+def secretive(folder):
+    return Derived(
+        str(folder),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        wandb_key="SECRET",
+        vllm_server_base_url="http://user:SECRET@host:8000",
+        model_init_kwargs={"proxies": {"https": "http://user:SECRET@proxy:3128"}},
+        chat_template_kwargs={"my_pat": "SECRET", "nested": [("x://SECRET@host",)]},
+        generation_kwargs={"extra": {"openai_key": "SECRET"}},
+        services=[Service("http://u:SECRET@host", "SECRET")],
+    )
+
+
+def test_secrets_by_other_names_and_in_addresses(tmp_path):
+    args = secretive(tmp_path)
+    torch.save(args, tmp_path / "training_args.bin")
+    assert not files_with(b"SECRET", tmp_path)
+    assert "SECRET" not in repr(args)
+    args.services = []  # which are no JSON
+    for text in (args.to_json_string(), str(args.to_dict()), str(args.to_sanitized_dict()), repr(args), str(args)):
+        assert "SECRET" not in text
+        assert "***@host:8000" in text
+    assert (args.wandb_key, args.vllm_server_base_url) == ("SECRET", "http://user:SECRET@host:8000")
+    assert args.chat_template_kwargs["nested"] == [("x://SECRET@host",)]
+
+
+def test_processes_that_are_started_have_the_secrets(tmp_path):
+    """What `multiprocessing` pickles is no file."""
+    args = secretive(tmp_path)
+    args.hub_token = "hf_SECRET"
+    again = ForkingPickler.loads(ForkingPickler.dumps((args, {"nested": args})))
+    assert type(again[0]) is Derived
+    assert {**vars(again[0]), "distributed_state": 0} == {**vars(args), "distributed_state": 0}
+    assert again[1]["nested"].hub_token == "hf_SECRET"
+
+
+def test_tracebacks_and_messages_show_no_secret(tmp_path, monkeypatch, capsys):
+    def fails(arguments):
+        raise ConnectionError("The server cannot be reached at http://user:SECRET@host:8000/.")
+
+    monkeypatch.setattr("trl_cancel.cli.explain.run", fails)
+    assert main(["explain"]) == 1
+    error = capsys.readouterr().err
+    assert "ConnectionError: The server cannot be reached at http://***@host:8000/." in error
+    assert "SECRET" not in error
+    monkeypatch.undo()
+
+    (tmp_path / "run.yaml").write_text("env: {1: x, OPENAI_KEY: SECRET}")
+    assert main(["explain", "--config", str(tmp_path / "run.yaml")]) == 2
+    playground = ["--model_name_or_path", "playground", "--dataset_name", "playground"]
+    assert main(["eval", *playground, "--chat_template_kwargs", '{"my_pat": "SECRET"']) == 2
+    assert main(["compare", "http://user:SECRET@host/run"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("***") == 3
+    assert "SECRET" not in error
+
+
+def test_evaluations_and_probes_write_no_secret(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    template = json.dumps({"my_pat": "SECRET", "url": "x://SECRET@host"})
+    common = ["--model_name_or_path", "playground", "--dataset_name", "playground", "--chat_template_kwargs", template]
+    sizes = ["--num_problems", "2", "--num_samples", "0", "--max_completion_length", "8"]
+    for _ in range(2):  # the second time it goes on from there
+        assert main(["eval", *common, *sizes]) == 0
+    assert main(["eval", *common[:-1], template.replace("SECRET", "OTHERSECRET"), *sizes]) == 0
+    assert main(["probe", "residual", *common, "--probe_prompts", "4", "--max_completion_length", "64"]) == 0
+    assert {"settings.json", "results.json", "probe.json"} <= {path.name for path in tmp_path.rglob("*")}
+    assert not files_with(b"SECRET", tmp_path)
+    assert "SECRET" not in "".join(capfd.readouterr())
+
+
 def test_errors_that_quote_a_token_are_no_causes():
     inner, outer, plain = ValueError("b'Bearer hf_SECRET'"), RuntimeError("no connection"), OSError("no")
     outer.__context__ = inner
     assert quotable(outer) is quotable(inner) is None
     plain.add_note("of hf_SECRET")
     assert quotable(plain) is None
+    assert quotable(OSError("no answer from http://user:SECRET@host")) is None
     assert isinstance(quotable(OSError("no")), OSError)
 
 
@@ -98,6 +285,8 @@ def test_a_run_writes_no_secret(tmp_path, monkeypatch, capfd, caplog):
         "dataset_name": "playground",
         "output_dir": tmp_path / "run",
         "hub_token": SECRETS["hub_token"],
+        "vllm_server_base_url": "http://user:SECRET@host:8000",
+        "chat_template_kwargs": json.dumps({"my_pat": "SECRET", "size": 3}),
         "max_steps": 2,
         "save_steps": 1,
         "max_completion_length": 8,

@@ -379,8 +379,8 @@ class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
         return adopted
 
     def to_dict(self) -> dict[str, Any]:
-        """As TRL's, which trackers are given; without secrets in dictionaries either, such as `model_init_kwargs`."""
-        return {name: without_secrets(value) for name, value in super().to_dict().items()}
+        """As TRL's, which trackers are given; without other secrets either, such as in `model_init_kwargs` or addresses."""
+        return without_secrets(super().to_dict())
 
     @property
     def layout(self) -> BatchLayout:

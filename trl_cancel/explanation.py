@@ -1,11 +1,12 @@
 """What a configuration does, in words: sizes, how far off policy, what is kept together, what is added and why."""
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from math import lcm
 
 from trl import GRPOConfig
 
+from .batching import BatchLayout
 from .configs import CLIPPED_LOSSES, CancelGRPOConfig
 from .credit import Credit
 from .token_credits import TokenCredits, makes_old_logps
@@ -136,26 +137,53 @@ def within_generation(config: CancelGRPOConfig) -> str | None:
         config ([`CancelGRPOConfig`]):
             The configuration.
     """
-    updates, every = config.layout.updates_per_generation, config.save_steps
+    every = config.save_steps
     if config.save_strategy != "steps" or every < 1 or config.layout.ends_generation(every):
         return None
-    whole = lcm(config.layout.gradient_accumulation_steps, config.layout.micro_steps_per_generation)
-    period = whole // config.layout.gradient_accumulation_steps
+    period = config.layout.steps_until_repeat
     return (
-        f"save_steps={every:g} saves within generation batches ({updates:g} optimizer steps each): a run that resumes there "
+        f"save_steps={every:g} saves within generation batches ({_updates(config.layout)} each): a run that resumes there "
         f"generates another instead of the rest, so it differs from one without interruption. Multiples of {period}, "
         f"such as save_steps={max(1, round(every / period)) * period}, avoid that."
     )
 
 
 def _optimizer_step(config: CancelGRPOConfig) -> str:
+    """A micro-batch can come twice within a step, and the steps can differ."""
     layout = config.layout
+    size = layout.per_device_train_batch_size * layout.num_processes
+    steps = [layout.micro_batches_of(step) for step in range(layout.steps_until_repeat)]
+    rollouts = [len(uses) * size for uses in steps]
+    times = [number for uses in steps for number in uses.values()]
+    used = f", each used {_range(times, 'time')}" if max(times) > 1 else ""
+    if _tears_groups(config):
+        prompts = f"of up to {_count(max(_most_prompts(layout, uses) for uses in steps), 'prompt')}"
+    else:
+        prompts = _range([number // layout.num_generations for number in rollouts], "prompt")
     micro_batches = layout.gradient_accumulation_steps * layout.num_processes
-    rollouts = micro_batches * layout.per_device_train_batch_size
-    return (
-        f"{rollouts} rollouts ({_count(rollouts / layout.num_generations, 'prompt')}), as {micro_batches} x "
-        f"{layout.per_device_train_batch_size}."
-    )
+    as_many = f"as {micro_batches} x {layout.per_device_train_batch_size}"
+    return f"{_range(rollouts, 'rollout')} ({prompts}){used}, {as_many}."
+
+
+def _most_prompts(layout: BatchLayout, uses: Counter[tuple[int, int]]) -> int:
+    """Of how many prompts the rollouts of a step can be, where they are drawn one by one from the generation batches."""
+    size = layout.per_device_train_batch_size * layout.num_processes
+    rollouts = Counter(batch for batch, _ in uses)
+    return sum(min(number * size, layout.prompts_per_generation) for number in rollouts.values())
+
+
+def _tears_groups(config: CancelGRPOConfig) -> bool:
+    return config.layout.is_split and not config.query_preserved
+
+
+def _range(numbers: Sequence[int], noun: str) -> str:
+    """`4 rollouts`, or `4 to 6 rollouts` if they differ."""
+    low, high = min(numbers), max(numbers)
+    return _count(high, noun) if low == high else f"{low} to {_count(high, noun)}"
+
+
+def _updates(layout: BatchLayout) -> str:
+    return _range(layout.fewest_and_most_updates, "optimizer step")
 
 
 def _off_policy(config: CancelGRPOConfig) -> str:
@@ -163,16 +191,18 @@ def _off_policy(config: CancelGRPOConfig) -> str:
     if layout.is_on_policy:
         return "No: each generation batch is used for one optimizer step, and all ratios are 1."
     return (
-        f"{layout.updates_per_generation:g} optimizer steps with each generation batch (steps_per_generation="
-        f"{layout.steps_per_generation} x num_iterations={layout.num_iterations} / gradient_accumulation_steps="
-        f"{layout.gradient_accumulation_steps}), all but the first with weights that have moved."
+        f"{_updates(layout)} with each generation batch (steps_per_generation={layout.steps_per_generation} x "
+        f"num_iterations={layout.num_iterations} / gradient_accumulation_steps={layout.gradient_accumulation_steps}), "
+        "all but the first with weights that have moved."
     )
 
 
 def _groups(config: CancelGRPOConfig) -> str:
     layout = config.layout
     if not layout.is_split:
-        return "Whole in every optimizer step, which holds all of a generation batch; batches are TRL's own."
+        return (
+            "Whole in every optimizer step, which holds all of each of its generation batches; batches are TRL's own."
+        )
     if not config.query_preserved:
         return (
             "Torn: TRL shuffles single rollouts and spreads them over several optimizer steps. Set "
@@ -283,7 +313,9 @@ def _first_loss_is_zero(config: CancelGRPOConfig, credits: TokenCredits) -> bool
         or config.top_entropy_quantile < 1
         or (config.use_vllm and config.vllm_importance_sampling_correction)
         or config.advantage_sign != "both"
-        or (config.layout.is_split and not config.query_preserved)
+        or _tears_groups(config)
+        # A step that begins with the rest of one generation batch and goes on with the next is new only in part.
+        or not (config.layout.is_on_policy or config.layout.updates_per_generation.is_integer())
     )
     adds_some = bool(credits) or config.entropy_coef != 0 or config.use_adaptive_entropy
     zero_mean = config.multi_objective_aggregation == "sum_then_normalize" and config.loss_type in CLIPPED_LOSSES
@@ -349,7 +381,7 @@ def _own_passes(config: CancelGRPOConfig, credits: TokenCredits) -> Iterator[str
 def _leaks(config: CancelGRPOConfig) -> Iterator[str]:
     if config.advantage_sign != "both":
         yield f"advantage_sign={config.advantage_sign!r} leaves no opposite pushes to cancel."
-    if config.layout.is_split and not config.query_preserved:
+    if _tears_groups(config):
         yield "Groups are torn between optimizer steps (query_preserved=False)."
     if (
         not config.layout.is_on_policy

@@ -26,6 +26,7 @@ from .evaluation.callback import steps_trained
 from .evaluation.result import shown
 from .evaluation.scoring import chats
 from .secrets import without_secrets
+from .texts import markdown, plain, python_string, write_text
 
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def complete_model_card(
     card.text = _render(trainer, model_name, subject, named, _sections(card.text))
 
     card.data.pop("licence", None)  # a placeholder of TRL's, under a name that the Hub does not know
-    card.data.model_name = model_name
+    card.data.model_name = plain(model_name)
     card.data.base_model = subject.base_model
     card.data.license = base_license or _license_in(subject.base_folder)
     card.data.library_name = "peft" if subject.adapter else "transformers"
@@ -117,7 +118,7 @@ def complete_model_card(
     card.data.datasets = named or None
     card.data.tags = sorted({*(card.data.tags or ()), *(["lora"] if subject.adapter == "LoRA" else [])})
     card.data.eval_results = list(_eval_results(_evaluations(trainer))) or None
-    card.save(path)
+    write_text(path, str(card))
 
 
 def hub_id(name: str | None) -> str | None:
@@ -218,7 +219,7 @@ class _Subject:
 
 def model_line(model_id: str) -> str:
     """The line of the quick start that names the model."""
-    return f'model_id = "{model_id}"'
+    return f"model_id = {python_string(model_id)}"
 
 
 def rename_in_card(path: Path, model_id: str) -> None:
@@ -226,7 +227,7 @@ def rename_in_card(path: Path, model_id: str) -> None:
     text = path.read_text(encoding="utf-8")
     renamed = re.sub(r'^model_id = ".*"$', lambda _: model_line(model_id), text, count=1, flags=re.MULTILINE)
     if renamed != text:
-        path.write_text(renamed, encoding="utf-8")
+        write_text(path, renamed)
 
 
 def _render(
@@ -238,7 +239,7 @@ def _render(
     rows = list(_evaluation_rows(evaluations))
     methods: list[ActiveMethod] = trainer.active_methods
     return template.render(
-        model_name=model_name,
+        model_name=markdown(model_name),
         adapter=subject.adapter,
         base=subject.base,
         datasets=" and ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in datasets),
@@ -248,7 +249,7 @@ def _render(
         how_evaluated=list(_how_evaluated(evaluations)),
         badges="\n".join(re.findall(r"^\[<img .*$", of_trl.get("Training procedure", ""), re.MULTILINE)),
         methods=methods,
-        explanation=trainer.explain(),
+        explanation=plain(trainer.explain(), lines=True),
         settings=_settings(trainer),
         metrics=_metrics(trainer),
         steps=trainer.state.global_step,
@@ -349,7 +350,7 @@ def _cell(value: Any) -> str:
         value = ", ".join(map(str, sorted(value) if isinstance(value, set) else value))
     if isinstance(value, Mapping):
         value = ", ".join(f"{name}={part}" for name, part in value.items())
-    return re.sub(r"([|<>\\])", r"\\\1", " ".join(str(value).split()))  # what would end a cell or start a tag
+    return markdown(value)
 
 
 def _adapter_config(model: Any) -> dict[str, Any]:
@@ -417,7 +418,7 @@ def _evaluation_rows(evaluations: Sequence[Evaluation]) -> Iterator[dict[str, An
 
 def _how_evaluated(evaluations: Sequence[Evaluation]) -> Iterator[str]:
     for name, made in _by_name(evaluations).items():
-        settings = {key: value for key, value in made[-1].settings.items() if _is_showable(value)}
+        settings = {key: value for key, value in without_secrets(made[-1].settings).items() if _is_showable(value)}
         if settings:
             yield f"{_cell(_shown(name))}: {_cell(settings)}."
 
@@ -428,10 +429,10 @@ def _eval_results(evaluations: Sequence[Evaluation]) -> Iterator[EvalResult]:
         for metric, estimate in made[-1].metrics.items():
             yield EvalResult(
                 task_type="text-generation",
-                dataset_type=_shown(name),
-                dataset_name=_shown(name),
-                metric_type=metric,
-                metric_name=metric,
+                dataset_type=plain(_shown(name)),
+                dataset_name=plain(_shown(name)),
+                metric_type=plain(metric),
+                metric_name=plain(metric),
                 metric_value=round(estimate[0], 4),
             )
 

@@ -12,8 +12,9 @@ from .active_methods import ActiveMethod
 from .checkpoints import is_storage_error, no_halves
 from .configs import CancelGRPOConfig
 from .evaluation import Evaluation
-from .model_card import complete_model_card, hub_id
+from .model_card import FILE, complete_model_card, hub_id
 from .secrets import quotable
+from .texts import plain
 
 
 logger = get_logger(__name__)
@@ -59,11 +60,19 @@ class Published(GRPOTrainer):
         """
         if dataset_name:
             self.dataset_names = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name)
+        path = Path(str(self.args.output_dir)) / FILE
+        before = path.read_bytes() if path.is_file() else b""
+        tags = [tags] if isinstance(tags, str) else tags
         try:
-            super().create_model_card(model_name=model_name, tags=tags)
+            # TRL writes names as they are, of which the encoding may fail when the file is open and empty.
+            super().create_model_card(
+                model_name=model_name and plain(model_name), tags=tags and list(map(plain, tags))
+            )
             if self.is_world_process_zero():
                 complete_model_card(cast(Any, self), model_name, self.dataset_names, self._base_license)
         except Exception as error:
+            if before and path.is_file() and not path.stat().st_size:
+                path.write_bytes(before)
             logger.warning(f"The model card could not be written: {type(error).__name__}: {error}")
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:

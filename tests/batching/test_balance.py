@@ -1,10 +1,13 @@
 """Selection of balanced groups: against all choices there are."""
 
-from itertools import combinations, permutations
+import math
+import tracemalloc
+from functools import cache
+from itertools import combinations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_cancel.batching import balanced_order, select_balanced_groups, without_variance
@@ -54,6 +57,21 @@ def test_first_groups_are_taken_if_they_do():
     assert (indices.tolist(), satisfied) == ([0, 1, 2], True)
 
 
+@given(pool=pools(), fraction=st.sampled_from([0.25, 0.3, 1 / 3, 0.5]))
+def test_no_one_sided_group_stays_where_a_mixed_one_would_do(pool, fraction):
+    size, groups, number = pool
+    positives, negatives = torch.tensor(groups).unbind(1)
+    indices, satisfied = select_balanced_groups(positives, negatives, number, size, fraction)
+    chosen = indices.tolist()
+    if not satisfied or chosen == list(range(number)):
+        return
+    for gone in chosen:
+        for come in set(range(len(groups))) - {*chosen}:
+            if (gone < number) == (come < number) and min(groups[come]) > min(groups[gone]):
+                other = [come if index == gone else index for index in chosen]
+                assert least(groups, other) < fraction * number * size - 1e-9
+
+
 def test_the_one_sided_go_first():
     positives, negatives = torch.tensor([2, 0, 1, 0, 4, 4]), torch.tensor([6, 8, 7, 0, 4, 4])
     indices, satisfied = select_balanced_groups(positives, negatives, 4, 8, 0.2)
@@ -75,11 +93,83 @@ def test_many_groups(share):
     assert not satisfied
 
 
+@pytest.mark.parametrize("of", ["one-sided", "even", "any", "idle and one-sided"])
+@pytest.mark.parametrize("fraction", [0.25, 0.4, 0.5])
+def test_memory_of_many_groups_and_targets_out_of_reach(of, fraction):
+    """Four rounds of 512 groups of 16: 4 GB with a table for each group."""
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.rand(2048, generator=generator)
+    positives = torch.binomial(torch.full((2048,), 16.0), shares, generator=generator).long()
+    if of == "even":
+        positives = positives // 2 * 2
+    positives = torch.where(shares < 0.9, 0, positives) if "one-sided" in of else positives
+    negatives = 16 - positives
+    if of in ("any", "idle and one-sided"):
+        negatives = (negatives * torch.rand(2048, generator=generator)).long()
+    tracemalloc.start()
+    indices, satisfied = select_balanced_groups(positives, negatives, 512, 16, fraction)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
+    reached = min(positives[indices].sum(), negatives[indices].sum())
+    assert satisfied == (reached >= fraction * 512 * 16)
+    if not satisfied:  # for no weights of the two signs is there a choice that holds more
+        weights = torch.linspace(0, 1, 1001).unsqueeze(1)
+        best = (weights * positives + (1 - weights) * negatives).topk(512).values.sum(1)
+        assert reached > best.min() - 2
+
+
+def test_sums_that_common_divisors_forbid():
+    """Divisible groups would do: 3 of 5 rollouts of either sign in each of 7 groups."""
+    positives = torch.tensor([0, 5] * 20)
+    _, satisfied = select_balanced_groups(positives, 5 - positives, 7, 5, 0.5)
+    assert not satisfied
+    indices, satisfied = select_balanced_groups(positives, 5 - positives, 7, 5, 0.4)
+    assert satisfied
+    assert positives[indices].sum() in (15, 20)
+
+
 def test_too_few_groups_and_counts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="num_groups=3 cannot be chosen among 2 groups"):
         select_balanced_groups(torch.tensor([1, 1]), torch.tensor([1, 1]), 3, 4, 0.25)
     with pytest.raises(ValueError, match="must fit into groups of group_size=4"):
         select_balanced_groups(torch.tensor([3, 1]), torch.tensor([2, 1]), 1, 4, 0.25)
+
+
+ONES = torch.ones(4, dtype=torch.long)
+REFUSED = {
+    "negative": ({"positives": -ONES}, "must fit into groups"),
+    "too many": ({"negatives": 4 * ONES}, "must fit into groups of group_size=4"),
+    "floats": ({"positives": ONES.float()}, r"positives \(torch.float32 of shape \(4,\)\): must be"),
+    "lists": ({"negatives": [1, 1, 1, 1]}, "negatives .*: must be a tensor"),
+    "two dimensions": ({"negatives": ONES.view(2, 2)}, "one whole number for each group"),
+    "lengths": ({"negatives": ONES[:3]}, "positives are of 4 groups and negatives of 3"),
+    "nan": ({"min_fraction": math.nan}, "min_fraction=nan: must be a number between 0 and 1"),
+    "fraction": ({"min_fraction": -0.1}, "min_fraction=-0.1"),
+    "group size": ({"group_size": 4.0}, "group_size=4.0: must be a whole number"),
+}
+REFUSED_NUMBERS = {
+    "no groups": (select_balanced_groups, {"num_groups": 0}, "num_groups=0: must be a whole number of at least 1"),
+    "half a group": (select_balanced_groups, {"num_groups": 1.5}, "num_groups=1.5"),
+    "uneven steps": (balanced_order, {"num_steps": 3}, "4 groups cannot be dealt to num_steps=3 steps"),
+    "no steps": (balanced_order, {"num_steps": 0}, "num_steps=0"),
+    "float steps": (balanced_order, {"num_steps": 2.0}, "num_steps=2.0"),
+    "twice in the order": (balanced_order, {"order": torch.tensor([0, 1, 2, 2])}, "each of the 4 groups once"),
+    "short order": (balanced_order, {"order": torch.arange(2)}, "each of the 4 groups once"),
+    "order of floats": (balanced_order, {"order": torch.arange(4.0)}, "order"),
+}
+REFUSALS = [
+    *((function, *case) for case in REFUSED.values() for function in (select_balanced_groups, balanced_order)),
+    *REFUSED_NUMBERS.values(),
+]
+
+
+@pytest.mark.parametrize(("function", "wrong", "message"), REFUSALS)
+def test_what_makes_no_sense_is_refused(function, wrong, message):
+    own = {"num_groups": 2} if function is select_balanced_groups else {"order": torch.arange(4), "num_steps": 2}
+    given = {"positives": ONES, "negatives": ONES, "group_size": 4, "min_fraction": 0.25, **own}
+    with pytest.raises(ValueError, match=message):
+        function(**{**given, **wrong})
 
 
 def steps_with_enough(groups, order, number, size, fraction):
@@ -107,10 +197,55 @@ def test_order_spreads_groups_over_steps(pool, number, fraction, seed):
         assert torch.equal(order, given_order), "what will do is kept"
 
 
-def best_order(groups, number, size, fraction):
-    return max(
-        permutations(range(len(groups))), key=lambda order: steps_with_enough(groups, order, number, size, fraction)
-    )
+def most_steps(groups, number, size, fraction):
+    """The most steps that hold enough, over all ways to spread the groups."""
+    room = len(groups) // number
+    target = fraction * room * size - 1e-9
+    enough = [set(step) for step in combinations(range(len(groups)), room) if least(groups, step) >= target]
+
+    @cache
+    def most(left):
+        return max((1 + most(left - step) for step in map(frozenset, enough) if step <= left), default=0)
+
+    return most(frozenset(range(len(groups))))
+
+
+@st.composite
+def scarce_pools(draw):
+    """Up to 8 groups in 2 to 4 steps, many of them of one sign, so that seldom all steps can hold enough."""
+    size, number = draw(st.integers(2, 8)), draw(st.integers(2, 4))
+    mixed = st.integers(0, size).map(lambda right: (right, size - right))
+    group = st.one_of(mixed, mixed, st.sampled_from([(0, size), (size, 0), (0, 0), (1, 0), (1, 1)]))
+    count = number * draw(st.integers(1, 8 // number))
+    return size, number, draw(st.lists(group, min_size=count, max_size=count))
+
+
+@settings(max_examples=400, deadline=None)
+@given(pool=scarce_pools(), fraction=st.sampled_from([0.1, 0.2, 0.25, 0.3, 0.4, 0.5]))
+def test_order_fills_as_many_steps_as_possible(pool, fraction):
+    size, number, groups = pool
+    order, enough = balanced_order(torch.arange(len(groups)), *torch.tensor(groups).unbind(1), number, size, fraction)
+    assert sorted(order.tolist()) == list(range(len(groups)))
+    assert enough == steps_with_enough(groups, order.tolist(), number, size, fraction)
+    assert enough == most_steps(groups, number, size, fraction)
+
+
+@pytest.mark.parametrize("kind", ["one-sided", "mixed", "with idle groups"])
+@pytest.mark.parametrize("fraction", [0.2, 0.3])
+def test_order_of_many_groups(kind, fraction):
+    """Near to what the groups hold enough for, taken together."""
+    generator = torch.Generator().manual_seed(1)
+    shares = torch.rand(512, generator=generator) ** 2
+    positives = torch.binomial(torch.full((512,), 16.0), shares, generator=generator).long()
+    positives = torch.where(shares < 0.3, 0, 16) if kind == "one-sided" else positives
+    negatives = 16 - positives
+    if kind == "with idle groups":
+        negatives = (negatives * torch.rand(512, generator=generator)).long()
+    order, enough = balanced_order(torch.arange(512), positives, negatives, 64, 16, fraction)
+    target = math.ceil(fraction * 8 * 16 - 1e-9)
+    held = torch.stack([positives, negatives], 1)[order].view(64, 8, 2).sum(1).amin(1)
+    assert enough == (held >= target).sum()
+    assert enough >= min(64, int(min(positives.sum(), negatives.sum())) // target) - 2
 
 
 def test_order_balances_what_can_be():
@@ -121,7 +256,7 @@ def test_order_balances_what_can_be():
     # Dealing alone leaves a step short here.
     stubborn = torch.tensor([(2, 6), (0, 0), (2, 6), (0, 8), (2, 6), (7, 1)])
     _, enough = balanced_order(torch.arange(6), *stubborn.unbind(1), 2, 8, 0.25)
-    assert enough == steps_with_enough(stubborn.tolist(), best_order(stubborn.tolist(), 2, 8, 0.25), 2, 8, 0.25)
+    assert enough == most_steps(stubborn.tolist(), 2, 8, 0.25)
     mixed = torch.tensor([4, 4, 4, 4, 0, 0, 0, 0])
     order, enough = balanced_order(torch.arange(8), mixed, mixed, 4, 8, 0.25)
     assert enough == 4

@@ -2,17 +2,20 @@ r"""
 Reward-balanced batching (section 4 of 2605.08666): an update must hold enough rollouts of either sign of the advantage
 for their pushes to cancel, \\( \min(N_+, N_-) / |B| \ge \rho \\).
 
-Choosing whole groups that meet the target is a knapsack with two constraints. It is solved exactly, as a search for the
-fewest exchanges between the groups that came first and the others: leaving e groups out and taking e others in changes
-both counts by sums over few groups, and of all sums that change one count alike only the best for the other matters.
+Choosing whole groups that meet the target is a knapsack with two constraints, which is solved exactly (`choosing.py`):
+first how much of the target any choice reaches, then with how few exchanges between the groups that came first and the
+others. Spreading the groups over steps is `spreading.py`.
 """
 
 import math
+from bisect import bisect_left
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-
-IMPOSSIBLE = -(2**24)  # below every sum of counts
+from .choosing import Pool, bound, choose, exchanged
+from .spreading import fill_steps
 
 
 def select_balanced_groups(
@@ -41,7 +44,7 @@ def select_balanced_groups(
         they meet the target, which they do if and only if some choice does.
 
     Raises:
-        `ValueError`: If there are too few groups, or counts do not fit into a group.
+        `ValueError`: If there are too few groups, counts do not fit into a group, or a number makes no sense.
 
     Example:
 
@@ -53,23 +56,16 @@ def select_balanced_groups(
     (tensor([0, 2]), True)
     ```
     """
-    counts = torch.stack([positives, negatives]).long().cpu()  # (2, M)
-    if counts.size(1) < num_groups:
-        raise ValueError(f"num_groups={num_groups} cannot be chosen among {counts.size(1)} groups.")
-    if (counts < 0).any() or (counts.sum(0) > group_size).any():
-        raise ValueError(f"Counts of positives and negatives must fit into groups of group_size={group_size}.")
-    target = math.ceil(min_fraction * num_groups * group_size - 1e-9)
-    search = _Exchanges(counts, num_groups)
-    chosen = search.reaching(target)
-    if chosen is not None:
-        return chosen, True
-    reachable, beyond = 0, target
-    while beyond - reachable > 1:
-        middle = (reachable + beyond) // 2
-        reachable, beyond = (reachable, middle) if search.reaching(middle) is None else (middle, beyond)
-    nearest = search.reaching(reachable)
-    assert nearest is not None, "every choice has no fewer than 0"
-    return nearest, False
+    counts = _counts(positives, negatives, group_size)
+    num_groups = _whole("num_groups", num_groups)
+    if len(counts) < num_groups:
+        raise ValueError(f"num_groups={num_groups} cannot be chosen among {len(counts)} groups.")
+    target = _target(min_fraction, num_groups * group_size)
+    if counts[:num_groups].sum(0).min() >= target:
+        return torch.arange(num_groups), True
+    exchanges = _Exchanges(counts, num_groups)
+    reached, chosen = exchanges.nearest(target)
+    return torch.from_numpy(exchanges.fewest(reached, chosen)), reached == target
 
 
 def balanced_order(
@@ -83,10 +79,9 @@ def balanced_order(
     r"""
     Spreads groups over optimizer steps so that each holds enough rollouts of either sign.
 
-    The given order is kept if it does. Otherwise the groups are dealt out, those with most rollouts of nonzero
-    advantage first, each to the step in which it meets fewest of its own kind: the one that raises
-    \\( \sum N_+^2 + N_-^2 \\) over the steps least. Then groups change places while
-    that brings steps nearer to the target. This finds most of what there is to be found, not all.
+    The given order is kept if it does. Otherwise as many steps as possible are filled, and come first. That is the most
+    there is for up to 12 groups, and wherever as many steps are filled as the groups hold enough for when they are taken
+    together; for large pools with little to spare a search of bounded size may miss a step or two.
 
     Args:
         order (`torch.Tensor` of shape `(M,)`):
@@ -104,58 +99,25 @@ def balanced_order(
 
     Returns:
         `tuple`: The order, a `torch.Tensor` of shape `(M,)`, and in how many steps it leaves both signs enough.
+
+    Raises:
+        `ValueError`: If the groups do not fill the steps, `order` does not hold each once, or a number makes no sense.
     """
-    counts = torch.stack([positives, negatives], dim=1).long().cpu()  # (M, 2)
+    counts = _counts(positives, negatives, group_size)
+    num_steps = _whole("num_steps", num_steps)
+    _check_order(order, len(counts), num_steps)
     room = len(order) // num_steps
-    target = math.ceil(min_fraction * room * group_size - 1e-9)
-
-    def enough(order: torch.Tensor) -> int:
-        return int((counts[order].view(num_steps, room, 2).sum(1).amin(1) >= target).sum())
-
-    given = enough(order)
-    if given == num_steps:
-        return order, given
-    steps: list[list[int]] = [[] for _ in range(num_steps)]
-    sums = torch.zeros(num_steps, 2, dtype=torch.long)
-    heaviest = order[counts[order].square().sum(1).argsort(descending=True, stable=True)]
-    for group in heaviest.tolist():
-        raised = (sums @ counts[group]).tolist()
-        step = min((step for step in range(num_steps) if len(steps[step]) < room), key=lambda step: raised[step])
-        steps[step].append(group)
-        sums[step] += counts[group]
-    dealt = _swapped(torch.tensor(steps), counts, target).flatten()
-    found = enough(dealt)
-    return (dealt, found) if found > given else (order, given)
-
-
-def _swapped(steps: torch.Tensor, counts: torch.Tensor, target: int) -> torch.Tensor:
-    """
-    Groups change places, two at a time, as long as that lowers what the steps lack of the target.
-
-    Args:
-        steps (`torch.Tensor` of shape `(S, R)`):
-            Groups of each step.
-        counts (`torch.Tensor` of shape `(M, 2)`):
-            Rollouts of either sign in each group.
-        target (`int`):
-            What each step should have of either sign.
-    """
-    steps = steps.clone()
-    step_of = torch.arange(len(steps)).repeat_interleave(steps.size(1))  # of each place
-    while True:
-        held = counts[steps.flatten()]  # (places, 2)
-        sums = held.view(*steps.shape, 2).sum(1)
-        lacking = (target - sums).clamp(min=0).sum(1)[step_of]
-        swapped = sums[step_of].unsqueeze(1) - held.unsqueeze(1) + held.unsqueeze(0)  # the step of the first place
-        after = (target - swapped).clamp(min=0).sum(-1)
-        change = after + after.T - lacking.unsqueeze(1) - lacking.unsqueeze(0)
-        change[step_of.unsqueeze(1) == step_of.unsqueeze(0)] = 0
-        best = int(change.argmin())
-        if change.flatten()[best] >= 0:
-            return steps
-        one, other = divmod(best, len(step_of))
-        places = steps.view(-1)
-        places[one], places[other] = places[other].item(), places[one].item()
+    target = _target(min_fraction, room * group_size)
+    given = order.cpu().numpy()
+    enough = int((counts[given].reshape(num_steps, room, 2).sum(1).min(1) >= target).sum())
+    if enough == num_steps:
+        return order, enough
+    steps = fill_steps(counts[given], num_steps, target)
+    if len(steps) <= enough:
+        return order, enough
+    filled = [place for step in steps for place in step]
+    left_over = np.setdiff1d(np.arange(len(given)), filled)
+    return order[torch.as_tensor([*filled, *left_over], device=order.device)], len(steps)
 
 
 def without_variance(rewards: torch.Tensor, weights: torch.Tensor, apart: bool = False) -> torch.Tensor:
@@ -184,94 +146,109 @@ def without_variance(rewards: torch.Tensor, weights: torch.Tensor, apart: bool =
     return (lowest >= highest).all(-1)
 
 
+def _counts(positives: torch.Tensor, negatives: torch.Tensor, group_size: int) -> np.ndarray:
+    """Rollouts of either sign in each group, of shape `(M, 2)`."""
+    for name, given in (("positives", positives), ("negatives", negatives)):
+        if not isinstance(given, torch.Tensor) or given.dim() != 1 or given.is_floating_point():
+            what = f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, torch.Tensor) else repr(given)
+            raise ValueError(f"{name} ({what}): must be a tensor of one whole number for each group.")
+    if len(positives) != len(negatives):
+        raise ValueError(
+            f"positives are of {len(positives)} groups and negatives of {len(negatives)}: must be the same."
+        )
+    group_size = _whole("group_size", group_size)
+    counts = torch.stack([positives, negatives], dim=1).long().cpu().numpy()
+    if (counts < 0).any() or (counts.sum(1) > group_size).any():
+        raise ValueError(f"Counts of positives and negatives must fit into groups of group_size={group_size}.")
+    return counts
+
+
+def _target(min_fraction: float, rollouts: int) -> int:
+    """The rollouts of either sign that a share of all stands for."""
+    if isinstance(min_fraction, bool) or not isinstance(min_fraction, (int, float)) or not 0 <= min_fraction <= 1:
+        raise ValueError(f"min_fraction={min_fraction!r}: must be a number between 0 and 1; more than 0.5 never fits.")
+    return math.ceil(min_fraction * rollouts - 1e-9)
+
+
+def _whole(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: must be a whole number of at least 1.")
+    return value
+
+
+def _check_order(order: torch.Tensor, num_groups: int, num_steps: int) -> None:
+    if not isinstance(order, torch.Tensor) or order.is_floating_point() or order.dim() != 1:
+        raise ValueError("order: must be a tensor of the groups' numbers.")
+    if sorted(order.tolist()) != list(range(num_groups)):
+        raise ValueError(f"order must hold each of the {num_groups} groups once.")
+    if num_groups % num_steps:
+        raise ValueError(f"{num_groups} groups cannot be dealt to num_steps={num_steps} steps of equal size.")
+
+
 class _Exchanges:
     """
-    The exchanges between the first `num_groups` groups and the others, those most worth it first.
+    The exchanges between the first `num_groups` groups and the others.
 
     Args:
-        counts (`torch.Tensor` of shape `(2, M)`):
+        counts (`np.ndarray` of shape `(M, 2)`):
             Rollouts of either sign in each group.
         num_groups (`int`):
             Groups that are chosen.
     """
 
-    def __init__(self, counts: torch.Tensor, num_groups: int):
-        self.num_groups, self.counts = num_groups, counts
-        self.sums = counts[:, :num_groups].sum(1)
-        one_sided = (counts[0] - counts[1]).abs() + 2 * (counts.sum(0) == 0)  # none of either is worth least of all
-        self.out = one_sided[:num_groups].argsort(descending=True, stable=True)
-        self.into = num_groups + one_sided[num_groups:].argsort(stable=True)
-        self.most = 0
-        self._tables: list[_Sums] = []
+    def __init__(self, counts: np.ndarray, num_groups: int):
+        self.kinds, kind_of = np.unique(counts, axis=0, return_inverse=True)
+        self.kind_of = kind_of.reshape(-1)
+        self.num_groups = num_groups
+        self.first, self.later = (
+            np.bincount(part, minlength=len(self.kinds)) for part in np.split(self.kind_of, [num_groups])
+        )
 
-    def reaching(self, target: int) -> torch.Tensor | None:
-        """The choice of fewest exchanges with `target` rollouts of either sign, if there is any."""
-        if self.sums.min() >= target:
-            return torch.arange(self.num_groups)
-        limit = min(len(self.out), len(self.into))
-        for exchanges in range(1, limit + 1):
-            if exchanges > self.most:
-                self.most = min(limit, 2 * self.most + 1)
-                # What goes out takes its rollouts with it, so there the fewest are best.
-                self._tables = [
-                    _Sums(self.counts[0, self.out], -self.counts[1, self.out], self.most),
-                    _Sums(self.counts[0, self.into], self.counts[1, self.into], self.most),
-                ]
-            chosen = self._with(exchanges, target)
-            if chosen is not None:
-                return chosen
-        return None
+    def nearest(self, target: int) -> tuple[int, np.ndarray]:
+        """The highest number of rollouts of either sign, up to `target`, and how many of each kind have it."""
+        everything = [Pool(self.kinds, self.first + self.later, self.num_groups)]
+        reached = min(target, bound(everything, (0, 0)).height)
+        while (chosen := choose(everything, (reached, reached))) is None:
+            reached -= 1
+        return reached, chosen[0]
 
-    def _with(self, exchanges: int, target: int) -> torch.Tensor | None:
-        out, into = self._tables
-        lost, gained = out.best[exchanges], into.best[exchanges]  # by the number of positives that go, or come
-        # Of all that bring at least so many positives, the one that brings most negatives.
-        most_gained, reached = gained.flip(0).cummax(0)
-        most_gained, reached = most_gained.flip(0), len(gained) - 1 - reached.flip(0)
-        positives = torch.arange(len(lost))
-        needed = (target - self.sums[0] + positives).clamp(min=0)
-        possible = needed < len(gained)
-        enough = torch.full_like(lost, IMPOSSIBLE)
-        enough[possible] = self.sums[1] + lost[possible] + most_gained[needed[possible]]
-        if enough.max() < target:
-            return None
-        gone = int((enough >= target).nonzero()[0])
-        kept = torch.ones(self.num_groups, dtype=torch.bool)
-        kept[self.out[out.items(exchanges, gone)]] = False
-        come = self.into[into.items(exchanges, int(reached[needed[gone]]))]
-        return torch.cat([kept.nonzero().squeeze(1), come.sort().values])
+    def fewest(self, target: int, chosen: np.ndarray) -> np.ndarray:
+        """
+        The groups that reach a target with the fewest exchanges, rather the one-sided for the mixed.
 
+        Args:
+            target (`int`):
+                Rollouts of either sign.
+            chosen (`np.ndarray` of shape `(K,)`):
+                How many of each kind reach it.
+        """
+        kept = np.minimum(chosen, self.first)
+        found = [kept, chosen - kept]
+        most = int(found[1].sum())
+        # What divisible groups could reach rises with the exchanges up to where it suffices, so there is a first place.
+        least = bisect_left(
+            range(most), True, key=lambda number: bound(self._pools(number), (target, target)).slack >= 0
+        )
+        for number in range(least, most):
+            fewer = choose(self._pools(number), (target, target))
+            if fewer is not None:
+                found = fewer
+                break
+        pools = self._pools(int(found[1].sum()))
+        smaller, larger = self.kinds.min(1), self.kinds.max(1)
+        exchanged(pools, found, smaller * (self.kinds.max() + 1) + larger, (target, target))
+        return self._earliest(found)
 
-class _Sums:
-    """
-    For every number of items and sum of their weights, the highest sum of their values: `best[number, weight]`.
+    def _pools(self, number: int) -> list[Pool]:
+        """What is kept of the first groups, and what comes of the others, for a number of exchanges."""
+        kept = self.num_groups - number
+        return [Pool(self.kinds, self.first, kept), Pool(self.kinds, self.later, number)]
 
-    Args:
-        weights (`torch.Tensor` of shape `(M,)`):
-            Weights, whole numbers from 0 on.
-        values (`torch.Tensor` of shape `(M,)`):
-            Values.
-        most (`int`):
-            Highest number of items.
-    """
-
-    def __init__(self, weights: torch.Tensor, values: torch.Tensor, most: int):
-        self.weights = weights.tolist()
-        width = 1 + int(weights.sort(descending=True).values[:most].sum())
-        self.best = torch.full((most + 1, width), IMPOSSIBLE, dtype=torch.int32)
-        self.best[0, 0] = 0
-        self.taken = []
-        for weight, value in zip(self.weights, values.tolist(), strict=True):
-            with_it = torch.full_like(self.best, IMPOSSIBLE)
-            with_it[1:, weight:] = self.best[:-1, : width - weight] + value
-            self.taken.append(with_it > self.best)  # of equals, those of the first items
-            self.best = torch.maximum(self.best, with_it)
-
-    def items(self, number: int, weight: int) -> list[int]:
-        """The items behind an entry."""
-        found = []
-        for item in reversed(range(len(self.weights))):
-            if self.taken[item][number, weight]:
-                found.append(item)
-                number, weight = number - 1, weight - self.weights[item]
-        return found
+    def _earliest(self, chosen: Sequence[np.ndarray]) -> np.ndarray:
+        """The groups that come first of each kind, in ascending order."""
+        kind_of = self.kind_of + len(self.kinds) * (np.arange(len(self.kind_of)) >= self.num_groups)
+        order = np.argsort(kind_of, kind="stable")
+        available = np.concatenate([self.first, self.later])
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order)) - (np.cumsum(available) - available)[kind_of[order]]
+        return np.flatnonzero(rank < np.concatenate(chosen)[kind_of])

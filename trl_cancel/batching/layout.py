@@ -1,7 +1,8 @@
 """How the rollouts of one generation are cut into micro-batches and optimizer steps, in plain numbers."""
 
+from collections import Counter
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, lcm
 from typing import Any
 
 
@@ -106,6 +107,37 @@ class BatchLayout:
     def updates_per_generation(self) -> float:
         """Optimizer steps made with each generation batch."""
         return self.micro_steps_per_generation / self.gradient_accumulation_steps
+
+    @property
+    def steps_until_repeat(self) -> int:
+        """Optimizer steps after which a generation batch and an optimizer step begin together again."""
+        micro_steps = lcm(self.gradient_accumulation_steps, self.micro_steps_per_generation)
+        return micro_steps // self.gradient_accumulation_steps
+
+    def micro_batches_of(self, step: int) -> Counter[tuple[int, int]]:
+        """
+        The micro-batches of one process in an optimizer step, and how often the step uses each.
+
+        Args:
+            step (`int`):
+                The optimizer step, from 0 on.
+
+        Returns:
+            `Counter`: Uses by the number of the generation batch and that of the micro-batch in it.
+        """
+        first = step * self.gradient_accumulation_steps
+        return Counter(
+            (micro_step // self.micro_steps_per_generation, micro_step % self.steps_per_generation)
+            for micro_step in range(first, first + self.gradient_accumulation_steps)
+        )
+
+    @property
+    def fewest_and_most_updates(self) -> tuple[int, int]:
+        """The optimizer steps in which a generation batch takes part: in the fewest, and in the most."""
+        every, size = self.gradient_accumulation_steps, self.micro_steps_per_generation
+        repeat = self.steps_until_repeat * every // size
+        updates = [((batch + 1) * size - 1) // every - batch * size // every + 1 for batch in range(repeat)]
+        return min(updates), max(updates)
 
     def ends_generation(self, step: float) -> bool:
         """Whether a generation batch is used up after so many optimizer steps."""

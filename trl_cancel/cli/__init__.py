@@ -1,11 +1,13 @@
 """The command line. One module a command, imported when it is called, so that `--help` does not wait for PyTorch."""
 
 import sys
+import traceback
 from importlib import import_module
 from typing import NoReturn
 
 from .. import __version__
-from ..secrets import without_tokens
+from ..secrets import quotable, without_tokens
+from ..texts import plain
 
 
 COMMANDS = {
@@ -57,17 +59,22 @@ def main(argv: list[str] | None = None) -> int:
         print(f"trl-cancel {__version__}")
         return 0
     if name not in COMMANDS:
-        word = without_tokens(repr(name))
+        word = without_tokens(repr(name))  # which escapes what would not be seen
         print(f"trl-cancel: {word} is not a command; use one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     try:
         return import_module(f".{name}", __package__).run(arguments)
     except (UsageError, Failure) as error:
-        print(f"trl-cancel {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"trl-cancel {name}: {plain(without_tokens(' '.join(str(error).split())))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print(f"trl-cancel {name}: interrupted.", file=sys.stderr)
         return 130
+    except Exception as error:
+        if quotable(error) is not None:
+            raise
+        print(without_tokens(traceback.format_exc()), file=sys.stderr, end="")
+        return 1
 
 
 def _help() -> str:

@@ -12,7 +12,9 @@ from rich.text import Text
 
 from ..diagnostics.comparison import Comparison, compare
 from ..diagnostics.runs import Run, distinguish, read_run
+from ..texts import plain
 from . import OneLineErrors, UsageError
+from ._console import plain_console
 from ._page import load_pages
 
 
@@ -60,7 +62,7 @@ def _compare(options: argparse.Namespace) -> int:
     except OSError as error:
         raise UsageError(f"--output {folder}: cannot write there: {error.strerror}.") from error
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console()
     _print(*comparison.table(), console)
     for note in comparison.notes():
         console.print(note, markup=False)
@@ -108,7 +110,7 @@ def named_paths(arguments: Sequence[str]) -> list[tuple[str, Path]]:
     """
     split = [_split(argument) for argument in arguments]
     given = {name for name, _ in split if name is not None}
-    made = iter(distinguish([path for name, path in split if name is None]))
+    made = iter(plain(name) for name in distinguish([path for name, path in split if name is None]))
     named = [(next(made) if name is None else name, path) for name, path in split]
     for (name, path), (own, _) in zip(named, split, strict=True):
         if own is None and name in given:
@@ -122,11 +124,12 @@ def _split(argument: str) -> tuple[str | None, Path]:
         return None, Path(argument).expanduser()
     if not name.strip() or not path.strip():
         raise UsageError(f"RUN {argument!r}: write NAME=PATH, or the path alone.")
-    return name.strip(), Path(path.strip()).expanduser()
+    return plain(name.strip()), Path(path.strip()).expanduser()
 
 
 def _print(header: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
     """The table, with intervals below their means where it would be too wide otherwise."""
+    rows = [[plain(cell) for cell in row] for row in rows]
     table = _table(header, rows)
     unlimited = console.options.update(max_width=10**6)
     if console.measure(table, options=unlimited).maximum > console.width:

@@ -16,7 +16,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
@@ -39,7 +38,10 @@ from ..evaluation.result import shown
 from ..evaluation.samples import Sample, SampleLog
 from ..evaluation.scoring import chats
 from ..evaluation.settings import EvaluationSettings
+from ..secrets import without_secrets, without_tokens
+from ..texts import plain, write_text
 from . import Failure, UsageError
+from ._console import plain_console
 from .settings import StrictParser
 from .training import check_model_path, check_writable, console, find_reward
 
@@ -430,7 +432,7 @@ def evaluate_model(name: str, sets: list[DataSet], settings: EvalSettings) -> li
         raise UsageError(_cannot_load(name, error)) from error
     evaluations = []
     for data, rows, how, folder, log in zip(sets, problems, made_by, folders, logs, strict=True):
-        label = f"{name} on {data.name}"
+        label = plain(without_tokens(f"{name} on {data.name}"))
         samples = answer_problems(engine, rows, data.reward, data.settings, log=log, description=label)
         evaluations.append(summarize(samples, len(rows), data.settings, data.name))
         if state.is_main_process:
@@ -485,7 +487,7 @@ def _write(path: Path, evaluation: Evaluation, settings: dict[str, Any], samples
         "settings": {**settings, **evaluation.settings},
         "versions": _versions(),
     }
-    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(without_secrets(results), indent=1, ensure_ascii=False) + "\n")
 
 
 def _versions() -> dict[str, str]:
@@ -544,4 +546,4 @@ def print_presets() -> None:
             *(sampled if how.num_samples else ("", "", "")),
             str(how.max_completion_length),
         )
-    Console(width=150).print(result)  # however narrow the terminal: names are to be copied
+    plain_console(width=150).print(result)  # however narrow the terminal: names are to be copied

@@ -23,6 +23,8 @@ from ..diagnostics.shifts import THRESHOLD
 from ..evaluation import RewardFunction
 from ..evaluation.models import load_tokenizer
 from ..evaluation.scoring import awaited
+from ..secrets import without_secrets
+from ..texts import write_text
 from . import UsageError
 from .settings import Parser, RunArguments, Settings
 from .training import check_model_path, check_writable, console, find_rewards, load_data
@@ -95,7 +97,7 @@ def run_probe(settings: Settings, names: list[str], pages: Any) -> None:
     run.check()
     folder = Path(run.probe_output).expanduser()
     check_writable(run.probe_output, "probe_output")
-    results: dict[str, Any] = {"facts": _facts(settings), "seeds": []}
+    results: dict[str, Any] = {"facts": without_secrets(_facts(settings)), "seeds": []}
     for seed in range(run.probe_seeds):
         if not settings.training.disable_tqdm:
             console.print(f"Seed {seed + 1} of {run.probe_seeds}")
@@ -293,7 +295,7 @@ def _write(results: dict[str, Any], folder: Path, pages: Any) -> Path:
     write_report(page, results)
     index = page.write(folder)
     text = json.dumps(_without_nan(results), indent=1, ensure_ascii=False)
-    (folder / "probe.json").write_text(text, encoding="utf-8")
+    write_text(folder / "probe.json", text)
     return index
 
 

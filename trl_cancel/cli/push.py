@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..texts import plain
 from . import Failure, OneLineErrors, UsageError
 from ._quiet import quiet
 
@@ -47,5 +48,5 @@ def _push(options: argparse.Namespace) -> int:
         )
     except PushError as error:
         raise (UsageError if error.refused else Failure)(str(error)) from error
-    print(f"Pushed {folder} to {address}.")
+    print(plain(f"Pushed {folder} to {address}."))
     return 0

@@ -15,7 +15,6 @@ import torch
 import trl.rewards
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
-from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
@@ -36,10 +35,11 @@ from ..hub import PushError, check_token
 from ..rewards import RewardError
 from ..trainers import CancelGRPOTrainer
 from . import Failure, UsageError
+from ._console import plain_console
 from .settings import Settings
 
 
-console = Console(highlight=False, soft_wrap=True)
+console = plain_console()
 
 RESIDUAL = "cancel/shared_prefix_residual"
 EVALUATION_BATCH = 256  # answers to test problems that a process generates at a time

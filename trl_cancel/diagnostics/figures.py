@@ -4,11 +4,14 @@ import io
 from typing import Any
 from xml.etree import ElementTree
 
+from ..texts import plain
+
 
 try:
     import matplotlib
     from cycler import cycler
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 except ImportError as error:
     raise ImportError(f"Figures need matplotlib: pip install matplotlib jinja2 ({error}).") from error
 
@@ -54,6 +57,23 @@ def new_figure(width: float = 6.4, height: float = 3.6, columns: int = 1) -> tup
         return figure, figure.subplots(1, columns)
 
 
+def make_plain(figure: Figure) -> None:
+    """
+    Writes escapes for characters that fonts and SVG do not have: control characters, halves of surrogate pairs.
+
+    Args:
+        figure (`matplotlib.figure.Figure`):
+            The figure; changed in place.
+    """
+    for text in figure.findobj(Text):
+        if (seen := _drawable(text.get_text())) != text.get_text():
+            text.set_text(seen)
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        labels = [label.get_text() for label in axis.get_ticklabels()]  # which are made anew for each drawing
+        if (seen_labels := [_drawable(label) for label in labels]) != labels:
+            axis.set_ticks(axis.get_majorticklocs(), seen_labels)
+
+
 def as_svg(figure: Figure, name: str, alt: str) -> str:
     """
     A figure as an SVG element for a page: the same text for the same figure, without identifiers that another figure
@@ -84,8 +104,17 @@ def as_svg(figure: Figure, name: str, alt: str) -> str:
     width = svg.attrib.pop("width")
     svg.attrib.pop("height")
     # Black is SVG's default, so matplotlib does not write it down.
-    svg.attrib |= {"fill": "currentColor", "role": "img", "aria-label": alt, "style": f"--width: {width}"}
+    svg.attrib |= {
+        "fill": "currentColor",
+        "role": "img",
+        "aria-label": plain(alt, lines=True),
+        "style": f"--width: {width}",
+    }
     return ElementTree.tostring(svg, encoding="unicode")
+
+
+def _drawable(text: str) -> str:
+    return plain(text, lines=True).expandtabs(4)
 
 
 def _local(name: str) -> str:

@@ -7,7 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from .figures import COLOURS, Figure, as_svg
+from ..texts import plain
+from .figures import COLOURS, Figure, as_svg, make_plain
 
 
 try:
@@ -99,6 +100,7 @@ class Page:
             raise ValueError(f"name={name!r}: must start with a letter and hold letters, digits, '-' and '_'.")
         if name in self._figures:
             raise ValueError(f"name={name!r}: the page has a figure of this name already.")
+        make_plain(figure)
         self._figures[name] = figure
         self._add("figure", name=name, svg=Markup(as_svg(figure, name, alt)), caption=caption)
 
@@ -188,7 +190,8 @@ class Page:
 
     def _html(self) -> str:
         source = files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8")
-        template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
+        environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_seen)
+        template = environment.from_string(source)
         sections = [part for part in self._parts if part["kind"] == "section"]
         return template.render(
             title=self.title, summary=self.summary, facts=self.facts, sections=sections, parts=self._parts
@@ -213,6 +216,11 @@ def visible(token: str) -> str:
         return "␣" * len(token) or "∅"
     signs = {chr(code): chr(0x2400 + code) for code in range(32)} | {"\n": "⏎\n", "\t": "⇥", "\x7f": "␡"}
     return "".join(signs.get(character, character) for character in token)
+
+
+def _seen(value: Any) -> Any:
+    """Texts with escapes for what a browser would not show, or would turn round."""
+    return plain(value, lines=True) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _cell(value: Cell) -> str:

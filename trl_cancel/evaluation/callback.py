@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, ProcessorMixin, Trainer, TrainerCallback
 
 from .._upstream import unwrap_model_for_generation
+from ..texts import plain
 from .engines import TransformersEngine
 from .evaluate import answer_problems, summarize
 from .result import Evaluation
@@ -158,7 +159,7 @@ class EvaluationCallback(TrainerCallback):
         if unscored and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                f"Evaluation on {self.name}: {unscored} of {len(samples)} answers without a reward, which count as 0. "
+                f"Evaluation on {plain(self.name)}: {unscored} of {len(samples)} answers without a reward, which count as 0. "
                 "Later evaluations do not repeat this."
             )
         record(self.trainer, evaluation)

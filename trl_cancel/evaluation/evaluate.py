@@ -12,6 +12,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..intervals import mean_with_interval
+from ..texts import plain
 from .engines import Answer, Engine, Request, seed_of
 from .metrics import avg_at_k, pass_at_k
 from .result import Estimate, Evaluation
@@ -118,7 +119,7 @@ def answer_problems(
     with tqdm(
         total=sum(map(len, batches)),
         initial=len(done),
-        desc=description,
+        desc=description and plain(description),
         unit="answer",
         disable=description is None or not state.is_main_process,
     ) as progress:

@@ -5,6 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..secrets import without_secrets
+from ..texts import write_text
+
 
 Sample = dict[str, Any]
 
@@ -35,20 +38,20 @@ class SampleLog:
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.path = folder / "samples.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        self._check(folder / "settings.json", json.loads(json.dumps(settings)))
+        self._check(folder / "settings.json", without_secrets(json.loads(json.dumps(settings))))
         self.samples = self._read()
 
     def append(self, samples: Iterable[Sample]) -> None:
         """Writes samples."""
         text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        with open(self.path, "a", encoding="utf-8") as file:
+        with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
 
     def _check(self, path: Path, settings: dict[str, Any]) -> None:
         if not self.path.exists() or not self.path.stat().st_size:  # settings without samples bind nobody
-            path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_text(path, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
         elif path.exists():
-            found = _settings_in(path)
+            found = without_secrets(_settings_in(path))
             for name in {**settings, **found}:
                 if found.get(name) != settings.get(name):
                     raise ValueError(

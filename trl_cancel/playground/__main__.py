@@ -11,6 +11,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+from ..texts import plain
 from . import CHECKPOINT
 
 
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder to write to")
     folder = parser.parse_args().folder
     write_playground(folder)
-    print(f"Wrote {folder / 'model'} and {folder / 'data'}.")
+    print(plain(f"Wrote {folder / 'model'} and {folder / 'data'}."))
 
 
 if __name__ == "__main__":
