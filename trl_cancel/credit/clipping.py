@@ -8,6 +8,8 @@ good and bad rollouts share no longer cancel outside the clipping range (Appendi
 
 import torch
 
+from ..arguments import floats, not_negative, stretch
+
 
 def symmetric_clip(ratios: torch.Tensor, epsilon: float) -> torch.Tensor:
     r"""
@@ -24,8 +26,13 @@ def symmetric_clip(ratios: torch.Tensor, epsilon: float) -> torch.Tensor:
             Distance of the upper bound from 1.
 
     Returns:
-        `torch.Tensor` of the same shape: The weights.
+        `torch.Tensor` of the same shape: The weights; `nan` where the ratio is.
+
+    Raises:
+        `ValueError`: If `epsilon` is negative or not a number.
     """
+    (ratios,) = floats(ratios=ratios)
+    not_negative("epsilon", epsilon, "0.2")
     return ratios.clamp(0.0, 1.0 + epsilon)
 
 
@@ -54,9 +61,28 @@ def surrogate_weight(
             Upper bound for negative advantages (two-sided clipping).
 
     Returns:
-        `torch.Tensor`: The weights, of the shape that `ratios` and `advantages` broadcast to.
+        `torch.Tensor`: The weights, of the shape that `ratios` and `advantages` broadcast to; `nan` where either is.
+
+    Raises:
+        `ValueError`: If they do not broadcast, or a bound is negative or not a number.
     """
+    ratios, advantages = floats(ratios=ratios, advantages=advantages)
+    stretch(ratios=ratios, advantages=advantages)
+    check_clip_range(epsilon_low, epsilon_high, delta)
     cut = torch.where(advantages >= 0, ratios > 1 + epsilon_high, ratios < 1 - epsilon_low)
     if delta is not None:
         cut = cut | ((advantages < 0) & (ratios > delta))
-    return torch.where(cut, 0.0, ratios)
+    return torch.where(cut, 0.0, ratios).masked_fill(advantages.isnan(), torch.nan)
+
+
+def check_clip_range(epsilon_low: float, epsilon_high: float, delta: float | None = None) -> None:
+    """
+    Refuses bounds that are negative or not numbers.
+
+    Raises:
+        `ValueError`: Names the bound.
+    """
+    not_negative("epsilon_low", epsilon_low, "0.2")
+    not_negative("epsilon_high", epsilon_high, "0.2")
+    if delta is not None:
+        not_negative("delta", delta, "4.0")
