@@ -62,8 +62,10 @@ def whole(name: str, value: Any, least: int, most: int | None = None, what: str 
     """
     number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
     if number is None or number < least or (most is not None and number > most):
-        bounds = f"of at least {least}" if most is None else f"between {least} and {what}{most}"
-        raise ValueError(f"{name}={value!r} must be a whole number {bounds}.")
+        if most is None:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
+        kind = "" if number is not None else ", and a whole number"
+        raise ValueError(f"{name}={value!r} must be between {least} and {what}{most}{kind}.")
     return number
 
 
@@ -75,7 +77,7 @@ def not_negative(name: str, value: Any, example: str) -> None:
         `ValueError`: Gives the example.
     """
     if not (is_number(value) and value >= 0):
-        raise ValueError(f"{name}={value!r} must be a number that is not negative, e.g. {example}.")
+        raise ValueError(f"{name}={value!r} must not be negative, but a number such as {example}.")
 
 
 def positive(name: str, value: Any, example: str) -> None:
@@ -107,6 +109,16 @@ def floats(**values: Any) -> list[torch.Tensor]:
         tensor if _is_floating(values[name]) else _tensor(name, values[name], dtype)
         for name, tensor in tensors.items()
     ]
+
+
+def doubles(**values: Any) -> list[torch.Tensor]:
+    """
+    Tensors of type `torch.double`.
+
+    Raises:
+        `ValueError`: If one cannot be a tensor.
+    """
+    return [_tensor(name, value, torch.double) for name, value in values.items()]
 
 
 def marks(**values: Any) -> list[torch.Tensor]:
@@ -208,15 +220,30 @@ def known(**tensors: torch.Tensor) -> None:
         _refuse(name, tensor, tensor.isnan(), "a number")
 
 
-def within(size: int, **tensors: torch.Tensor) -> None:
+def uncertain(**tensors: torch.Tensor) -> None:
     """
-    Refuses indices from outside 0 to `size` - 1, of which negative ones would count from the end.
+    Refuses probabilities of 1, and what is none.
 
     Raises:
         `ValueError`: Names the first of them.
     """
     for name, tensor in tensors.items():
-        _refuse(name, tensor, (tensor < 0) | (tensor >= size), f"between 0 and {size - 1}")
+        _refuse(name, tensor, ~((tensor >= 0) & (tensor < 1)), "at least 0 and below 1")
+
+
+def within(size: int | None, **tensors: torch.Tensor) -> None:
+    """
+    Refuses indices from outside 0 to `size` - 1, of which negative ones would count from the end; without a size all
+    that are not negative are right.
+
+    Raises:
+        `ValueError`: Names the first of them.
+    """
+    for name, tensor in tensors.items():
+        if size is None:
+            _refuse(name, tensor, tensor < 0, "0 or more")
+        else:
+            _refuse(name, tensor, (tensor < 0) | (tensor >= size), f"between 0 and {size - 1}")
 
 
 def _refuse(name: str, tensor: torch.Tensor, wrong: torch.Tensor, wanted: str) -> None:

@@ -11,6 +11,8 @@ import math
 
 import torch
 
+from ..arguments import floats, shaped, single
+
 
 IMPOSSIBLE = -(2**24)  # below every sum of counts
 
@@ -173,7 +175,12 @@ def without_variance(rewards: torch.Tensor, weights: torch.Tensor, apart: bool =
 
     Returns:
         `torch.Tensor` of shape `(M,)` and type `bool`.
+
+    Raises:
+        `ValueError`: If the shapes do not fit.
     """
+    rewards, weights = single(*floats(rewards=rewards, weights=weights))
+    shaped(rewards=(rewards, "M G F"), weights=(weights, "F"))
     if apart:
         rewards = rewards[..., weights != 0]
     else:

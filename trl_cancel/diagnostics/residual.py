@@ -13,6 +13,8 @@ advantages sum to zero, and the residual is |sum of cA| / sum of |cA|.
 
 import torch
 
+from ..arguments import floats, marks, shaped, single, whole_numbers
+
 
 def prefix_ids(token_ids: torch.Tensor, mask: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
     """
@@ -44,10 +46,9 @@ def _scramble(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 31)
 
 
-def net_over_gross(values: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
+def net_and_gross(values: torch.Tensor, contexts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    For each value, the sum of its context's values over the sum of their magnitudes: 1 where all push up, -1 where all
-    push down, 0 where they cancel, `nan` where nothing pushes.
+    For each value, what those of its context come to.
 
     Args:
         values (`torch.Tensor` of shape `(N,)`):
@@ -56,12 +57,15 @@ def net_over_gross(values: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor
             Their contexts.
 
     Returns:
-        `torch.Tensor` of shape `(N,)`.
+        `tuple` of three `torch.Tensor` of shape `(N,)`: The sum of the values, that of their magnitudes, and whether
+        there are both positive and negative ones. A value that is `nan` makes the sums `nan`, and may be of either
+        sign.
     """
     names, index = contexts.unique(return_inverse=True)
-    net = values.new_zeros(names.numel()).index_add_(0, index, values)
-    gross = values.new_zeros(names.numel()).index_add_(0, index, values.abs())
-    return (net / gross)[index]
+    # Signs are counted: of sums that were added up in different orders none is exactly the other.
+    columns = torch.stack([values, values.abs(), ~(values <= 0), ~(values >= 0)], dim=1)
+    net, gross, up, down = values.new_zeros(names.numel(), 4).index_add_(0, index, columns)[index].unbind(1)
+    return net, gross, (up > 0) & (down > 0)
 
 
 def shared_contexts(
@@ -82,13 +86,22 @@ def shared_contexts(
 
     Returns:
         `tuple` of two `torch.Tensor` of shape `(B, T)`: The contexts, 0 for a token that is not shared by rollouts of
-        both signs; and the deserved net push over gross push, between -1 and 1.
+        both signs; and the deserved net push over gross push, between -1 and 1, in float32 or better; `nan` where an
+        advantage is not finite.
+
+    Raises:
+        `ValueError`: If the shapes do not fit, or `token_ids` are not whole numbers.
     """
-    contexts = prefix_ids(token_ids, mask, group_ids)
+    (token_ids,), (present,) = whole_numbers(token_ids=token_ids), marks(mask=mask)
+    (advantages,) = single(*floats(advantages=advantages))
+    shaped(
+        token_ids=(token_ids, "B T"), mask=(present, "B T"), group_ids=(group_ids, "B"), advantages=(advantages, "B")
+    )
+    contexts = prefix_ids(token_ids, present, group_ids)
     values = advantages.unsqueeze(1).expand_as(contexts)
-    deserved = net_over_gross(values.flatten(), contexts.flatten()).view_as(contexts)
-    shared = (deserved.abs() < 1) & (contexts != 0)  # false where deserved is nan
-    return contexts * shared, deserved.where(shared, 0.0)
+    net, gross, both = (column.view_as(contexts) for column in net_and_gross(values.flatten(), contexts.flatten()))
+    shared = both & (contexts != 0)
+    return contexts * shared, (net / gross).where(shared, 0.0)
 
 
 def shared_prefix_residual(
@@ -113,10 +126,16 @@ def shared_prefix_residual(
             What the contexts deserve, from [`shared_contexts`].
 
     Returns:
-        `tuple` of two scalar `torch.Tensor`: The residual, 0 if no token is shared; and the number of tokens it is
-        the mean of.
+        `tuple` of two scalar `torch.Tensor`: The residual, 0 if no token is shared, and `nan` if a push on a shared
+        one is not finite; and the number of tokens it is the mean of.
+
+    Raises:
+        `ValueError`: If the shapes differ.
     """
+    pushes, deserved = single(*floats(pushes=pushes, deserved=deserved))
+    shaped(pushes=(pushes, "..."), contexts=(contexts, "..."), deserved=(deserved, "..."))
     shared = contexts != 0
-    applied = net_over_gross(pushes[shared], contexts[shared])
-    residual = (applied - deserved[shared]).nan_to_num(nan=0.0).abs()  # nan: nothing pushes, so nothing is left
+    net, gross, _ = net_and_gross(pushes[shared], contexts[shared])
+    # Where nothing pushes, nothing is left.
+    residual = torch.where(gross == 0, 0.0, net / gross - deserved[shared]).abs()
     return residual.sum() / shared.sum().clamp(min=1), shared.sum()
