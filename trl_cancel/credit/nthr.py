@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import floats, is_factor, is_number, marks, one_of, shaped, whole_numbers
+from ..arguments import floats, is_factor, is_number, marks, one_of, shaped, single, whole_numbers
 from ..arguments import positive as positive_number
 from ..rollouts import Rollouts, generator_of
 from ..states import HELD_LOGITS, LMHead
@@ -82,7 +82,7 @@ def nthr_scores(
         positive=(positive, "G"),
     )
     positive_number("temperature", temperature, "1.0")
-    head = head if isinstance(head, LMHead) else LMHead(head)
+    head = head if isinstance(head, LMHead) else LMHead(single(*floats(head=head))[0])
     vocabulary, targets = token_ids[active].unique(return_inverse=True)  # (V*,), (N,)
     states, chosen = hidden[active], logps[active]  # (N, d), (N,)
     dtype = torch.promote_types(states.dtype, torch.float32)

@@ -178,7 +178,7 @@ def _of_layer(
     shaped(hidden=(hidden, "N d"), token_ids=(token_ids, "N"))
     finite(hidden=hidden)
     positive("temperature", temperature, "1.0")
-    head = head if isinstance(head, LMHead) else LMHead(floats(head=head)[0])
+    head = head if isinstance(head, LMHead) else LMHead(single(*floats(head=head))[0])
     within(vocabulary_size(head), token_ids=token_ids)
     return hidden, token_ids, head
 

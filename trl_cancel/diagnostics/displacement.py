@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from ..arguments import floats, known, marks, shaped, single, whole
-from ..states import LMHead
 
 
 def likelihood_displacement(
@@ -93,7 +92,6 @@ def gwhes(
     shaped(hidden=(hidden, "G T d"), token_ids=(token_ids, "G T"), mask=(active, "G T"), positive=(positive, "G"))
     if positive.all() or not positive.any():
         raise ValueError("gwhes needs right and wrong responses to the prompt; all have the same reward here.")
-    head = head if isinstance(head, LMHead) else LMHead(head)
 
     def matrix(rollouts: torch.Tensor) -> torch.Tensor:
         chosen = active & rollouts.unsqueeze(1)
