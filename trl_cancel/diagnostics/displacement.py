@@ -91,7 +91,7 @@ def gwhes(
     token_ids = torch.as_tensor(token_ids)
     shaped(hidden=(hidden, "G T d"), token_ids=(token_ids, "G T"), mask=(active, "G T"), positive=(positive, "G"))
     if positive.all() or not positive.any():
-        raise ValueError("gwhes needs right and wrong responses to the prompt; all have the same reward here.")
+        raise ValueError("gwhes needs right and wrong responses to the prompt; positive holds only one kind.")
 
     def matrix(rollouts: torch.Tensor) -> torch.Tensor:
         chosen = active & rollouts.unsqueeze(1)
