@@ -91,7 +91,8 @@ def surrogate_slope(ratio, advantage, epsilon_low, epsilon_high, delta=None):
     """The slope by the log-ratio of min(min(r, delta) A, clip(r) A) over A: r on the branch that is taken, 0 where flat."""
     inner = ratio if delta is None else min(ratio, delta)
     outer = min(max(ratio, 1 - epsilon_low), 1 + epsilon_high)
-    taken = inner if inner * advantage <= outer * advantage else outer
+    smaller, larger = sorted((inner, outer))
+    taken = smaller if advantage >= 0 else larger
     return ratio if taken == ratio else 0.0
 
 
