@@ -46,26 +46,23 @@ def _scramble(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 31)
 
 
-def net_and_gross(values: torch.Tensor, contexts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def net_and_gross(values: torch.Tensor, index: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    For each value, what those of its context come to.
+    What the values of each context come to.
 
     Args:
         values (`torch.Tensor` of shape `(N,)`):
             Values of tokens.
-        contexts (`torch.Tensor` of shape `(N,)`):
-            Their contexts.
+        index (`torch.Tensor` of shape `(N,)`):
+            Their contexts, from 0 to C - 1.
+        count (`int`):
+            Number of contexts C.
 
     Returns:
-        `tuple` of three `torch.Tensor` of shape `(N,)`: The sum of the values, that of their magnitudes, and whether
-        there are both positive and negative ones. A value that is `nan` makes the sums `nan`, and may be of either
-        sign.
+        `tuple` of two `torch.Tensor` of shape `(C,)`: The sum of the values, and that of their magnitudes.
     """
-    names, index = contexts.unique(return_inverse=True)
-    # Signs are counted: of sums that were added up in different orders none is exactly the other.
-    columns = torch.stack([values, values.abs(), ~(values <= 0), ~(values >= 0)], dim=1)
-    net, gross, up, down = values.new_zeros(names.numel(), 4).index_add_(0, index, columns)[index].unbind(1)
-    return net, gross, (up > 0) & (down > 0)
+    net, gross = (values.new_zeros(count).index_add_(0, index, part) for part in (values, values.abs()))
+    return net, gross
 
 
 def shared_contexts(
@@ -99,9 +96,15 @@ def shared_contexts(
     )
     contexts = prefix_ids(token_ids, present, group_ids)
     values = advantages.unsqueeze(1).expand_as(contexts)
-    net, gross, both = (column.view_as(contexts) for column in net_and_gross(values.flatten(), contexts.flatten()))
-    shared = both & (contexts != 0)
-    return contexts * shared, (net / gross).where(shared, 0.0)
+    names, index = contexts.unique(return_inverse=True)
+    net, gross = net_and_gross(values.flatten(), index.flatten(), len(names))
+    # Signs are looked up: of sums that were added up in different orders none is exactly the other. What is nan may be
+    # of either sign.
+    up, down = (values.new_zeros(len(names), dtype=torch.bool) for _ in range(2))
+    up[index[~(values <= 0)]] = True
+    down[index[~(values >= 0)]] = True
+    shared = (up & down)[index] & (contexts != 0)
+    return contexts * shared, (net / gross)[index].where(shared, 0.0)
 
 
 def shared_prefix_residual(
@@ -135,7 +138,8 @@ def shared_prefix_residual(
     pushes, deserved = single(*floats(pushes=pushes, deserved=deserved))
     shaped(pushes=(pushes, "..."), contexts=(contexts, "..."), deserved=(deserved, "..."))
     shared = contexts != 0
-    net, gross, _ = net_and_gross(pushes[shared], contexts[shared])
+    names, index = contexts[shared].unique(return_inverse=True)
+    net, gross = net_and_gross(pushes[shared], index, len(names))
     # Where nothing pushes, nothing is left.
-    residual = torch.where(gross == 0, 0.0, net / gross - deserved[shared]).abs()
+    residual = torch.where(gross[index] == 0, 0.0, (net / gross)[index] - deserved[shared]).abs()
     return residual.sum() / shared.sum().clamp(min=1), shared.sum()
