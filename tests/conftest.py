@@ -23,8 +23,10 @@ from .runs import TINY
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that was started in the background ignores it
-hypothesis.settings.register_profile("shared machines", deadline=None)
-hypothesis.settings.load_profile("shared machines")
+# The suite tries the same examples each time; a search tries others, and many.
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
 @pytest.fixture(autouse=True)

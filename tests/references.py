@@ -87,10 +87,20 @@ def shared_prefix_residual(token_ids, present, groups, advantages, pushes, in_up
     return (total / count if count else 0.0), count
 
 
-def post_clip_weight(ratio, advantage, epsilon_low, epsilon_high):
-    """Eq. 46 and 47 of 2604.13088, for one rollout."""
+def surrogate_slope(ratio, advantage, epsilon_low, epsilon_high, delta=None):
+    """The slope by the log-ratio of min(min(r, delta) A, clip(r) A) over A: r on the branch that is taken, 0 where flat."""
+    inner = ratio if delta is None else min(ratio, delta)
+    outer = min(max(ratio, 1 - epsilon_low), 1 + epsilon_high)
+    smaller, larger = sorted((inner, outer))
+    taken = smaller if advantage >= 0 else larger
+    return ratio if taken == ratio else 0.0
+
+
+def post_clip_weight(ratio, advantage, epsilon_low, epsilon_high, delta=None):
+    """Eq. 46 and 47 of 2604.13088, for one rollout, with TRL's two-sided clipping."""
+    bounded = ratio if delta is None else min(ratio, delta)
     clipped = min(max(ratio, 1 - epsilon_low), 1 + epsilon_high)
-    return min(ratio, clipped) if advantage >= 0 else max(ratio, clipped)
+    return min(bounded, clipped) if advantage >= 0 else max(bounded, clipped)
 
 
 def orthogonal_projection(weights, advantages):
@@ -162,17 +172,19 @@ def dot(first, second):
     return sum(a * b for a, b in zip(first, second, strict=True))
 
 
-def delta_coefficients(proxies, advantages, lambda_min, lambda_max, *, refinements, gamma, normalize):
+def delta_coefficients(proxies, advantages, lambda_min, lambda_max, *, refinements, gamma, normalize, least=1e-4):
     """Section 4 of 2605.21467, with squared distances."""
     sides = [(a > 0) - (a < 0) for a in advantages]
 
     def centroid(side, weights):
         chosen = [(w * abs(a), v) for w, a, s, v in zip(weights, advantages, sides, proxies, strict=True) if s == side]
-        total = sum(weight for weight, _ in chosen)
+        total = sum(weight for weight, _ in chosen) or 1.0
         return [sum(weight * v[k] for weight, v in chosen) / total for k in range(len(proxies[0]))]
 
     def margins(weights):
         centroids = {side: centroid(side, weights) for side in (1, -1)}
+        if not {1, -1} <= set(sides):
+            return [0.0] * len(proxies)  # nothing to tell apart
         return [
             math.dist(v, centroids[-s]) ** 2 - math.dist(v, centroids[s]) ** 2 if s else 0.0
             for s, v in zip(sides, proxies, strict=True)
@@ -182,13 +194,18 @@ def delta_coefficients(proxies, advantages, lambda_min, lambda_max, *, refinemen
         found = {0: 1.0}
         for side in (1, -1):
             own = [value for value, s in zip(values, sides, strict=True) if s == side]
-            mean = sum(own) / len(own)
-            spread = math.sqrt(sum((value - mean) ** 2 for value in own) / len(own))
-            found[side] = max(spread, 1e-4) if gamma is None else gamma
+            mean = sum(own) / max(1, len(own))
+            spread = math.sqrt(sum((value - mean) ** 2 for value in own) / max(1, len(own)))
+            found[side] = max(spread, least) if gamma is None else gamma
         return found
 
+    def assignment(value, scale):
+        if scale == 0:  # the limit
+            return (1 + (value > 0) - (value < 0)) / 2
+        return 1 / (1 + math.exp(min(-value / scale, 700)))
+
     def assignments(values, scale):
-        return [1 / (1 + math.exp(-value / scale[s])) for value, s in zip(values, sides, strict=True)]
+        return [assignment(value, scale[s]) for value, s in zip(values, sides, strict=True)]
 
     found = margins([1.0] * len(proxies))
     scale = scales(found)

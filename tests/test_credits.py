@@ -188,7 +188,7 @@ def test_level_is_restored_after_an_error(monkeypatch, tiny_model):
         arguments={"credits": [Recorder()]},
     )
     values = torch.zeros(4, 3, dtype=torch.float64)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"mask of shape \(4, 2\) does not fit logps of shape \(4, 3\)"):
         loss_of(values, values, values, torch.ones(4, 3, dtype=torch.long), completion_mask=torch.ones(4, 2))
     assert loss_of.trainer.importance_sampling_level == "sequence"
     assert loss_of.trainer._loss is None

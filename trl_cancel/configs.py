@@ -11,11 +11,12 @@ from typing import Any
 from trl import GRPOConfig
 
 from . import _upstream  # noqa: F401  (refuses an untested TRL before anything else happens)
+from .arguments import is_number, one_of
 from .batching import BatchLayout
 from .credit.controls import SIGNS
-from .credit.delta import ASSIGNMENTS, PROXIES, normalization
+from .credit.delta import ASSIGNMENTS, PROXIES, check_delta, normalization
 from .credit.group_weights import TRANSFORMATIONS, TRUST_REGIONS
-from .credit.nthr import ETAS, SELECTIONS
+from .credit.nthr import SELECTIONS, check_nthr
 from .secrets import KeepsSecrets, without_secrets
 
 
@@ -469,17 +470,16 @@ class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
             )
         for name in ("epsilon", "epsilon_high"):
             value = getattr(self, name)
-            if not (_is_number(value) and value > 0) and not (name == "epsilon_high" and value is None):
+            if not (is_number(value) and value > 0) and not (name == "epsilon_high" and value is None):
                 raise ValueError(f"{name}={value!r} must be a positive number, e.g. 0.2.")
-        if not (_is_number(self.temperature) and self.temperature > 0):
+        if not (is_number(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature={self.temperature!r} must be positive, e.g. 1.0.")
         length = self.max_completion_length
         if length is not None and not (isinstance(length, int) and length > 0):
             raise ValueError(f"max_completion_length={length!r} must be a whole number of at least 1.")
         self._check_sizes()
         for name, known in (("loss_type", LOSS_TYPES), ("importance_sampling_level", ("token", "sequence"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, known))}.")
+            one_of(name, getattr(self, name), known)
 
     def _check_sizes(self) -> None:
         for name in BatchLayout.__dataclass_fields__.keys() & self.__dataclass_fields__.keys():
@@ -505,10 +505,8 @@ class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
     def _check_choices(self) -> None:
         for setting in fields(self):
             choices = setting.metadata.get("choices")
-            if setting.name in _OWN_FIELDS and choices and getattr(self, setting.name) not in choices:
-                raise ValueError(
-                    f"{setting.name}={getattr(self, setting.name)!r} is not one of {', '.join(map(repr, choices))}."
-                )
+            if setting.name in _OWN_FIELDS and choices:
+                one_of(setting.name, getattr(self, setting.name), choices)
 
     def _check_batches(self) -> None:
         layout = self.layout
@@ -534,7 +532,7 @@ class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
 
     def _check_rounds(self) -> None:
         share, rounds = self.reward_balance, self.max_generation_rounds
-        if not (_is_number(share) and 0 <= share <= 0.5):
+        if not (is_number(share) and 0 <= share <= 0.5):
             raise ValueError(f"reward_balance={share!r} must be between 0 and 0.5, e.g. 0.25.")
         if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
             raise ValueError(f"max_generation_rounds={rounds!r} must be a whole number of at least 1.")
@@ -607,7 +605,7 @@ class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
                 f"beta={self.beta}) would lose its ratio. Set use_bias_correction_kl=False or beta=0."
             )
         self._check_delta_bound(chosen)
-        if not (_is_number(self.group_weights_scale) and self.group_weights_scale > 0):
+        if not (is_number(self.group_weights_scale) and self.group_weights_scale > 0):
             raise ValueError(f"group_weights_scale={self.group_weights_scale!r} must be positive, e.g. 0.5.")
         layout = self.layout
         if layout.is_split and not self.query_preserved:
@@ -642,13 +640,7 @@ class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
     def _check_nthr(self) -> None:
         if not self.nthr:
             return
-        if not _is_number(self.nthr_beta) or math.isnan(self.nthr_beta) or self.nthr_beta == math.inf:
-            raise ValueError(f"nthr_beta={self.nthr_beta!r} must be a number, e.g. 1.0.")
-        if self.nthr_eta not in ETAS and not _is_factor(self.nthr_eta):
-            raise ValueError(
-                f"nthr_eta={self.nthr_eta!r} is not one of {', '.join(map(repr, ETAS))} or a number that is not "
-                "negative, e.g. 0.5."
-            )
+        check_nthr(self.nthr_beta, self.nthr_eta, self.nthr_selection, "nthr_")
         layout = self.layout
         if not layout.groups_are_local:
             raise ValueError(
@@ -664,28 +656,19 @@ class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
             raise ValueError(f"delta_{error}") from None
         if not self.delta_credit:
             return
-        low, high = self.delta_lambda_min, self.delta_lambda_max
-        if not (_is_number(low) and _is_number(high) and 0 <= low <= high and 0 < high < float("inf")):
-            raise ValueError(
-                f"delta_lambda_min={low!r} and delta_lambda_max={high!r} must be numbers with "
-                "0 <= delta_lambda_min <= delta_lambda_max, e.g. 0.8 and 1.2."
-            )
-        refinements = self.delta_refinements
-        if isinstance(refinements, bool) or not isinstance(refinements, int) or refinements < 0:
-            raise ValueError(f"delta_refinements={self.delta_refinements!r} must be a whole number of at least 0.")
-        if self.delta_gamma is not None and not (_is_number(self.delta_gamma) and self.delta_gamma > 0):
-            raise ValueError(f"delta_gamma={self.delta_gamma!r} must be a positive number, or None.")
-        fraction = self.delta_top_fraction
-        if fraction is not None and not (_is_number(fraction) and 0 < fraction <= 1):
-            raise ValueError(f"delta_top_fraction={fraction!r} must be between 0 and 1, e.g. 0.5, or None.")
-        if fraction is not None and self.delta_assignment == "hard":
-            raise ValueError(
-                f"delta_top_fraction={fraction} ranks tokens by their assignment, but delta_assignment='hard' gives only "
-                "0 and 1. Set delta_assignment='soft', or 'random' for a control."
-            )
+        check_delta(
+            self.delta_refinements,
+            self.delta_lambda_min,
+            self.delta_lambda_max,
+            self.delta_gamma,
+            self.delta_proxy,
+            self.delta_assignment,
+            self.delta_top_fraction,
+            "delta_",
+        )
 
     def _check_states(self) -> None:
-        if not (_is_number(self.state_cache_gib) and self.state_cache_gib >= 0):
+        if not (is_number(self.state_cache_gib) and self.state_cache_gib >= 0):
             raise ValueError(f"state_cache_gib={self.state_cache_gib!r} must be a number of GiB, e.g. 2.0.")
 
     def _check_logging(self) -> None:
@@ -697,18 +680,6 @@ class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
 
 
 _OWN_FIELDS = {setting.name for setting in fields(CancelGRPOConfig)} - {setting.name for setting in fields(GRPOConfig)}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_factor(value: Any) -> bool:
-    """Whether it is a number, or spells one, that advantages can be multiplied with."""
-    try:
-        return not isinstance(value, bool) and 0 <= float(value) < float("inf")
-    except (TypeError, ValueError):
-        return False
 
 
 def _again(name: str, default: Any) -> Any:

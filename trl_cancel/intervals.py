@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from .arguments import doubles, is_number, shaped, whole
+
 
 def mean_with_interval(
     scores: torch.Tensor, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
@@ -23,8 +25,19 @@ def mean_with_interval(
 
     Returns:
         `tuple[float, float, float]`: Mean, lower and upper end; `nan` where there are no scores.
+
+    Raises:
+        `ValueError`: If `scores` has another shape or infinite values, `confidence` is not between 0 and 1, or there is
+            no resample.
     """
-    by_prompt = scores.double().nanmean(1)
+    (scores,) = doubles(scores=scores)
+    shaped(scores=(scores, "P k"))
+    if scores.isinf().any():
+        raise ValueError("scores hold an infinite value, so they have no mean; give nan for what is to be left out.")
+    if not (is_number(confidence) and 0 < confidence < 1):
+        raise ValueError(f"confidence={confidence!r} must be between 0 and 1, e.g. 0.95.")
+    whole("num_resamples", num_resamples, 1)
+    by_prompt = scores.nanmean(1)
     by_prompt = by_prompt[~by_prompt.isnan()]
     if not len(by_prompt):
         return math.nan, math.nan, math.nan

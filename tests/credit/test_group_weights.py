@@ -13,6 +13,7 @@ from trl_cancel.credit import (
     post_clip_weights,
     truncate_and_rebalance,
 )
+from trl_cancel.credit.group_weights import consistent_weights
 
 
 FINITE = st.floats(-3, 3).map(lambda x: 0.0 if abs(x) < 1e-3 else x)
@@ -166,3 +167,14 @@ def test_one_sided_groups():
     assert positive_orthogonal_projection(weights, advantages).tolist() == [0, 0, 2]
     assert truncate_and_rebalance(weights, advantages).tolist() == [0, 0, 2]
     assert positive_orthogonal_projection(weights, -advantages).tolist() == [0, 0, 2]
+
+
+@pytest.mark.parametrize("transformation", ["min", "orth", "positive_orth", "rebalance", "identity"])
+@pytest.mark.parametrize("worst", [float("inf"), float("nan")])
+def test_a_rollout_that_is_left_out_has_no_effect_whatever_its_weight(transformation, worst):
+    """A ratio overflows where the policy has left a rollout that the loss drops anyway."""
+    weights, advantages = torch.tensor([[1.0, 0.5, 2.0, 1.5]]), torch.tensor([[1.0, -1.0, 0.5, -0.5]])
+    active = torch.tensor([[True, True, True, False]])
+    expected = consistent_weights(weights, advantages, active, transformation)
+    weights[0, 3] = worst
+    assert torch.equal(consistent_weights(weights, advantages, active, transformation), expected)

@@ -5,6 +5,7 @@ import torch
 
 from tests import references
 from trl_cancel.diagnostics import energy_by_frequency, output_row_energy
+from trl_cancel.diagnostics.energy import asymmetry_by_group
 
 
 @pytest.mark.parametrize("num_buckets", [1, 3, 4])
@@ -37,3 +38,17 @@ def test_output_row():
     for token in range(5):
         (gradient,) = torch.autograd.grad(weights[token] * logps[token], leaf, retain_graph=True)
         assert found[token].item() == pytest.approx(gradient[ids[token]].norm().item(), rel=1e-5)
+
+
+def test_asymmetry_by_group_is_a_variance():
+    """Also where the mean is large, whose square less the mean of the squares is rounding, and negative at times."""
+    generator = torch.Generator().manual_seed(0)
+    coefficients = 1e4 + torch.rand(400, generator=generator)
+    groups = torch.arange(400) % 100
+    found = asymmetry_by_group(coefficients, groups)
+    expected = torch.stack([coefficients[groups == group].double().var(correction=0) for group in range(100)])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-6)
+    assert (found >= 0).all()
+    assert asymmetry_by_group(torch.ones(4).half() * 300, torch.zeros(4)).tolist() == [0.0]
+    with pytest.raises(ValueError, match="group_ids of shape"):
+        asymmetry_by_group(torch.ones(4), torch.zeros(1))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ..arguments import floats, shaped, single
 from .choosing import Pool, bound, choose, exchanged
 from .spreading import fill_steps
 
@@ -135,7 +136,12 @@ def without_variance(rewards: torch.Tensor, weights: torch.Tensor, apart: bool =
 
     Returns:
         `torch.Tensor` of shape `(M,)` and type `bool`.
+
+    Raises:
+        `ValueError`: If the shapes do not fit.
     """
+    rewards, weights = single(*floats(rewards=rewards, weights=weights))
+    shaped(rewards=(rewards, "M G F"), weights=(weights, "F"))
     if apart:
         rewards = rewards[..., weights != 0]
     else:

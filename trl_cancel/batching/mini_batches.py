@@ -8,6 +8,8 @@ cancel (Eq. 14).
 
 import torch
 
+from ..arguments import whole
+
 
 def query_preserved_permutation(
     num_groups: int, group_size: int, generator: torch.Generator | None = None
@@ -28,6 +30,9 @@ def query_preserved_permutation(
     Returns:
         `torch.Tensor` of shape `(num_groups * group_size,)`: Indices of the rollouts in their new order.
 
+    Raises:
+        `ValueError`: If a number is not whole, or negative.
+
     Example:
 
     ```python
@@ -35,5 +40,7 @@ def query_preserved_permutation(
     tensor([4, 5, 0, 1, 2, 3])
     ```
     """
+    whole("num_groups", num_groups, 0)
+    whole("group_size", group_size, 1)
     groups = torch.randperm(num_groups, generator=generator)
     return (groups.unsqueeze(1) * group_size + torch.arange(group_size)).flatten()

@@ -8,6 +8,8 @@ good and bad rollouts share no longer cancel outside the clipping range (Appendi
 
 import torch
 
+from ..arguments import floats, not_negative, shaped, stretch
+
 
 def symmetric_clip(ratios: torch.Tensor, epsilon: float) -> torch.Tensor:
     r"""
@@ -24,8 +26,13 @@ def symmetric_clip(ratios: torch.Tensor, epsilon: float) -> torch.Tensor:
             Distance of the upper bound from 1.
 
     Returns:
-        `torch.Tensor` of the same shape: The weights.
+        `torch.Tensor` of the same shape: The weights; `nan` where the ratio is.
+
+    Raises:
+        `ValueError`: If `epsilon` is negative or not a number.
     """
+    (ratios,) = floats(ratios=ratios)
+    not_negative("epsilon", epsilon, "0.2")
     return ratios.clamp(0.0, 1.0 + epsilon)
 
 
@@ -50,8 +57,8 @@ def post_clip_weights(
     Args:
         ratios (`torch.Tensor`):
             Importance ratios of tokens or sequences.
-        advantages (`torch.Tensor`):
-            Advantages, broadcastable with `ratios`.
+        advantages (`torch.Tensor` of the same shape):
+            Advantages.
         epsilon_low (`float`):
             Distance of the lower bound from 1; it bounds negative advantages.
         epsilon_high (`float`):
@@ -60,12 +67,24 @@ def post_clip_weights(
             Bound on the ratio itself (two-sided clipping).
 
     Returns:
-        `torch.Tensor`: The weights, of the shape that `ratios` and `advantages` broadcast to.
+        `torch.Tensor` of the same shape: The weights; `nan` where the ratio or the advantage is.
+
+    Raises:
+        `ValueError`: If the shapes differ, or a bound is negative or not a number.
     """
+    ratios, advantages = floats(ratios=ratios, advantages=advantages)
+    shaped(ratios=(ratios, "..."), advantages=(advantages, "..."))
+    check_clip_range(epsilon_low, epsilon_high, delta)
+    return _clipped(ratios, advantages, epsilon_low, epsilon_high, delta)
+
+
+def _clipped(
+    ratios: torch.Tensor, advantages: torch.Tensor, epsilon_low: float, epsilon_high: float, delta: float | None
+) -> torch.Tensor:
     low, high = 1 - epsilon_low, 1 + epsilon_high
     of_positive = ratios.clamp(max=high if delta is None else min(delta, high))
     of_negative = ratios.clamp(low, None if delta is None else max(delta, high))
-    return torch.where(advantages >= 0, of_positive, of_negative)
+    return torch.where(advantages >= 0, of_positive, of_negative).masked_fill(advantages.isnan(), torch.nan)
 
 
 def surrogate_weight(
@@ -89,7 +108,26 @@ def surrogate_weight(
             As in [`post_clip_weights`].
 
     Returns:
-        `torch.Tensor`: The weights, of the shape that `ratios` and `advantages` broadcast to.
+        `torch.Tensor`: The weights, of the shape that `ratios` and `advantages` broadcast to; `nan` where either is.
+
+    Raises:
+        `ValueError`: If they do not broadcast, or a bound is negative or not a number.
     """
-    weights = post_clip_weights(ratios, advantages, epsilon_low, epsilon_high, delta)
-    return torch.where((weights < ratios) | (weights > ratios), 0.0, ratios)
+    ratios, advantages = floats(ratios=ratios, advantages=advantages)
+    stretch(ratios=ratios, advantages=advantages)
+    check_clip_range(epsilon_low, epsilon_high, delta)
+    weights = _clipped(ratios, advantages, epsilon_low, epsilon_high, delta)
+    return torch.where((weights < ratios) | (weights > ratios), 0.0, ratios).masked_fill(advantages.isnan(), torch.nan)
+
+
+def check_clip_range(epsilon_low: float, epsilon_high: float, delta: float | None = None) -> None:
+    """
+    Refuses bounds that are negative or not numbers.
+
+    Raises:
+        `ValueError`: Names the bound.
+    """
+    not_negative("epsilon_low", epsilon_low, "0.2")
+    not_negative("epsilon_high", epsilon_high, "0.2")
+    if delta is not None:
+        not_negative("delta", delta, "4.0")

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..arguments import one_of
 from ..rollouts import Rollouts
 from .protocol import Scope
 
@@ -19,11 +20,15 @@ class SignControl:
     Args:
         sign (`str`):
             `"positive"`, `"negative"` or `"both"`.
+
+    Raises:
+        `ValueError`: If it is none of these.
     """
 
     scope: Scope = "rollout"
 
     def __init__(self, sign: str):
+        one_of("sign", sign, SIGNS)
         self.sign = sign
 
     def coefficients(self, rollouts: Rollouts) -> torch.Tensor:

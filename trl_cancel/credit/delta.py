@@ -12,11 +12,13 @@ The margin is affine in v, so a dot product with \\( \mu_+-\mu_- \\) gives it fo
 Shapes: N active tokens of the generation batch, d the size of a proxy.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from ..arguments import finite, floats, is_number, one_of, shaped, single, whole
 from ..rollouts import Rollouts, generator_of
 from ..states import HELD_LOGITS, LMHead
 from .protocol import Scope
@@ -72,13 +74,78 @@ def delta_coefficients(
         and the tokens of the other get the middle of the range.
 
     Raises:
-        `ValueError`: If `normalize` is none of these.
+        `ValueError`: If the shapes do not fit, a proxy or an advantage is not finite, or a setting makes no sense.
     """
+    check_delta(refinements, lambda_min, lambda_max, gamma)
+    normalize = normalization(normalize)
+    proxies, advantages = floats(proxies=proxies, advantages=advantages)
+    shaped(proxies=(proxies, "N d"), advantages=(advantages, "N"))
+    finite(proxies=proxies, advantages=advantages)
     reduce = reduce or (lambda tensor: tensor)
-    advantages = advantages.to(torch.promote_types(advantages.dtype, proxies.dtype))
-    assignment, _ = assign(lambda: proxies.split(CHUNK), advantages, refinements, gamma, reduce)
+    proxies, advantages = single(proxies, advantages)
+    (proxies, size), (advantages, _) = _to_one(proxies, reduce), _to_one(advantages, reduce)
+    limits = torch.finfo(proxies.dtype)
+
+    def of_margins(scale: float) -> float:  # which are squares of proxies
+        return min(max(scale / size / size, limits.tiny), limits.max)
+
+    gamma, least = None if gamma is None else of_margins(gamma), of_margins(LEAST_SPREAD)
+    assignment, _ = assign(lambda: proxies.split(CHUNK), advantages, refinements, gamma, reduce, least_spread=least)
     coefficients = lambda_min + (lambda_max - lambda_min) * assignment
-    return normalized(coefficients, advantages, normalization(normalize), reduce)
+    return normalized(coefficients, advantages, normalize, reduce)
+
+
+def _to_one(values: torch.Tensor, reduce: Reduce) -> tuple[torch.Tensor, float]:
+    """
+    Values brought to a magnitude of about one, the same for all processes, so that their products neither overflow nor
+    vanish; and what to multiply them with to have them back.
+    """
+    largest = reduce(values.abs().amax() if values.numel() else values.new_zeros(())).item()  # up to their number
+    furthest = -math.log2(torch.finfo(values.dtype).tiny)
+    scale = 2.0 ** min(max(math.floor(math.log2(largest)), -furthest), furthest) if largest > 0 else 1.0
+    return values / scale, scale
+
+
+def check_delta(
+    refinements: Any,
+    lambda_min: Any,
+    lambda_max: Any,
+    gamma: Any,
+    proxy: Any = "lm_head_row",
+    assignment: Any = "soft",
+    top_fraction: Any = None,
+    prefix: str = "",
+) -> None:
+    """
+    Refuses settings that [`DelTA`] cannot follow.
+
+    Args:
+        refinements, lambda_min, lambda_max, gamma, proxy, assignment, top_fraction:
+            As in [`DelTA`].
+        prefix (`str`, *optional*, defaults to `""`):
+            What stands before their names in a configuration.
+
+    Raises:
+        `ValueError`: Names the setting.
+    """
+    numbers = is_number(lambda_min) and is_number(lambda_max)
+    if not (numbers and 0 <= lambda_min <= lambda_max and 0 < lambda_max < float("inf")):
+        raise ValueError(
+            f"{prefix}lambda_min={lambda_min!r} and {prefix}lambda_max={lambda_max!r} must be numbers with "
+            f"0 <= {prefix}lambda_min <= {prefix}lambda_max, e.g. 0.8 and 1.2."
+        )
+    whole(f"{prefix}refinements", refinements, 0)
+    if gamma is not None and not (is_number(gamma) and gamma > 0):
+        raise ValueError(f"{prefix}gamma={gamma!r} must be a positive number, or None.")
+    one_of(f"{prefix}proxy", proxy, PROXIES)
+    one_of(f"{prefix}assignment", assignment, ASSIGNMENTS)
+    if top_fraction is not None and not (is_number(top_fraction) and 0 < top_fraction <= 1):
+        raise ValueError(f"{prefix}top_fraction={top_fraction!r} must be between 0 and 1, e.g. 0.5, or None.")
+    if top_fraction is not None and assignment == "hard":
+        raise ValueError(
+            f"{prefix}top_fraction={top_fraction} ranks tokens by their assignment, but {prefix}assignment='hard' gives "
+            f"only 0 and 1. Set {prefix}assignment='soft', or 'random' for a control."
+        )
 
 
 def assign(
@@ -88,6 +155,7 @@ def assign(
     gamma: float | None,
     reduce: Reduce,
     soften: Callable[[torch.Tensor], torch.Tensor] = torch.sigmoid,
+    least_spread: float = LEAST_SPREAD,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
     How much each token looks like its own side: \\( \alpha = \sigma(m/\gamma) \\), with refined centroids.
@@ -99,6 +167,8 @@ def assign(
             As in [`delta_coefficients`].
         soften (`Callable`, *optional*, defaults to the sigmoid):
             What turns \\( m/\gamma \\) into \\( \alpha \\).
+        least_spread (`float`, *optional*, defaults to `1e-4`):
+            Least \\( \gamma \\) where it is a standard deviation.
 
     Returns:
         `tuple`: \\( \alpha \\) of shape `(N,)`, and the standard deviations of the last margins over the tokens of the
@@ -109,12 +179,18 @@ def assign(
 
     margins = _margins(proxies, sides, magnitude, reduce)
     spread = _spread(margins, sides, reduce)
+
+    def scaled(scale: torch.Tensor) -> torch.Tensor:
+        """Margins over the scale of their side."""
+        of_sides = (scale.clamp(min=least_spread) @ sides).where(sides.any(0), 1.0)
+        return margins / (of_sides if gamma is None else gamma)
+
     scale = spread
     for _ in range(refinements):
-        refined = _margins(proxies, sides, soften(_over(margins, scale, sides, gamma)) * magnitude, reduce)
+        refined = _margins(proxies, sides, soften(scaled(scale)) * magnitude, reduce)
         # The scale is that of the margins before the centroids moved.
         scale, margins, spread = spread, refined, _spread(refined, sides, reduce)
-    return soften(_over(margins, scale, sides, gamma)).where(advantages != 0, 0.0), spread
+    return soften(scaled(scale)).where(advantages != 0, 0.0), spread
 
 
 def normalization(normalize: bool | str) -> str:
@@ -200,15 +276,6 @@ def _spread(margins: torch.Tensor, sides: torch.Tensor, reduce: Reduce) -> torch
     return (reduce(sides @ deviations) / count.clamp(min=1)).sqrt()
 
 
-def _over(margins: torch.Tensor, spread: torch.Tensor, sides: torch.Tensor, gamma: float | None) -> torch.Tensor:
-    """Margins over their scale."""
-    return (
-        margins / (spread.clamp(min=LEAST_SPREAD) @ sides).where(sides.any(0), 1.0)
-        if gamma is None
-        else margins / gamma
-    )
-
-
 def output_row(hidden: torch.Tensor, logps: torch.Tensor) -> torch.Tensor:
     r"""
     \\( (1-\pi(y))\,h \\), the gradient of \\( \log\pi(y) \\) by the token's own row of the output layer.
@@ -283,6 +350,9 @@ class DelTA:
         top_fraction (`float`, *optional*):
             Instead of weighing tokens, keep this fraction of those that have an advantage, those with the highest
             assignments.
+
+    Raises:
+        `ValueError`: If a setting is none of these.
     """
 
     scope: Scope = "batch"
@@ -299,6 +369,7 @@ class DelTA:
         assignment: str = "soft",
         top_fraction: float | None = None,
     ):
+        check_delta(refinements, lambda_min, lambda_max, gamma, proxy, assignment, top_fraction)
         self.refinements, self.gamma, self.normalize = refinements, gamma, normalization(normalize)
         self.lambda_min, self.lambda_max = lambda_min, lambda_max
         self.proxy, self.assignment, self.top_fraction = proxy, assignment, top_fraction

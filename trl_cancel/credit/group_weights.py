@@ -10,10 +10,13 @@ Departs from the paper: \\( \beta \\) of Eq. 55 is taken with the sign that make
 are positive but not, as the text says, above the floor.
 
 Shapes: the last dimension is the group (G); leading dimensions are free. Rollouts that are missing from the update
-(`active` is 0) get weight 0, and the others are made consistent without them.
+(`active` is 0) get weight 0, and the others are made consistent without them. A weight or advantage that is `nan` or
+infinite makes all weights of its group `nan`. Half precision is computed in single.
 """
 
 import torch
+
+from ..arguments import common, floats, not_negative, shaped, single, to_one
 
 
 def min_replace(weights: torch.Tensor) -> torch.Tensor:
@@ -27,7 +30,9 @@ def min_replace(weights: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(..., G)`: The weights, all equal in a group.
     """
-    return weights.amin(-1, keepdim=True).expand_as(weights)
+    (weights,) = floats(weights=weights)
+    shaped(weights=(weights, "... G"))
+    return weights.amin(-1, keepdim=True).expand_as(weights) if weights.size(-1) else weights
 
 
 def orthogonal_projection(weights: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
@@ -43,8 +48,14 @@ def orthogonal_projection(weights: torch.Tensor, advantages: torch.Tensor) -> to
 
     Returns:
         `torch.Tensor` of shape `(..., G)`: The weights.
+
+    Raises:
+        `ValueError`: If the shapes differ.
     """
-    return weights - _quotient(_dot(advantages, weights), _dot(advantages, advantages)) * advantages
+    dtype, weights, advantages = _of_groups(weights, advantages)
+    (weights, scale), (advantages, _) = to_one(weights, -1), to_one(advantages, -1)
+    projected = weights - _quotient(_dot(advantages, weights), _dot(advantages, advantages)) * advantages
+    return (projected * scale).to(dtype)
 
 
 def positive_orthogonal_projection(weights: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
@@ -68,18 +79,24 @@ def positive_orthogonal_projection(weights: torch.Tensor, advantages: torch.Tens
 
     Returns:
         `torch.Tensor` of shape `(..., G)`: The weights.
+
+    Raises:
+        `ValueError`: If the shapes differ.
     """
+    dtype, weights, advantages = _of_groups(weights, advantages)
+    (weights, scale), (advantages, _) = to_one(weights, -1), to_one(advantages, -1)
     # With the advantages' sign turned so that f(0) >= 0, the root is not negative and the heavier side is positive.
     heavy = advantages * torch.where(_dot(advantages, weights) < 0, -1.0, 1.0)
-    breakpoints = _quotient(weights, heavy)
-    at_breakpoints = (weights.unsqueeze(-2) - breakpoints.unsqueeze(-1) * heavy.unsqueeze(-2)).clamp(
+    # f at the breakpoint of each rollout of the heavier side, times its advantage, which is positive: no quotient that
+    # could overflow.
+    at_breakpoints = (weights.unsqueeze(-2) * heavy.unsqueeze(-1) - weights.unsqueeze(-1) * heavy.unsqueeze(-2)).clamp(
         min=0
     )  # (..., G, G)
-    f = (at_breakpoints * heavy.unsqueeze(-2)).sum(-1)  # (..., G): f at each rollout's breakpoint
+    f = (to_one(at_breakpoints, -1)[0] * heavy.unsqueeze(-2)).sum(-1)  # (..., G)
     dropped = (heavy > 0) & (f >= 0)
-    kept = heavy.where(~dropped, 0.0)
+    kept, _ = to_one(heavy.where(~dropped, 0.0), -1)  # without the dropped, all may be small
     root = _quotient(_dot(kept, weights), _dot(kept, kept))
-    return (weights - root * heavy).clamp(min=0).where(~dropped, 0.0)
+    return ((weights - root * kept).clamp(min=0).where(~dropped, 0.0) * scale).to(dtype)
 
 
 def truncate_and_rebalance(weights: torch.Tensor, advantages: torch.Tensor, floor: float = 1e-6) -> torch.Tensor:
@@ -99,13 +116,29 @@ def truncate_and_rebalance(weights: torch.Tensor, advantages: torch.Tensor, floo
 
     Returns:
         `torch.Tensor` of shape `(..., G)`: The weights, none negative and none above `max(weights, floor)`.
+
+    Raises:
+        `ValueError`: If the shapes differ, or `floor` is negative or not a number.
     """
-    raised = weights.clamp(min=floor)
+    dtype, weights, advantages = _of_groups(weights, advantages)
+    not_negative("floor", floor, "1e-6")
+    (raised, scale), (advantages, _) = to_one(weights.clamp(min=floor), -1), to_one(advantages, -1)
     positive = _dot(advantages.clamp(min=0), raised)
     negative = _dot((-advantages).clamp(min=0), raised)
     alpha = _quotient(negative, positive).clamp(max=1)
     beta = _quotient(positive, negative).clamp(max=1)
-    return raised * torch.where(advantages > 0, alpha, torch.where(advantages < 0, beta, 1.0))
+    factor = torch.where(advantages > 0, alpha, torch.where(advantages < 0, beta, 1.0))
+    return (raised * factor * scale).to(dtype)
+
+
+def _of_groups(weights: torch.Tensor, advantages: torch.Tensor) -> tuple[torch.dtype, torch.Tensor, torch.Tensor]:
+    """The type of the result, and both in that in which it is computed; `nan` for groups that are not finite."""
+    weights, advantages = floats(weights=weights, advantages=advantages)
+    shaped(weights=(weights, "... G"), advantages=(advantages, "... G"))
+    dtype = common(weights, advantages)
+    weights, advantages = single(weights, advantages)
+    is_finite = (weights.isfinite() & advantages.isfinite()).all(-1, keepdim=True)
+    return dtype, weights.where(is_finite, torch.nan), advantages.where(is_finite, torch.nan)
 
 
 def _dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -147,6 +180,7 @@ def consistent_weights(
         `torch.Tensor` of shape `(..., G)`: The weights.
     """
     present = advantages.where(active, 0.0)
+    weights = weights.where(active, 0.0)  # what is left out may be infinite
     if transformation == "min":
         largest = weights.amax(-1, keepdim=True)
         equal = min_replace(weights.where(active, largest))

@@ -18,9 +18,12 @@ Shapes: G rollouts of one prompt, T completion tokens, N active tokens, V* restr
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 
+from ..arguments import floats, is_factor, is_number, marks, one_of, shaped, single, whole_numbers
+from ..arguments import positive as positive_number
 from ..rollouts import Rollouts, generator_of
 from ..states import HELD_LOGITS, LMHead
 from .protocol import Scope
@@ -62,10 +65,24 @@ def nthr_scores(
     Returns:
         `tuple`: `scores`, a `torch.Tensor` of shape `(G, T)` with the score of every token (those of right rollouts
         too), 0 where the mask is; and `threshold`, a scalar: the least mean score of a right rollout (Eq. 9 with
-        \\( \beta = 1 \\)), infinite if there is none.
+        \\( \beta = 1 \\)), infinite if there is none. Both are `nan` where a token that counts has no state or
+        log-probability.
+
+    Raises:
+        `ValueError`: If the shapes do not fit, `token_ids` are not whole numbers, or the temperature is not positive.
     """
-    head = head if isinstance(head, LMHead) else LMHead(head)
-    active = mask.bool()
+    hidden, logps = floats(hidden=hidden, logps=logps)
+    (token_ids,) = whole_numbers(token_ids=token_ids)
+    active, positive = marks(mask=mask, positive=positive)
+    shaped(
+        hidden=(hidden, "G T d"),
+        logps=(logps, "G T"),
+        token_ids=(token_ids, "G T"),
+        mask=(active, "G T"),
+        positive=(positive, "G"),
+    )
+    positive_number("temperature", temperature, "1.0")
+    head = head if isinstance(head, LMHead) else LMHead(single(*floats(head=head))[0])
     vocabulary, targets = token_ids[active].unique(return_inverse=True)  # (V*,), (N,)
     states, chosen = hidden[active], logps[active]  # (N, d), (N,)
     dtype = torch.promote_types(states.dtype, torch.float32)
@@ -110,18 +127,49 @@ def nthr_eta(success_rate: torch.Tensor, mode: str | float) -> torch.Tensor:
         `torch.Tensor` of the same shape.
 
     Raises:
-        `ValueError`: If `mode` is none of these.
+        `ValueError`: If `mode` is none of these, or a number that is negative or not finite.
     """
+    (success_rate,) = floats(success_rate=success_rate)
+    check_eta("mode", mode)
     if mode == "balanced":
         return 2 * (0.5 - success_rate).abs()
     if mode == "p":
         return success_rate
     if mode == "1-p":
         return 1 - success_rate
-    try:
-        return torch.full_like(success_rate, float(mode))
-    except ValueError:
-        raise ValueError(f"mode={mode!r} is not one of 'balanced', 'p', '1-p' or a number.") from None
+    return torch.full_like(success_rate, float(mode))
+
+
+def check_eta(name: str, value: Any) -> None:
+    """
+    Refuses what [`nthr_eta`] does not know.
+
+    Raises:
+        `ValueError`: Names what it knows.
+    """
+    if value not in ETAS and not is_factor(value):
+        raise ValueError(
+            f"{name}={value!r} is not one of {', '.join(map(repr, ETAS))} or a number that is not negative, e.g. 0.5."
+        )
+
+
+def check_nthr(beta: Any, eta: Any, selection: Any, prefix: str = "") -> None:
+    """
+    Refuses settings that [`NTHR`] cannot follow.
+
+    Args:
+        beta, eta, selection:
+            As in [`NTHR`].
+        prefix (`str`, *optional*, defaults to `""`):
+            What stands before their names in a configuration.
+
+    Raises:
+        `ValueError`: Names the setting.
+    """
+    if not is_number(beta) or math.isnan(beta) or beta == math.inf:
+        raise ValueError(f"{prefix}beta={beta!r} must be a number, e.g. 1.0.")
+    check_eta(f"{prefix}eta", eta)
+    one_of(f"{prefix}selection", selection, SELECTIONS)
 
 
 class NTHR:
@@ -136,12 +184,16 @@ class NTHR:
             See [`nthr_eta`].
         selection (`str`, *optional*, defaults to `"score"`):
             `"random"` selects as many tokens of each group as the scores would, drawn at random: the paper's control.
+
+    Raises:
+        `ValueError`: If a setting is none of these.
     """
 
     scope: Scope = "group"
     needs_states = True
 
     def __init__(self, beta: float = 1.0, eta: str | float = "balanced", selection: str = "score"):
+        check_nthr(beta, eta, selection)
         self.beta, self.eta, self.selection = beta, eta, selection
 
     def coefficients(self, rollouts: Rollouts) -> torch.Tensor:

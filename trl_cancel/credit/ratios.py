@@ -2,6 +2,8 @@
 
 import torch
 
+from ..arguments import common, floats, marks, shaped, single
+
 
 def token_ratios(logps: torch.Tensor, old_logps: torch.Tensor) -> torch.Tensor:
     """
@@ -15,9 +17,15 @@ def token_ratios(logps: torch.Tensor, old_logps: torch.Tensor) -> torch.Tensor:
             Log-probabilities under the policy that sampled.
 
     Returns:
-        `torch.Tensor` of shape `(B, T)`: The ratios.
+        `torch.Tensor` of shape `(B, T)`: The ratios; `nan` where a log-probability is.
+
+    Raises:
+        `ValueError`: If the shapes differ.
     """
-    return torch.exp(logps - old_logps)
+    logps, old_logps = floats(logps=logps, old_logps=old_logps)
+    shaped(logps=(logps, "..."), old_logps=(old_logps, "..."))
+    new, old = single(logps, old_logps)
+    return torch.exp(new - old).to(common(logps, old_logps))
 
 
 def sequence_ratios(logps: torch.Tensor, old_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -33,10 +41,19 @@ def sequence_ratios(logps: torch.Tensor, old_logps: torch.Tensor, mask: torch.Te
         old_logps (`torch.Tensor` of shape `(B, T)`):
             Log-probabilities under the policy that sampled.
         mask (`torch.Tensor` of shape `(B, T)`):
-            1 for the tokens that count, 0 for the others.
+            1 for the tokens that count, 0 for the others, whose log-probabilities do not matter, not even if they are
+            `nan`.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`: The ratios, 1 for a sequence in which no token counts.
+        `torch.Tensor` of shape `(B,)`: The ratios, 1 for a sequence in which no token counts; `nan` for one with a
+        token that counts and has none.
+
+    Raises:
+        `ValueError`: If the shapes differ.
     """
-    log_ratios = ((logps - old_logps) * mask).sum(-1) / mask.sum(-1).clamp(min=1)
-    return torch.exp(log_ratios)
+    logps, old_logps = floats(logps=logps, old_logps=old_logps)
+    (active,) = marks(mask=mask)
+    shaped(logps=(logps, "... T"), old_logps=(old_logps, "... T"), mask=(active, "... T"))
+    new, old = single(logps, old_logps)
+    log_ratios = (new - old).where(active, 0.0).sum(-1) / active.sum(-1).clamp(min=1)
+    return torch.exp(log_ratios).to(common(logps, old_logps))

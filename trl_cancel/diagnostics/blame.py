@@ -7,6 +7,8 @@ before; only the first wrong token itself deserves to be pushed down for sure.
 
 import torch
 
+from ..arguments import finite, floats, marks, shaped, single, whole, whole_numbers, within
+
 
 PLACES = ("before", "on", "after")
 
@@ -23,7 +25,14 @@ def token_places(first_wrong: torch.Tensor, length: int) -> torch.Tensor:
 
     Returns:
         `torch.Tensor` of shape `(B, T)`.
+
+    Raises:
+        `ValueError`: If an index is negative or not a whole number.
     """
+    (first_wrong,) = whole_numbers(first_wrong=first_wrong)
+    shaped(first_wrong=(first_wrong, "B"))
+    within(None, first_wrong=first_wrong)
+    length = whole("length", length, 0)
     position, first = torch.arange(length, device=first_wrong.device), first_wrong.unsqueeze(1)
     return (position >= first).long() + (position > first).long()
 
@@ -42,10 +51,17 @@ def blame_by_place(pushes: torch.Tensor, places: torch.Tensor, counted: torch.Te
             Tokens to count, such as those of wrong rollouts.
 
     Returns:
-        `torch.Tensor` of shape `(3,)`: Sums of the magnitudes of negative pushes.
+        `torch.Tensor` of shape `(3,)`: Sums of the magnitudes of negative pushes, in float32 or better.
+
+    Raises:
+        `ValueError`: If the shapes differ, a push that counts is not finite, or a place is none of these.
     """
-    downwards = (-pushes).clamp(min=0) * counted
-    return pushes.new_zeros(len(PLACES)).index_add_(0, places.flatten(), downwards.flatten())
+    (pushes,), (places,), (counted,) = floats(pushes=pushes), whole_numbers(places=places), marks(counted=counted)
+    shaped(pushes=(pushes, "B T"), places=(places, "B T"), counted=(counted, "B T"))
+    pushes, places = single(pushes[counted])[0], places[counted]
+    finite(pushes=pushes)
+    within(len(PLACES), places=places)
+    return pushes.new_zeros(len(PLACES)).index_add_(0, places, (-pushes).clamp(min=0))
 
 
 def net_pushes(pushes: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
@@ -60,8 +76,15 @@ def net_pushes(pushes: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
             Their contexts, from [`~trl_cancel.diagnostics.residual.prefix_ids`], 0 for padding.
 
     Returns:
-        `torch.Tensor` of shape `(B, T)`: They sum to what the pushes sum to.
+        `torch.Tensor` of shape `(B, T)`: They sum to what the pushes sum to; 0 for padding, whatever its push.
+
+    Raises:
+        `ValueError`: If the shapes differ, or the push of a token is not finite.
     """
+    (pushes,), (contexts,) = floats(pushes=pushes), whole_numbers(contexts=contexts)
+    shaped(pushes=(pushes, "B T"), contexts=(contexts, "B T"))
+    pushes = single(pushes)[0].masked_fill(contexts == 0, 0.0)
+    finite(pushes=pushes)
     names, index, counts = contexts.flatten().unique(return_inverse=True, return_counts=True)
     net = pushes.new_zeros(len(names)).index_add_(0, index, pushes.flatten())
-    return (net / counts)[index].view_as(pushes) * (contexts != 0)
+    return (net / counts)[index].view_as(pushes)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import TrainerCallback
 
+from ..arguments import not_negative, whole
 from ..metrics import StepMetrics
 from ..rollouts import Rows, loss_mask
 from ..states import without_dropout
@@ -53,10 +54,8 @@ class TokenShiftCallback(TrainerCallback):
                 "The trainer has a TokenShiftCallback already, and both would log shift/*. Set token_shift_steps=0, or "
                 "call trainer.remove_callback(TokenShiftCallback) first."
             )
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps={steps!r} must be a whole number of at least 1.")
-        if not threshold >= 0:
-            raise ValueError(f"threshold={threshold!r} must not be negative.")
+        whole("steps", steps, 1)
+        not_negative("threshold", threshold, "1e-4")
         self.trainer, self.steps, self.threshold = trainer, steps, threshold
         self._metrics = StepMetrics()
         self._is_due = False

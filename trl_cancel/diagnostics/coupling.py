@@ -12,12 +12,13 @@ Shapes: N tokens, d hidden size, V vocabulary.
 
 import torch
 
+from ..arguments import finite, floats, known, not_negative, positive, shaped, single, whole_numbers, within
 from ..states import LMHead
 from .forward import pieces, vocabulary_size
 
 
 def prediction_errors(
-    hidden: torch.Tensor, token_ids: torch.Tensor, head: LMHead, temperature: float = 1.0
+    hidden: torch.Tensor, token_ids: torch.Tensor, head: LMHead | torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
     r"""
     The derivative of each token's log-probability by what the output layer gives: the prediction error
@@ -28,14 +29,18 @@ def prediction_errors(
             Hidden states that predict the tokens.
         token_ids (`torch.Tensor` of shape `(N,)`):
             The tokens.
-        head ([`~trl_cancel.states.LMHead`]):
-            Output layer.
+        head ([`~trl_cancel.states.LMHead`] or `torch.Tensor` of shape `(V, d)`):
+            Output layer, or its bare weight.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the policy.
 
     Returns:
         `torch.Tensor` of shape `(N, V)`: For so few tokens at a time that it fits into memory.
+
+    Raises:
+        `ValueError`: If the shapes do not fit, a state is not finite, or the layer has no such token.
     """
+    hidden, token_ids, head = _of_layer(hidden, token_ids, head, temperature)
     logits = head.all_logits(hidden)
     probabilities = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).softmax(1)
     errors = -probabilities
@@ -61,14 +66,28 @@ def coupling_kernel(
             Their prediction errors.
 
     Returns:
-        `torch.Tensor` of shape `(N, M)`.
+        `torch.Tensor` of shape `(N, M)`, in float32 or better.
+
+    Raises:
+        `ValueError`: If the shapes do not fit, or something is not finite.
     """
+    hidden_a, errors_a, hidden_b, errors_b = single(
+        *floats(hidden_a=hidden_a, errors_a=errors_a, hidden_b=hidden_b, errors_b=errors_b)
+    )
+    shaped(
+        hidden_a=(hidden_a, "N d"), errors_a=(errors_a, "N V"), hidden_b=(hidden_b, "M d"), errors_b=(errors_b, "M V")
+    )
+    finite(hidden_a=hidden_a, errors_a=errors_a, hidden_b=hidden_b, errors_b=errors_b)
     return (hidden_a @ hidden_b.T) * (errors_a @ errors_b.T)
 
 
 @torch.no_grad()
 def head_gradient(
-    hidden: torch.Tensor, token_ids: torch.Tensor, weights: torch.Tensor, head: LMHead, temperature: float = 1.0
+    hidden: torch.Tensor,
+    token_ids: torch.Tensor,
+    weights: torch.Tensor,
+    head: LMHead | torch.Tensor,
+    temperature: float = 1.0,
 ) -> torch.Tensor:
     r"""
     The gradient of \\( \sum_k w_k\log\pi(y_k) \\) by the weight of the output layer,
@@ -81,14 +100,21 @@ def head_gradient(
             The tokens.
         weights (`torch.Tensor` of shape `(N,)`):
             \\( w \\).
-        head ([`~trl_cancel.states.LMHead`]):
-            Output layer.
+        head ([`~trl_cancel.states.LMHead`] or `torch.Tensor` of shape `(V, d)`):
+            Output layer, or its bare weight.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the policy.
 
     Returns:
-        `torch.Tensor` of shape `(V, d)`.
+        `torch.Tensor` of shape `(V, d)`, in float32 or better.
+
+    Raises:
+        `ValueError`: If the shapes do not fit, a state or weight is not finite, or the layer has no such token.
     """
+    hidden, token_ids, head = _of_layer(hidden, token_ids, head, temperature)
+    (weights,) = floats(weights=weights)
+    shaped(hidden=(hidden, "N d"), weights=(weights, "N"))
+    finite(weights=weights)
     vocabulary = vocabulary_size(head)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     gradient = hidden.new_zeros(vocabulary, hidden.size(1), dtype=dtype)
@@ -100,7 +126,11 @@ def head_gradient(
 
 @torch.no_grad()
 def predicted_shifts(
-    hidden: torch.Tensor, token_ids: torch.Tensor, gradient: torch.Tensor, head: LMHead, temperature: float = 1.0
+    hidden: torch.Tensor,
+    token_ids: torch.Tensor,
+    gradient: torch.Tensor,
+    head: LMHead | torch.Tensor,
+    temperature: float = 1.0,
 ) -> torch.Tensor:
     r"""
     The first-order shift of each token by a step along a gradient of the output layer's weight (Eq. 9),
@@ -114,19 +144,43 @@ def predicted_shifts(
             The tokens.
         gradient (`torch.Tensor` of shape `(V, d)`):
             Change of the weight: learning rate times [`head_gradient`].
-        head ([`~trl_cancel.states.LMHead`]):
-            Output layer.
+        head ([`~trl_cancel.states.LMHead`] or `torch.Tensor` of shape `(V, d)`):
+            Output layer, or its bare weight.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the policy.
 
     Returns:
-        `torch.Tensor` of shape `(N,)`.
+        `torch.Tensor` of shape `(N,)`, in float32 or better.
+
+    Raises:
+        `ValueError`: If the shapes do not fit, a state or change is not finite, or the layer has no such token.
     """
+    hidden, token_ids, head = _of_layer(hidden, token_ids, head, temperature)
+    (gradient,) = floats(gradient=gradient)
+    shaped(hidden=(hidden, "N d"), gradient=(gradient, "V d"))
+    finite(gradient=gradient)
+    states, gradient = single(hidden, gradient)
     shifts = [
-        ((prediction_errors(hidden[part], token_ids[part], head, temperature) @ gradient) * hidden[part]).sum(1)
+        (
+            (prediction_errors(hidden[part], token_ids[part], head, temperature).to(gradient) @ gradient)
+            * states[part]
+        ).sum(1)
         for part in pieces(len(hidden), len(gradient))
     ]
-    return torch.cat(shifts) if shifts else hidden.new_zeros(0)
+    return torch.cat(shifts) if shifts else states.new_zeros(0)
+
+
+def _of_layer(
+    hidden: torch.Tensor, token_ids: torch.Tensor, head: LMHead | torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, LMHead]:
+    """States, tokens and output layer that fit together."""
+    (hidden,), (token_ids,) = floats(hidden=hidden), whole_numbers(token_ids=token_ids)
+    shaped(hidden=(hidden, "N d"), token_ids=(token_ids, "N"))
+    finite(hidden=hidden)
+    positive("temperature", temperature, "1.0")
+    head = head if isinstance(head, LMHead) else LMHead(single(*floats(head=head))[0])
+    within(vocabulary_size(head), token_ids=token_ids)
+    return hidden, token_ids, head
 
 
 def sign_agreement(first: torch.Tensor, second: torch.Tensor, threshold: float = 0.0) -> float:
@@ -141,6 +195,13 @@ def sign_agreement(first: torch.Tensor, second: torch.Tensor, threshold: float =
             Shifts of the same tokens.
         threshold (`float`, *optional*, defaults to `0.0`):
             Least magnitude of a shift that is counted.
+
+    Raises:
+        `ValueError`: If the shapes differ, a shift is not a number, or the threshold is negative.
     """
+    first, second = floats(first=first, second=second)
+    shaped(first=(first, "N"), second=(second, "N"))
+    known(first=first, second=second)
+    not_negative("threshold", threshold, "1e-4")
     counted = first.abs() > threshold
     return (first[counted].sign() == second[counted].sign()).double().mean().item()

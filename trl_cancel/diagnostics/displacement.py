@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..states import LMHead
+from ..arguments import floats, known, marks, shaped, single, whole
 
 
 def likelihood_displacement(
@@ -30,10 +30,19 @@ def likelihood_displacement(
             The right responses.
 
     Returns:
-        `torch.Tensor` of shape `(...)`: In nats; `nan` where no response is right.
+        `torch.Tensor` of shape `(...)`: In nats, in float32 or better; `nan` where no response is right.
+
+    Raises:
+        `ValueError`: If the shapes differ, or the change of a token of a right response that counts is not a number.
     """
-    changes = ((after - before) * mask).sum(-1)
-    return (changes * positive).sum(-1) / positive.sum(-1)
+    before, after = single(*floats(before=before, after=after))
+    active, positive = marks(mask=mask, positive=positive)
+    shaped(
+        before=(before, "... G T"), after=(after, "... G T"), mask=(active, "... G T"), positive=(positive, "... G")
+    )
+    changes = (after - before).where(active & positive.unsqueeze(-1), 0.0)
+    known(**{"after - before": changes})
+    return changes.sum((-1, -2)) / positive.sum(-1)
 
 
 def gwhes(
@@ -72,14 +81,17 @@ def gwhes(
         `torch.Tensor`: A scalar.
 
     Raises:
-        `ValueError`: If all responses are right, or none.
+        `ValueError`: If all responses are right, or none; if the shapes do not fit; or if a state that counts is not
+            finite.
     """
     from .coupling import head_gradient
 
+    (hidden,) = floats(hidden=hidden)
+    active, positive = marks(mask=mask, positive=positive)
+    token_ids = torch.as_tensor(token_ids)
+    shaped(hidden=(hidden, "G T d"), token_ids=(token_ids, "G T"), mask=(active, "G T"), positive=(positive, "G"))
     if positive.all() or not positive.any():
-        raise ValueError("gwhes needs right and wrong responses to the prompt; all have the same reward here.")
-    head = head if isinstance(head, LMHead) else LMHead(head)
-    active = mask.bool()
+        raise ValueError("gwhes needs right and wrong responses to the prompt; positive holds only one kind.")
 
     def matrix(rollouts: torch.Tensor) -> torch.Tensor:
         chosen = active & rollouts.unsqueeze(1)
@@ -106,9 +118,11 @@ def top_k_overlap(displacements: torch.Tensor, scores: torch.Tensor, k: int) -> 
             Number of prompts to find.
 
     Raises:
-        `ValueError`: If there are fewer than k prompts.
+        `ValueError`: If there are fewer than k prompts, not equally many numbers of both kinds, or a `nan` among them.
     """
-    if not 0 < k <= len(scores):
-        raise ValueError(f"k={k} must lie between 1 and the number of prompts, {len(scores)}.")
+    displacements, scores = floats(displacements=displacements, scores=scores)
+    shaped(displacements=(displacements, "n"), scores=(scores, "n"))
+    known(displacements=displacements, scores=scores)
+    k = whole("k", k, 1, len(scores), "the number of prompts, ")
     least, highest = displacements.argsort()[:k], scores.argsort(descending=True)[:k]
     return len(set(least.tolist()) & set(highest.tolist())) / k

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ..arguments import doubles, finite, floats, known, shaped, single, to_one, whole
+
 
 def gradient_asymmetry(weights: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
     r"""
@@ -17,9 +19,18 @@ def gradient_asymmetry(weights: torch.Tensor, advantages: torch.Tensor) -> torch
             Their advantages.
 
     Returns:
-        `torch.Tensor` of shape `(...)`.
+        `torch.Tensor` of shape `(...)`, in float32 or better; `nan` where a weight or advantage is, or without rollouts.
+
+    Raises:
+        `ValueError`: If the shapes differ.
     """
-    return (weights * advantages).var(-1, correction=0)
+    weights, advantages = single(*floats(weights=weights, advantages=advantages))
+    shaped(weights=(weights, "... G"), advantages=(advantages, "... G"))
+    (weights, of_weights), (advantages, of_advantages) = to_one(weights, -1), to_one(advantages, -1)
+    coefficients, scale = to_one(weights * advantages, -1)
+    variance = (coefficients - coefficients.mean(-1, keepdim=True)).square().mean(-1)
+    scale = (scale * of_weights * of_advantages).squeeze(-1)
+    return torch.where(variance == 0, 0.0, variance * scale * scale)
 
 
 def asymmetry_by_group(coefficients: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
@@ -33,13 +44,20 @@ def asymmetry_by_group(coefficients: torch.Tensor, group_ids: torch.Tensor) -> t
             Which rollouts form a group.
 
     Returns:
-        `torch.Tensor` of shape `(P,)`: The variance in each group.
+        `torch.Tensor` of shape `(P,)`: The variance in each group, in float32 or better, never negative.
+
+    Raises:
+        `ValueError`: If the shapes differ.
     """
-    groups, index = group_ids.unique(return_inverse=True)
-    sums = coefficients.new_zeros(3, groups.numel())
-    sums.index_add_(1, index, torch.stack([torch.ones_like(coefficients), coefficients, coefficients**2]))
-    count, total, squares = sums
-    return squares / count - (total / count) ** 2
+    (coefficients,) = single(*floats(coefficients=coefficients))
+    shaped(coefficients=(coefficients, "B"), group_ids=(group_ids, "B"))
+    groups, index, counts = group_ids.unique(return_inverse=True, return_counts=True)
+
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(groups.numel()).index_add_(0, index, values) / counts
+
+    # In two passes: the mean of the squares minus the square of the mean is rounding where the mean is large.
+    return mean((coefficients - mean(coefficients)[index]).square())
 
 
 def energy_by_frequency(
@@ -62,9 +80,19 @@ def energy_by_frequency(
             Number of buckets.
 
     Returns:
-        `tuple` of two `torch.Tensor` of shape `(num_buckets,)`: The buckets' shares of the energy, `nan` if there is
-        none, and their shares of the tokens.
+        `tuple` of two `torch.Tensor` of shape `(num_buckets,)`, in float64: The buckets' shares of the energy, `nan` if
+        there is none, and their shares of the tokens.
+
+    Raises:
+        `ValueError`: If the shapes differ, an energy is negative or not finite, or there is no bucket.
     """
+    (energies,) = floats(energies=energies)
+    token_ids = torch.as_tensor(token_ids)
+    shaped(energies=(energies, "N"), token_ids=(token_ids, "N"))
+    finite(energies=energies)
+    if (energies < 0).any():
+        raise ValueError(f"energies hold {energies.min().item()}; norms are not negative.")
+    num_buckets = whole("num_buckets", num_buckets, 1)
     _, index, counts = token_ids.unique(return_inverse=True, return_counts=True)
     order = counts.argsort(descending=True, stable=True)
     ahead = torch.zeros_like(counts).scatter(0, order, counts[order].cumsum(0) - counts[order])
@@ -92,9 +120,18 @@ def output_row_energy(weights: torch.Tensor, logps: torch.Tensor, hidden: torch.
             Hidden states that predict the tokens.
 
     Returns:
-        `torch.Tensor` of shape `(N,)`.
+        `torch.Tensor` of shape `(N,)`, in float32 or better.
+
+    Raises:
+        `ValueError`: If the shapes differ, or something is not a number.
     """
-    return weights.abs() * -torch.expm1(logps) * hidden.norm(dim=-1)
+    weights, logps, hidden = single(*floats(weights=weights, logps=logps, hidden=hidden))
+    shaped(weights=(weights, "N"), logps=(logps, "N"), hidden=(hidden, "N d"))
+    finite(weights=weights, hidden=hidden)
+    known(logps=logps)
+    hidden, size = to_one(hidden, -1)
+    surprise = -torch.expm1(logps.clamp(max=0))  # a log-probability is above 0 by rounding at most
+    return weights.abs() * surprise * hidden.norm(dim=-1) * size.squeeze(-1)
 
 
 def jitter2(series: torch.Tensor | Sequence[float]) -> float:
@@ -111,9 +148,10 @@ def jitter2(series: torch.Tensor | Sequence[float]) -> float:
         `float`: Jitter2.
 
     Raises:
-        `ValueError`: If there are fewer than three values.
+        `ValueError`: If there are fewer than three values, or one is not finite.
     """
-    values = torch.as_tensor(series, dtype=torch.double)
+    values = doubles(series=series)[0]
     if values.dim() != 1 or len(values) < 3:
         raise ValueError(f"series has the shape {tuple(values.shape)}: jitter2 needs one row of at least 3 values.")
+    finite(series=values)
     return values.diff(n=2).abs().mean().item()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.optim import SGD, Optimizer
 
+from ..arguments import positive, whole
 from ..rollouts import Rollouts
 from ..states import LMHead, StateStore, without_dropout
 from .coupling import head_gradient, predicted_shifts
@@ -44,7 +45,7 @@ class UpdateProbe:
             Rollouts a forward pass.
 
     Raises:
-        `ValueError`: If no parameter requires gradients or some that do are of half precision, if an adapter adds
+        `ValueError`: If a number is not positive, if no parameter requires gradients or some that do are of half precision, if an adapter adds
             tokens to the prompt, or if the model's logits are not a linear function of its hidden states.
     """
 
@@ -57,7 +58,8 @@ class UpdateProbe:
         learning_rate: float = 0.1,
         batch_size: int = 8,
     ):
-        self.model, self.batch_size = model, batch_size
+        positive("learning_rate", learning_rate, "0.1")
+        self.model, self.batch_size = model, whole("batch_size", batch_size, 1)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self.parameters:
             raise ValueError("No parameter of the model requires gradients, so there is no update to probe.")

@@ -13,6 +13,8 @@ advantages sum to zero, and the residual is |sum of cA| / sum of |cA|.
 
 import torch
 
+from ..arguments import floats, marks, shaped, single, whole_numbers
+
 
 def prefix_ids(token_ids: torch.Tensor, mask: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
     """
@@ -65,24 +67,23 @@ def _scramble(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 31)
 
 
-def net_over_gross(values: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
+def net_and_gross(values: torch.Tensor, index: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    For each value, the sum of its context's values over the sum of their magnitudes: 1 where all push up, -1 where all
-    push down, 0 where they cancel, `nan` where nothing pushes.
+    What the values of each context come to.
 
     Args:
         values (`torch.Tensor` of shape `(N,)`):
             Values of tokens.
-        contexts (`torch.Tensor` of shape `(N,)`):
-            Their contexts.
+        index (`torch.Tensor` of shape `(N,)`):
+            Their contexts, from 0 to C - 1.
+        count (`int`):
+            Number of contexts C.
 
     Returns:
-        `torch.Tensor` of shape `(N,)`.
+        `tuple` of two `torch.Tensor` of shape `(C,)`: The sum of the values, and that of their magnitudes.
     """
-    names, index = contexts.unique(return_inverse=True)
-    net = values.new_zeros(names.numel()).index_add_(0, index, values)
-    gross = values.new_zeros(names.numel()).index_add_(0, index, values.abs())
-    return (net / gross)[index]
+    net, gross = (values.new_zeros(count).index_add_(0, index, part) for part in (values, values.abs()))
+    return net, gross
 
 
 def shared_contexts(
@@ -103,13 +104,28 @@ def shared_contexts(
 
     Returns:
         `tuple` of two `torch.Tensor` of shape `(B, T)`: The contexts, 0 for a token that is not shared by rollouts of
-        both signs; and the deserved net push over gross push, between -1 and 1.
+        both signs; and the deserved net push over gross push, between -1 and 1, in float32 or better; `nan` where an
+        advantage is not finite.
+
+    Raises:
+        `ValueError`: If the shapes do not fit, or `token_ids` are not whole numbers.
     """
-    contexts = prefix_ids(token_ids, mask, group_ids)
+    (token_ids,), (present,) = whole_numbers(token_ids=token_ids), marks(mask=mask)
+    (advantages,) = single(*floats(advantages=advantages))
+    shaped(
+        token_ids=(token_ids, "B T"), mask=(present, "B T"), group_ids=(group_ids, "B"), advantages=(advantages, "B")
+    )
+    contexts = prefix_ids(token_ids, present, group_ids)
     values = advantages.unsqueeze(1).expand_as(contexts)
-    deserved = net_over_gross(values.flatten(), contexts.flatten()).view_as(contexts)
-    shared = (deserved.abs() < 1) & (contexts != 0)  # false where deserved is nan
-    return contexts * shared, deserved.where(shared, 0.0)
+    names, index = contexts.unique(return_inverse=True)
+    net, gross = net_and_gross(values.flatten(), index.flatten(), len(names))
+    # Signs are looked up: of sums that were added up in different orders none is exactly the other. What is nan may be
+    # of either sign.
+    up, down = (values.new_zeros(len(names), dtype=torch.bool) for _ in range(2))
+    up[index[~(values <= 0)]] = True
+    down[index[~(values >= 0)]] = True
+    shared = (up & down)[index] & (contexts != 0)
+    return contexts * shared, (net / gross)[index].where(shared, 0.0)
 
 
 def shared_prefix_residual(
@@ -134,10 +150,17 @@ def shared_prefix_residual(
             What the contexts deserve, from [`shared_contexts`].
 
     Returns:
-        `tuple` of two scalar `torch.Tensor`: The residual, 0 if no token is shared; and the number of tokens it is
-        the mean of.
+        `tuple` of two scalar `torch.Tensor`: The residual, 0 if no token is shared, and `nan` if a push on a shared
+        one is not finite; and the number of tokens it is the mean of.
+
+    Raises:
+        `ValueError`: If the shapes differ.
     """
+    pushes, deserved = single(*floats(pushes=pushes, deserved=deserved))
+    shaped(pushes=(pushes, "..."), contexts=(contexts, "..."), deserved=(deserved, "..."))
     shared = contexts != 0
-    applied = net_over_gross(pushes[shared], contexts[shared])
-    residual = (applied - deserved[shared]).nan_to_num(nan=0.0).abs()  # nan: nothing pushes, so nothing is left
+    names, index = contexts[shared].unique(return_inverse=True)
+    net, gross = net_and_gross(pushes[shared], index, len(names))
+    # Where nothing pushes, nothing is left.
+    residual = torch.where(gross[index] == 0, 0.0, (net / gross)[index] - deserved[shared]).abs()
     return residual.sum() / shared.sum().clamp(min=1), shared.sum()

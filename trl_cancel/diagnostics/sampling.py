@@ -7,6 +7,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arguments import is_number, whole
 from ..batching import without_variance
 from ..evaluation import RewardFunction, continuations, prompt_token_ids, rewards_of, sampling
 from ..evaluation.scoring import filler_token
@@ -61,10 +62,14 @@ def sample_rollouts(
     Raises:
         `ValueError`: If a group would have fewer than two rollouts, or the temperature is not positive.
     """
-    if num_generations < 2:
+    if whole("num_generations", num_generations, 0) < 2:
         raise ValueError(f"num_generations={num_generations}: a group needs at least 2 rollouts to compare.")
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be positive: rollouts of a greedy policy are all the same.")
+    whole("max_completion_length", max_completion_length, 1)
+    whole("batch_size", batch_size, 1)
+    if not (is_number(temperature) and 0 < temperature < float("inf")):
+        raise ValueError(
+            f"temperature={temperature!r} must be positive: rollouts of a greedy policy are all the same."
+        )
     examples = [row for row in rows for _ in range(num_generations)]
     prompts = prompt_token_ids(tokenizer, [example["prompt"] for example in examples], chat_template_kwargs)
     ids: list[list[int]] = []

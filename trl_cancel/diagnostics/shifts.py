@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..arguments import floats, marks, not_negative, shaped, single
+
 
 # The paper's number did not survive in the text at hand; this is a change of a probability by a ten-thousandth of it.
 THRESHOLD = 1e-4
@@ -20,7 +22,7 @@ class Ratios:
     Args:
         boosted, suppressed, stable (`float`):
             Fractions of the tokens whose log-probability has risen by more than the threshold, has fallen by more than
-            it, and has done neither; `nan` without tokens.
+            it, and has done neither; `nan` without tokens. A shift that is `nan` is none of these.
         mean, mean_magnitude (`float`):
             Mean of the shifts and of their magnitudes, in nats.
         tokens (`int`):
@@ -42,7 +44,7 @@ class TokenShifts:
 
     Args:
         shifts (`torch.Tensor` of shape `(B, T)`):
-            Changes of the log-probabilities, in nats; 0 where the mask is.
+            Changes of the log-probabilities, in nats, in float32 or better; 0 where the mask is.
         positive, negative, all ([`Ratios`]):
             How the tokens of rollouts with positive advantage, of those with negative advantage and of all have
             shifted.
@@ -74,7 +76,7 @@ def token_shifts(
         mask (`torch.Tensor` of shape `(B, T)`):
             1 for the tokens that count.
         advantages (`torch.Tensor` of shape `(B,)`):
-            Advantages of the rollouts.
+            Advantages of the rollouts; one that is `nan` is neither positive nor negative.
         threshold (`float`, *optional*, defaults to `1e-4`):
             \\( \epsilon \\), in nats.
 
@@ -82,11 +84,12 @@ def token_shifts(
         [`TokenShifts`]
 
     Raises:
-        `ValueError`: If `threshold` is negative.
+        `ValueError`: If `threshold` is negative, or the shapes do not fit.
     """
-    if not threshold >= 0:
-        raise ValueError(f"threshold={threshold} must not be negative.")
-    active = mask.bool()
+    not_negative("threshold", threshold, "1e-4")
+    before, after = single(*floats(before=before, after=after))
+    (advantages,), (active,) = floats(advantages=advantages), marks(mask=mask)
+    shaped(before=(before, "B T"), after=(after, "B T"), mask=(active, "B T"), advantages=(advantages, "B"))
     shifts = (after - before).masked_fill(~active, 0.0)
 
     def ratios(rollouts: torch.Tensor) -> Ratios:

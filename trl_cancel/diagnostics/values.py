@@ -9,6 +9,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arguments import finite, floats, shaped, single, stretch, uncertain, whole, whole_numbers, within
 from ..evaluation import RewardFunction, continuations, end_tokens, rewards_of, sampling
 from ..rollouts import Rollouts
 
@@ -44,8 +45,19 @@ def counterfactual_value(forced: torch.Tensor, free: torch.Tensor, probability: 
         free (`torch.Tensor`):
             \\( \hat V \\).
         probability (`torch.Tensor`):
-            \\( \pi(a|s) \\).
+            \\( \pi(a|s) \\), below 1: a certain token has no alternative.
+
+    Returns:
+        `torch.Tensor`: In float32 or better.
+
+    Raises:
+        `ValueError`: If the shapes do not broadcast, an estimate is not finite, or a probability is not between 0 and
+            1, or is 1.
     """
+    forced, free, probability = single(*floats(forced=forced, free=free, probability=probability))
+    stretch(forced=forced, free=free, probability=probability)
+    finite(forced=forced, free=free)
+    uncertain(probability=probability)
     return (forced - free) / (1 - probability)
 
 
@@ -89,7 +101,19 @@ def token_values(
             Seed of the sampling.
         description (`str`, *optional*):
             Label of the progress bar; no bar without one.
+
+    Raises:
+        `ValueError`: If the shapes do not fit, a place is outside the rollouts, a probability is not between 0 and 1 or
+            is 1, or a number is not positive.
     """
+    (places,), (probabilities,) = whole_numbers(places=places), floats(probabilities=probabilities)
+    shaped(places=(places, "K 2"), probabilities=(probabilities, "K"))
+    for axis, size in enumerate(rollouts.completion_ids.shape):
+        within(size, places=places[:, axis])
+    uncertain(probabilities=probabilities)
+    whole("num_continuations", num_continuations, 1)
+    whole("max_completion_length", max_completion_length, 1)
+    whole("batch_size", batch_size, 1)
     prompts = [ids[mask.bool()].tolist() for ids, mask in zip(rollouts.prompt_ids, rollouts.prompt_mask, strict=True)]
     jobs = [
         (place, row, rollouts.completion_ids[row, :length].tolist())

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 
+from ..arguments import one_of
 from ..configs import CancelGRPOConfig
 from ..methods import METHODS
 from ..monitor import UpdateMonitor
@@ -31,7 +32,7 @@ class Variant:
             Fields of [`CancelGRPOConfig`] that differ from the method's, e.g. `nthr_eta=0`.
 
     Raises:
-        `ValueError`: If there is no such method or setting.
+        `ValueError`: If there is no such method or setting, or a value makes no sense.
     """
 
     def __init__(self, name: str, **settings: Any):
@@ -44,9 +45,12 @@ class Variant:
             if field is None:
                 raise ValueError(f"{setting} is not a setting of CancelGRPOConfig.")
             choices = field.metadata.get("choices")
-            if choices and value not in choices:
-                raise ValueError(f"{setting}={value!r} is not one of {', '.join(map(repr, choices))}.")
+            if choices:
+                one_of(setting, value, choices)
         self.name, self.settings = name, {**METHODS[method].settings, **settings}
+        configured(
+            self._args(num_generations=2)
+        )  # which refuses values that make no sense, before anything is sampled
 
     def __repr__(self) -> str:
         return f"Variant({self.name!r})"
@@ -64,7 +68,10 @@ class Variant:
             rollouts ([`~trl_cancel.rollouts.Rollouts`]):
                 Whole groups, with `states`, `old_logps` and `head` for variants that need them.
         """
-        return replace(rollouts, advantages=credited(rollouts.advantages, configured(self._args(rollouts)), rollouts))
+        return replace(
+            rollouts,
+            advantages=credited(rollouts.advantages, configured(self._args(rollouts.num_generations)), rollouts),
+        )
 
     def weights(self, rollouts: Rollouts, logps: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
         """
@@ -82,7 +89,9 @@ class Variant:
         Returns:
             `torch.Tensor` of shape `(B, T)`.
         """
-        weighing = UpdateWeights(self._args(rollouts), UpdateMonitor(cast(Any, None), groups_are_local=True))
+        weighing = UpdateWeights(
+            self._args(rollouts.num_generations), UpdateMonitor(cast(Any, None), groups_are_local=True)
+        )
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
         rows = {
             "completion_mask": rollouts.mask,
@@ -99,10 +108,10 @@ class Variant:
             weights = cast(torch.Tensor, weighing.of_surrogate(rows, ratios, advantages))
         return weights * advantages * rollouts.mask
 
-    def _args(self, rollouts: Rollouts) -> Any:
+    def _args(self, num_generations: int) -> Any:
         """The fields of a configuration. Making one would set up accelerate anew, also under a trainer at work."""
         fields = CancelGRPOConfig.__dataclass_fields__
         args: Any = SimpleNamespace(**{name: field.default for name, field in fields.items()} | self.settings)
         args.clip_range = CancelGRPOConfig.clip_range.fget(args)  # type: ignore[attr-defined]
-        args.layout = SimpleNamespace(num_generations=rollouts.num_generations)
+        args.layout = SimpleNamespace(num_generations=num_generations)
         return args

@@ -20,6 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..arguments import whole
 from .scoring import end_tokens, generate_batch, sampling
 from .settings import EvaluationSettings
 
@@ -137,7 +138,7 @@ class TransformersEngine:
         sharded: bool = False,
         unwrap: Callable[[], AbstractContextManager[Any]] | None = None,
     ):
-        self.tokenizer, self.batch_size, self.sharded = tokenizer, batch_size, sharded
+        self.tokenizer, self.batch_size, self.sharded = tokenizer, whole("batch_size", batch_size, 1), sharded
         self.unwrap = unwrap or (lambda: nullcontext(model))
 
     def generate(self, requests: Sequence[Request], settings: EvaluationSettings) -> list[Answer]:
@@ -199,7 +200,8 @@ class ContinuousEngine:
     """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1024, **memory: Any):
-        self.model, self.tokenizer, self.batch_size, self.memory = model, tokenizer, batch_size, memory
+        self.model, self.tokenizer, self.memory = model, tokenizer, memory
+        self.batch_size = whole("batch_size", batch_size, 1)
 
     def generate(self, requests: Sequence[Request], settings: EvaluationSettings) -> list[Answer]:
         end, seed = end_tokens(self.model, self.tokenizer), requests[0].seed
@@ -273,7 +275,7 @@ class VllmEngine:
             from vllm.lora.request import LoRARequest
         except ImportError as error:
             raise ImportError(f"The engine vllm needs vLLM ({error}). Run: pip install 'trl-cancel[vllm]'") from error
-        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.tokenizer, self.batch_size = tokenizer, whole("batch_size", batch_size, 1)
         self.adapter = None
         arguments["revision"] = revision if base is None else base_revision
         if base is not None:

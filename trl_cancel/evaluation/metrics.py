@@ -2,6 +2,8 @@
 
 import torch
 
+from ..arguments import doubles, shaped, whole
+
 
 def avg_at_k(rewards: torch.Tensor, k: int | None = None) -> torch.Tensor:
     """
@@ -14,14 +16,15 @@ def avg_at_k(rewards: torch.Tensor, k: int | None = None) -> torch.Tensor:
             How many answers count, the first ones; all n if not given.
 
     Returns:
-        `torch.Tensor` of shape `(...)`, in float64.
+        `torch.Tensor` of shape `(...)`, in float64; `nan` where the reward of an answer that counts is.
 
     Raises:
-        `ValueError`: If k is not between 1 and n.
+        `ValueError`: If k is not a whole number between 1 and n.
     """
-    k = rewards.size(-1) if k is None else k
-    _check(k, rewards.size(-1))
-    return rewards[..., :k].double().mean(-1)
+    (rewards,) = doubles(rewards=rewards)
+    shaped(rewards=(rewards, "... n"))
+    k = _number_of_tries(rewards.size(-1) if k is None else k, rewards.size(-1))
+    return rewards[..., :k].mean(-1)
 
 
 def pass_at_k(correct: torch.Tensor, k: int) -> torch.Tensor:
@@ -43,16 +46,19 @@ def pass_at_k(correct: torch.Tensor, k: int) -> torch.Tensor:
         `torch.Tensor` of shape `(...)`, in float64.
 
     Raises:
-        `ValueError`: If k is not between 1 and n.
+        `ValueError`: If k is not a whole number between 1 and n, or a value is neither 0 nor 1.
     """
+    (correct,) = doubles(correct=correct)
+    shaped(correct=(correct, "... n"))
     n = correct.size(-1)
-    _check(k, n)
+    k = _number_of_tries(k, n)
+    if not ((correct == 0) | (correct == 1)).all():
+        raise ValueError("correct holds values that are neither 0 nor 1; compare rewards with a threshold first.")
     wrong = n - correct.bool().sum(-1, keepdim=True)  # (..., 1)
     i = torch.arange(1, n + 1, dtype=torch.float64, device=correct.device)
     # With fewer than k wrong answers the factor at i = k is among them, and it is 0.
     return 1 - torch.where(i > wrong, 1 - k / i, 1.0).prod(-1)
 
 
-def _check(k: int, n: int) -> None:
-    if not 1 <= k <= n:
-        raise ValueError(f"k={k} must be between 1 and the number of answers to a problem, {n}.")
+def _number_of_tries(k: int, n: int) -> int:
+    return whole("k", k, 1, n, "the number of answers to a problem, ")

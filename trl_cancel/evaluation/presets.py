@@ -5,6 +5,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets, load_dataset
 
+from ..arguments import whole
 from .settings import EvaluationSettings
 
 
@@ -130,8 +131,10 @@ def load_problems(
         kept.
 
     Raises:
-        `ValueError`: If the data set cannot be loaded or lacks a column.
+        `ValueError`: If the data set cannot be loaded or lacks a column, or `num_problems` is not positive.
     """
+    if num_problems is not None:
+        whole("num_problems", num_problems, 1)
     try:
         dataset: Any = load_dataset(source.path, name=source.config, split=source.split)
     except Exception as error:  # the library raises a dozen types for names, files and connections

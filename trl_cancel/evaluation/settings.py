@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ..arguments import is_number
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -60,14 +62,14 @@ class EvaluationSettings:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}.")
         if not self.num_samples and not self.greedy:
             raise ValueError("num_samples=0 with greedy=False: there would be nothing to evaluate.")
-        if not 0 < self.temperature < math.inf:
+        if not (is_number(self.temperature) and 0 < self.temperature < math.inf):
             raise ValueError(
-                f"temperature={self.temperature}: must be positive. For greedy answers alone set num_samples=0."
+                f"temperature={self.temperature!r}: must be positive. For greedy answers alone set num_samples=0."
             )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1.")
-        if not math.isfinite(self.pass_threshold):
-            raise ValueError(f"pass_threshold={self.pass_threshold}: must be a finite number.")
+        if not (is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise ValueError(f"top_p={self.top_p!r}: must be above 0 and at most 1.")
+        if not (is_number(self.pass_threshold) and math.isfinite(self.pass_threshold)):
+            raise ValueError(f"pass_threshold={self.pass_threshold!r}: must be a finite number.")
         if not isinstance(self.chat_template_kwargs, dict | None):
             raise ValueError(
                 f"chat_template_kwargs={self.chat_template_kwargs!r}: must be a dictionary, such as "
