@@ -44,6 +44,8 @@ try:
         unwrap_model_for_generation,
     )
     from trl.trainer.utils import (
+        # Name of a reward function in logs and messages: also of one whose arguments are partly given.
+        get_callable_name,
         # Name of the base model, for the default output folder: the same as TRL's own default.
         get_config_model_id,
         # Whether a reward function is to be awaited.
@@ -164,6 +166,7 @@ __all__ = [
     "check_signatures",
     "check_trl_version",
     "disable_gradient_checkpointing",
+    "get_callable_name",
     "get_config_model_id",
     "is_async_callable",
     "pad",

@@ -23,6 +23,7 @@ from ..diagnostics.shifts import THRESHOLD
 from ..evaluation import RewardFunction
 from ..evaluation.models import load_tokenizer
 from ..evaluation.scoring import awaited
+from ..rewards import number_of
 from . import UsageError
 from .settings import Parser, RunArguments, Settings
 from .training import check_model_path, check_writable, console, find_rewards, load_data
@@ -159,9 +160,9 @@ def _reward(settings: Settings) -> RewardFunction:
     return weighted_sum
 
 
-def _weighted(scores: Sequence[float | None], weights: Sequence[float]) -> float | None:
+def _weighted(scores: Sequence[Any], weights: Sequence[float]) -> float | None:
     """The weighted sum of the rewards that are known."""
-    known = [weight * score for score, weight in zip(scores, weights, strict=True) if score is not None]
+    known = [weight * number_of(score) for score, weight in zip(scores, weights, strict=True) if score is not None]
     return sum(known) if known else None
 
 

@@ -7,6 +7,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .._upstream import get_callable_name
 from ..batching import without_variance
 from ..evaluation import RewardFunction, continuations, prompt_token_ids, rewards_of, sampling
 from ..evaluation.scoring import filler_token
@@ -88,7 +89,7 @@ def sample_rollouts(
         advantages=group_advantages(rewards.view(-1, num_generations)).flatten(),
         group_ids=torch.arange(len(rows), device=model.device).repeat_interleave(num_generations),
         rewards=rewards.unsqueeze(1),
-        reward_names=[getattr(reward, "__name__", type(reward).__name__)],
+        reward_names=[get_callable_name(reward)],
         examples=examples,
         num_generations=num_generations,
         temperature=temperature,

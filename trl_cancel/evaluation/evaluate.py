@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from .._upstream import get_callable_name
 from ..intervals import mean_with_interval
 from .engines import Answer, Engine, Request, seed_of
 from .metrics import avg_at_k, pass_at_k
@@ -246,7 +247,7 @@ def _rewards(
     settings: EvaluationSettings,
     trainer: Any,
 ) -> list[float | None]:
-    name = getattr(reward, "__name__", type(reward).__name__)
+    name = get_callable_name(reward)
     try:
         rewards = rewards_of(reward, engine.tokenizer, rows, [answer.ids for answer in answers], trainer)
     except Exception as error:
