@@ -59,7 +59,7 @@ def test_what_the_model_computes_is_not_blamed_on_the_credit():
     logps = torch.tensor([[-1.0, float("nan"), -1.0]] * 2)
     for mask, credits in (([1, 0, 1], [Recorder()]), ([1, 1, 1], [])):
         combine(credits, rollouts([1.0, -1.0], old_logps=logps, mask=torch.tensor([mask] * 2)))
-    with pytest.raises(ValueError, match="log-probabilities of the rollouts are nan.*it is the model"):
+    with pytest.raises(ValueError, match=r"log-probabilities of the rollouts are nan.*it is the model"):
         combine([Recorder()], rollouts([1.0, -1.0], old_logps=logps))
 
 

@@ -11,6 +11,7 @@ from .._upstream import get_callable_name
 from ..batching import without_variance
 from ..evaluation import RewardFunction, continuations, prompt_token_ids, rewards_of, sampling
 from ..evaluation.scoring import filler_token
+from ..inputs import check_problems
 from ..rollouts import Rollouts
 
 
@@ -60,12 +61,15 @@ def sample_rollouts(
         their standard deviation.
 
     Raises:
-        `ValueError`: If a group would have fewer than two rollouts, or the temperature is not positive.
+        `ValueError`: If a group would have fewer than two rollouts, the temperature is not positive, or the rows lack a
+            prompt or what the reward function asks for.
     """
     if num_generations < 2:
         raise ValueError(f"num_generations={num_generations}: a group needs at least 2 rollouts to compare.")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive: rollouts of a greedy policy are all the same.")
+    if rows:
+        check_problems("the data set", rows[0], rows[0].get("prompt"), reward, tokenizer)
     examples = [row for row in rows for _ in range(num_generations)]
     prompts = prompt_token_ids(tokenizer, [example["prompt"] for example in examples], chat_template_kwargs)
     ids: list[list[int]] = []

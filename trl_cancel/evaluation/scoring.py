@@ -18,6 +18,7 @@ from transformers.tokenization_mistral_common import MistralCommonBackend
 from trl.data_utils import is_conversational
 
 from .._upstream import get_callable_name
+from ..inputs import check_problems
 from ..intervals import mean_with_interval as mean_with_interval
 from ..rewards import listed, number_of
 from ..states import without_dropout
@@ -67,8 +68,14 @@ def score_samples(
 
     Returns:
         `torch.Tensor` of shape `(P, num_samples)`: The rewards; `nan` where the reward function returned `None`.
+
+    Raises:
+        `ValueError`: If the rows lack a prompt or what the reward function asks for, or it does not return one number
+            or `None` for each answer.
     """
     rows = [row for row in dataset for _ in range(num_samples)]
+    if rows:
+        check_problems("the data set", rows[0], rows[0].get("prompt"), reward, tokenizer)
     rewards: list[float | None] = []
     with sampling(model, seed), tqdm(total=len(rows), desc=description, disable=description is None) as progress:
         for first in range(0, len(rows), batch_size):
