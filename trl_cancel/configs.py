@@ -16,6 +16,7 @@ from .credit.controls import SIGNS
 from .credit.delta import ASSIGNMENTS, PROXIES
 from .credit.group_weights import TRANSFORMATIONS, TRUST_REGIONS
 from .credit.nthr import ETAS, SELECTIONS
+from .removed import KnowsRemoved
 from .secrets import KeepsSecrets, without_secrets
 
 
@@ -25,7 +26,7 @@ LOSS_TYPES = (*CLIPPED_LOSSES, "cispo", "sapo", "vespo")
 
 
 @dataclass
-class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
+class CancelGRPOConfig(KnowsRemoved, KeepsSecrets, GRPOConfig):
     r"""
     Configuration class for the [`CancelGRPOTrainer`].
 

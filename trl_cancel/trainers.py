@@ -38,6 +38,7 @@ from .monitor import UpdateMonitor
 from .precision import emulates_bfloat16, hold_trained_weights_in_float32
 from .prompts import FreshPrompts
 from .publishing import Published
+from .removed import ARGUMENTS, refuse_removed
 from .resuming import Resumable
 from .rewards import check_models, checked
 from .rollouts import ABOUT_IMAGES, Rollouts, Rows, generator_of, take_rows
@@ -113,6 +114,7 @@ class CancelGRPOTrainer(Published, Resumable):
         credits: Sequence[Credit] = (),
         **trl_kwargs: Any,
     ):
+        refuse_removed(trl_kwargs, ARGUMENTS, GRPOTrainer.__init__)
         model = str(model) if isinstance(model, PathLike) else model
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
