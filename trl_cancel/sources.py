@@ -115,7 +115,7 @@ def within_reach(*names: str | None) -> Iterator[str | None]:
     Yields:
         `str`, *optional*: Why it cannot be reached.
     """
-    if constants.is_offline_mode() or all(name is None or _needs_no_hub(name) for name in names):
+    if constants.is_offline_mode() or all(name is None or needs_no_hub(name) for name in names):
         yield None
         return
     why = _why_unreachable()
@@ -133,7 +133,7 @@ def within_reach(*names: str | None) -> Iterator[str | None]:
             switch.HF_HUB_OFFLINE = value
 
 
-def _needs_no_hub(name: str) -> bool:
+def needs_no_hub(name: str) -> bool:
     """Whether all of a data set, a model or an adapter is here."""
     adapter = Path(name).expanduser() / "adapter_config.json"
     try:

@@ -63,6 +63,15 @@ def test_a_file_is_read_as_a_stream_and_as_a_part(home):
     assert len(load_problems(DataSource("a.jsonl", "test[:2]", "prompt", "solution"))) == 2
 
 
+def test_a_file_in_a_mixture(home):
+    FILES["a.jsonl"](home / "a.jsonl")
+    recipe = home / "recipe.yaml"
+    recipe.write_text("datasets:\n- path: a.jsonl\n- path: ~/a.jsonl\n")
+    given = {name: value for name, value in QUICK.items() if name != "dataset_name"}
+    settings = Parser("test", "").read(["--config", str(recipe), *flags(**given)])
+    assert len(load_data(settings)["train"]) == 12
+
+
 MISSING = {
     "none.jsonl": "there is no such file or folder",
     "./none": "there is no such file or folder",
@@ -123,6 +132,13 @@ def test_a_hub_that_cannot_be_reached(setting, command, no_network, capsys):
     assert "cannot load it: http://127.0.0.1:9 cannot be reached (" in said
     assert sum(no_network) <= 1, "no further attempts are made for each file"
     assert constants.HF_HUB_OFFLINE is False
+
+
+def test_which_of_two_models_it_is(no_network, capsys):
+    assert (
+        run("train", reward_model_name_or_path="no-such/judge", reward_funcs="accuracy_reward", eval_problems=0) == 1
+    )
+    assert "reward_model_name_or_path=no-such/judge: cannot load it: http" in capsys.readouterr().err
 
 
 def test_what_is_here_needs_no_hub(no_network, tiny_model, home, monkeypatch):

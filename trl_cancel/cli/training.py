@@ -25,7 +25,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.utils import find_adapter_config_file
-from trl import ModelConfig, get_dataset, get_peft_config, get_quantization_config
+from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config, get_quantization_config
 
 from .. import checkpoints, playground, sources
 from ..evaluation import Estimate, Evaluation, EvaluationSettings
@@ -283,7 +283,7 @@ def load_data(settings: Settings) -> DatasetDict | dict[str, Any]:
         paths = [part.path for part in mixture.datasets] or [str(run.dataset_name)]
         with sources.within_reach(*paths) as out_of_reach:
             try:
-                dataset = get_dataset(mixture) if mixture.datasets else _load_named(run)
+                dataset = _load_mixture(mixture) if mixture.datasets else _load_named(run)
             except Exception as error:  # the library raises a dozen types for names, files and connections
                 said = sources.in_short(error)
                 if out_of_reach:
@@ -298,6 +298,14 @@ def load_data(settings: Settings) -> DatasetDict | dict[str, Any]:
     if split not in dataset:
         raise UsageError(f"dataset_train_split={split}: the data set has the splits {', '.join(dataset)}.")
     return dataset
+
+
+def _load_mixture(mixture: DatasetMixtureConfig) -> DatasetDict:
+    """A mixture, whose parts may be files too."""
+    for part in mixture.datasets:
+        part.path, files = sources.load_arguments(part.path, part.split)
+        part.data_files = part.data_files or files.get("data_files")
+    return get_dataset(mixture)
 
 
 def _load_named(run: RunArguments) -> Any:
@@ -415,6 +423,11 @@ def build_trainer(settings: Settings, dataset: Any, rewards: list[Any]) -> Cance
     except PushError as error:
         raise (UsageError if error.refused else Failure)(str(error)) from error
     except (OSError, SafetensorError) as error:  # the first if a path or Hub id holds no model
+        of_reward = [
+            reward for reward in of_hub[1:] if reward in str(error) or (out_of_reach and sources.needs_no_hub(path))
+        ]
+        if of_reward:
+            raise cannot_load(of_reward[0], error, out_of_reach, "reward_model_name_or_path") from error
         raise cannot_load(model.model_name_or_path, error, out_of_reach) from error
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
@@ -450,9 +463,11 @@ def check_adapter(model: ModelConfig, path: str) -> None:
         raise UsageError(f"load_in_{bits}bit: weights of {bits} bits cannot be trained. Add --use_peft (LoRA).")
 
 
-def cannot_load(name: Any, error: Exception, out_of_reach: str | None) -> UsageError | Failure:
+def cannot_load(
+    name: Any, error: Exception, out_of_reach: str | None, setting: str = "model_name_or_path"
+) -> UsageError | Failure:
     """What is said of a model that cannot be loaded: whether its name or the network is to blame."""
-    what = f"model_name_or_path={name}: cannot load it"
+    what = f"{setting}={name}: cannot load it"
     if out_of_reach:
         return Failure(f"{what}: {out_of_reach}, and neither a folder of that name nor the cache holds it.")
     reason = str(error).splitlines()[0]
