@@ -10,7 +10,7 @@ from trl_cancel.credit import SignControl
 from trl_cancel.credit.protocol import combine
 
 from .loss import LossHarness
-from .runs import OFF_POLICY, assert_same_weights, build, noisy_reward, train
+from .runs import OFF_POLICY, assert_same_weights, build, load, noisy_reward, train
 
 
 class Recorder:
@@ -52,6 +52,24 @@ def test_sign_control(sign, expected):
     coefficients = SignControl(sign).coefficients(rollouts([2.0, -1.0, 0.0, -1.0]))
     assert coefficients.shape == (4, 1)
     assert coefficients.flatten().tolist() == expected
+
+
+def test_what_the_model_computes_is_not_blamed_on_the_credit():
+    """Only where a token counts, and only if a credit is to be computed."""
+    logps = torch.tensor([[-1.0, float("nan"), -1.0]] * 2)
+    for mask, credits in (([1, 0, 1], [Recorder()]), ([1, 1, 1], [])):
+        combine(credits, rollouts([1.0, -1.0], old_logps=logps, mask=torch.tensor([mask] * 2)))
+    with pytest.raises(ValueError, match=r"log-probabilities of the rollouts are nan.*it is the model"):
+        combine([Recorder()], rollouts([1.0, -1.0], old_logps=logps))
+
+
+@pytest.mark.parametrize("credit", ["nthr", "delta_credit"])
+@pytest.mark.parametrize("weight", ["embed_tokens", "layers.1.mlp.up_proj"])
+def test_weights_that_are_nan_are_refused_at_once(tiny_model, credit, weight):
+    model = load(tiny_model)
+    torch.nn.init.constant_(model.get_submodule(f"model.{weight}").weight, float("nan"))
+    with pytest.raises(ValueError, match="logits of Qwen3ForCausalLM are not finite: its weights hold nan"):
+        build(model, **{credit: True})
 
 
 def test_credits_multiply():

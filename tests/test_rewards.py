@@ -2,8 +2,12 @@
 
 import math
 import traceback
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy
+import pandas
+import pyarrow
 import pytest
 import torch
 import trl
@@ -29,7 +33,15 @@ REFUSED = {
     "nested": ([[1.0], [1.0], [1.0], [1.0]], r"returned \[1.0\] for completion 0 of 4: a list is not a number"),
     "tensor of nan": (torch.tensor([1.0, 2.0, 3.0, NAN]), r"returned tensor\(nan\) for completion 3 of 4"),
     "array of nan": (numpy.array([NAN, 2.0, 3.0, 4.0]), "returned .*nan.* for completion 0 of 4"),
-    "matrix": (torch.ones(4, 1), "for completion 0 of 4: a Tensor is not a number"),
+    "matrix": (torch.ones(4, 2), "for completion 0 of 4: a Tensor is not a number"),
+    "column of nan": (torch.tensor([[1.0], [NAN], [2.0], [3.0]]), r"returned tensor\(\[nan\]\) for completion 1 of 4"),
+    "complex tensor": (torch.ones(4, dtype=torch.complex64), "a Tensor is not a number"),
+    "masked": (
+        numpy.ma.array([1.0] * 4, mask=[0, 0, 1, 0]),
+        "returned masked for completion 2 of 4: it is not a number",
+    ),
+    "endless Decimal": ([Decimal("Infinity")] * 4, "returned Decimal.* for completion 0 of 4: it is not finite"),
+    "Decimal that signals": ([Decimal("sNaN")] * 4, "a Decimal is not a number"),
     "complex": ([1j, 0, 0, 0], "a complex is not a number"),
     "nothing": (None, "returned None, but a list of 4 numbers was expected"),
     "one number": (1.0, "returned 1.0, but a list of 4 numbers"),
@@ -48,6 +60,17 @@ ACCEPTED = {
     "array": numpy.arange(4),
     "tensor": torch.arange(4.0),
 }
+# Further values of which TRL makes numbers.
+CONVERTED = {
+    "column": torch.arange(4.0).view(4, 1),
+    "tensors of one element": [torch.tensor([0.5]), 1.5, None, torch.tensor([[2.5]])],
+    "Decimals": [Decimal("0.1"), Decimal(1), None, 2.0],
+    "Fractions": [Fraction(1, 3), Fraction(1), 0.5, 1],
+    "halves of NumPy": list(numpy.arange(4, dtype=numpy.float16)),
+    "bfloat16": torch.arange(4.0).bfloat16() / 3,
+    "of a table": pandas.Series([0.5, 1.5, 2.5, 3.5]),
+    "of an Arrow table": pyarrow.array([0.5, 1.5, 2.5, 3.5]),
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -63,6 +86,21 @@ def test_accepted_as_it_is(case):
     assert all(
         kept is value or kept == value for kept, value in zip(check_values(values, 4, "f"), values, strict=True)
     )
+
+
+@pytest.mark.parametrize("case", [*ACCEPTED, *CONVERTED])
+def test_numbers_are_those_that_trl_makes(case):
+    """Which makes a tensor of the list, in single precision."""
+    values = {**ACCEPTED, **CONVERTED}[case]
+    theirs = torch.tensor([NAN if value is None else value for value in values], dtype=torch.float32)
+    ours = torch.tensor([NAN if value is None else value for value in check_values(values, 4, "f")])
+    assert torch.equal(ours.nan_to_num(9.0), theirs.nan_to_num(9.0))
+
+
+def test_arrays_of_one_element_are_numbers():
+    """TRL takes tensors of this kind, but no arrays."""
+    for values in (numpy.arange(4.0).reshape(4, 1), [numpy.array([row]) for row in range(4)]):
+        assert check_values(values, 4, "f") == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_generators_are_accepted():

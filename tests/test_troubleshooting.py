@@ -82,10 +82,22 @@ def several_gpus(model, tmp_path):
     trl.GRPOTrainer(model, noisy_reward, args, ROWS)
 
 
-def without_template(model):
+def without_template(model, run):
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = None
-    theirs(model, {"processing_class": tokenizer})
+    run(model, {"processing_class": tokenizer})
+
+
+def without_tokens(model):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.eos_token = None
+    ours(model, {"processing_class": tokenizer})
+
+
+def without_weights(model):
+    model = load(model)
+    torch.nn.init.constant_(model.get_input_embeddings().weight, float("nan"))
+    ours(model, nthr=True)
 
 
 def sharded_by_first_fsdp(model, monkeypatch):
@@ -123,6 +135,10 @@ ERRORS = {
     "solution": lambda model, **_: theirs(
         model, {"reward_funcs": accuracy_reward, "train_dataset": ROWS.remove_columns("solution")}
     ),
+    "signature, before": lambda model, **_: ours(model, {"reward_funcs": my_reward}),
+    "solution, before": lambda model, **_: ours(
+        model, {"reward_funcs": accuracy_reward, "train_dataset": ROWS.remove_columns("solution")}
+    ),
     "strings": lambda model, **_: theirs(
         model,
         {
@@ -131,7 +147,11 @@ ERRORS = {
         },
     ),
     "reward weights": lambda model, **_: theirs(model, reward_weights=[1.0, 2.0]),
-    "chat template": lambda model, **_: without_template(model),
+    "chat template": lambda model, **_: without_template(model, theirs),
+    "chat template, before": lambda model, **_: without_template(model, ours),
+    "renamed argument": lambda model, **_: ours(model, {"tokenizer": None}),
+    "no tokens": lambda model, **_: without_tokens(model),
+    "weights that are nan": lambda model, **_: without_weights(model),
     "version": lambda **_: check_trl_version("1.17.0"),
     "two adapters": lambda model, **_: theirs(
         get_peft_model(load(model), LoraConfig(**LORA)), {"peft_config": LoraConfig(**LORA)}

@@ -44,6 +44,8 @@ try:
         unwrap_model_for_generation,
     )
     from trl.trainer.utils import (
+        # Name of a reward function in logs and messages: also of one whose arguments are partly given.
+        get_callable_name,
         # Name of the base model, for the default output folder: the same as TRL's own default.
         get_config_model_id,
         # Whether a reward function is to be awaited.
@@ -104,6 +106,11 @@ ATTRIBUTES = {
     "epsilon_high": "clipping range used by the loss",
     "importance_sampling_level": "token or sequence, read by the loss after its forward pass",
     "reward_funcs": "reward functions, checked while they are called",
+    "reward_processing_classes": "tokenizers of reward models, whose chat templates are looked at",
+    "chat_template": "a template that TRL has put in the place of the tokenizer's",
+    "environment_factories": "whether environments bring prompts",
+    "rollout_func": "whether a function of the user's generates",
+    "use_transformers_continuous_batching": "whether transformers generates without batches",
     "reward_func_names": "names of the columns of the rewards",
     "temperature": "temperature of the policy",
     "is_fsdp_enabled": "whether the model is sharded by FSDP",
@@ -112,6 +119,19 @@ ATTRIBUTES = {
     "async_loop": "event loop of async reward functions, where there are some; evaluation awaits them in it too",
     "_tokenizer": "tokenizer, also where the processing class is a processor of several kinds of input",
 }
+# Methods in which a subclass may change rows, or how they become prompts and rewards: where none is overridden, the
+# columns of a data set are what its reward functions get.
+WAY_OF_ROWS = (
+    "get_train_dataloader",
+    "get_eval_dataloader",
+    "training_step",
+    "prediction_step",
+    "_prepare_inputs",
+    "_generate_and_score_completions",
+    "_tokenize_prompts",
+    "_generate",
+    "_calculate_rewards",
+)
 # Number of values that a method returns, where the override unpacks them.
 RETURNS = {"_get_per_token_logps_and_entropies": 3}
 
@@ -162,10 +182,12 @@ __all__ = [
     "METHODS",
     "TRL_BELOW",
     "TRL_MIN",
+    "WAY_OF_ROWS",
     "check_installation",
     "check_signatures",
     "check_trl_version",
     "disable_gradient_checkpointing",
+    "get_callable_name",
     "get_config_model_id",
     "is_async_callable",
     "pad",

@@ -17,6 +17,7 @@ from .credit.controls import SIGNS
 from .credit.delta import ASSIGNMENTS, PROXIES, check_delta, normalization
 from .credit.group_weights import TRANSFORMATIONS, TRUST_REGIONS
 from .credit.nthr import SELECTIONS, check_nthr
+from .removed import KnowsRemoved
 from .secrets import KeepsSecrets, without_secrets
 
 
@@ -26,7 +27,7 @@ LOSS_TYPES = (*CLIPPED_LOSSES, "cispo", "sapo", "vespo")
 
 
 @dataclass
-class CancelGRPOConfig(KeepsSecrets, GRPOConfig):
+class CancelGRPOConfig(KnowsRemoved, KeepsSecrets, GRPOConfig):
     r"""
     Configuration class for the [`CancelGRPOTrainer`].
 

@@ -13,6 +13,10 @@ from functools import partial
 from typing import Any
 
 
+class _Around(partial):
+    """A call that stands around a hook, which is its first argument."""
+
+
 @contextmanager
 def around(trainer: Any, hook: str, call: Callable[..., Any]) -> Iterator[None]:
     """
@@ -28,12 +32,30 @@ def around(trainer: Any, hook: str, call: Callable[..., Any]) -> Iterator[None]:
     """
     own = vars(trainer)
     before = {hook: own[hook]} if hook in own else {}
-    own[hook] = partial(call, getattr(trainer, hook))
+    own[hook] = _Around(call, getattr(trainer, hook))
     try:
         yield
     finally:
         del own[hook]
         own.update(before)
+
+
+def is_overridden(trainer: Any, hook: str, base: type) -> bool:
+    """
+    Whether a hook of an object is another than that of a class, in its own class or in the object itself.
+
+    Args:
+        trainer (`Any`):
+            The object.
+        hook (`str`):
+            Name of a method.
+        base (`type`):
+            The class.
+    """
+    method = getattr(trainer, hook)
+    while isinstance(method, _Around):
+        method = method.args[0]
+    return getattr(method, "__func__", None) is not getattr(base, hook)
 
 
 def left_out(trainer_class: type, hook: str, base: type) -> str | None:

@@ -4,9 +4,10 @@ import math
 from collections.abc import Callable, Sequence
 from functools import wraps
 from inspect import isawaitable
-from numbers import Real
+from numbers import Complex, Real
 from typing import Any
 
+import numpy
 import torch
 
 from ._upstream import is_async_callable
@@ -34,7 +35,7 @@ def checked(function: Any, name: str) -> Any:
             Its name in the logs.
 
     Returns:
-        `Callable`: Called the same way, it returns the same values, as a list.
+        `Callable`: Called the same way, it returns the same values, as a list of numbers.
 
     Raises:
         [`RewardError`]: When called, if what is returned cannot be used; the message names function, row and value.
@@ -44,7 +45,7 @@ def checked(function: Any, name: str) -> Any:
     if is_async_callable(function):
 
         @wraps(function)
-        async def call_async(*args: Any, **kwargs: Any) -> list[Any]:
+        async def call_async(*args: Any, **kwargs: Any) -> list[float | None]:
             try:
                 values = await function(*args, **kwargs)
             except Exception as error:
@@ -55,7 +56,7 @@ def checked(function: Any, name: str) -> Any:
         return call_async
 
     @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> list[Any]:
+    def call(*args: Any, **kwargs: Any) -> list[float | None]:
         try:
             values = function(*args, **kwargs)
         except Exception as error:
@@ -66,9 +67,9 @@ def checked(function: Any, name: str) -> Any:
     return call
 
 
-def check_values(values: Any, expected: int, name: str) -> list[Any]:
+def check_values(values: Any, expected: int, name: str) -> list[float | None]:
     """
-    What a reward function has returned, as a list.
+    What a reward function has returned, as a list of numbers: those that TRL would make of it.
 
     Args:
         values (`Any`):
@@ -86,26 +87,66 @@ def check_values(values: Any, expected: int, name: str) -> list[Any]:
         close: Callable[[], None] = getattr(values, "close", lambda: None)
         close()  # Python would warn that nobody has waited for it
         raise RewardError(f"{source} returned a coroutine: define it with `async def`, so that it is waited for.")
-    if values is None or isinstance(values, str | bytes | dict | set) or not hasattr(values, "__iter__"):
+    if getattr(values, "ndim", 1) == 0:
+        raise RewardError(f"{source} returned a single number, but {expected} were expected, one a completion.")
+    rewards = listed(values)
+    if rewards is None:
         raise RewardError(
             f"{source} returned {_shown(values)}, but a list of {expected} numbers was expected, one a completion."
         )
-    if getattr(values, "ndim", 1) == 0:
-        raise RewardError(f"{source} returned a single number, but {expected} were expected, one a completion.")
-    values = list(values)
-    if len(values) != expected:
+    if len(rewards) != expected:
         raise RewardError(
-            f"{source} returned {len(values)} values, but {expected} were expected, one a completion. Return None for "
+            f"{source} returned {len(rewards)} values, but {expected} were expected, one a completion. Return None for "
             "completions that it does not apply to."
         )
-    for row, value in enumerate(values):
-        problem = None if value is None else _problem(value)
-        if problem:
-            raise RewardError(
-                f"{source} returned {_shown(value)} for completion {row} of {expected}: {problem}. Return a number, or "
-                "None where it does not apply."
-            )
-    return values
+    return [None if value is None else _finite(value, row, expected, source) for row, value in enumerate(rewards)]
+
+
+def listed(values: Any) -> list[Any] | None:
+    """What a reward function has returned as a list, also of an array or a generator; `None` if there is no order."""
+    if isinstance(values, str | bytes | dict | set) or getattr(values, "ndim", 1) == 0:
+        return None
+    return list(values) if hasattr(values, "__iter__") else None
+
+
+def number_of(value: Any) -> float:
+    """
+    The number that TRL makes of one reward: of anything that Python makes a float of, and of tensors and arrays that
+    hold a single element.
+
+    Args:
+        value (`Any`):
+            What a reward function has returned for a completion.
+
+    Raises:
+        `ValueError`: If it is none; the message says why.
+    """
+    holds_one = isinstance(value, torch.Tensor | numpy.ndarray) and math.prod(value.shape) == 1
+    scalar = value.item() if holds_one and not numpy.ma.is_masked(value) else value
+    if isinstance(scalar, str | bytes) or (isinstance(scalar, Complex) and not isinstance(scalar, Real)):
+        raise ValueError(f"a {type(value).__name__} is not a number")
+    try:
+        return math.nan if numpy.ma.is_masked(scalar) else float(scalar)
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.inf
+    except Exception as error:  # whatever the type's own conversion raises
+        raise ValueError(f"a {type(value).__name__} is not a number") from error
+
+
+def _finite(value: Any, row: int, expected: int, source: str) -> float:
+    """One reward, which must be a number in single precision."""
+    try:
+        number = number_of(value)
+        if math.isnan(number):
+            raise ValueError("it is not a number")
+        if abs(number) > LARGEST:
+            raise ValueError("it is not finite in single precision")
+    except ValueError as error:
+        raise RewardError(
+            f"{source} returned {_shown(value)} for completion {row} of {expected}: {error}. Return a number, or None "
+            "where it does not apply."
+        ) from error
+    return number
 
 
 def check_models(rewards: torch.Tensor, functions: Sequence[Any], names: Sequence[str]) -> None:
@@ -134,19 +175,6 @@ def check_models(rewards: torch.Tensor, functions: Sequence[Any], names: Sequenc
 
 def _say_whose(error: Exception, name: str) -> None:
     error.add_note(f"Raised by the reward function {name!r}.")
-
-
-def _problem(value: Any) -> str | None:
-    scalar = value.item() if getattr(value, "ndim", None) == 0 else value  # of NumPy or PyTorch
-    if not isinstance(scalar, Real):
-        return f"a {type(value).__name__} is not a number"
-    try:
-        number = float(scalar)
-    except OverflowError:  # a whole number of hundreds of digits
-        number = math.inf
-    if math.isnan(number):
-        return "it is not a number"
-    return None if abs(number) <= LARGEST else "it is not finite in single precision"
 
 
 def _shown(value: Any) -> str:

@@ -193,7 +193,8 @@ class LMHead:
                 A causal language model.
 
         Raises:
-            `ValueError`: If the logits are not a scaled and capped linear function of the last hidden states.
+            `ValueError`: If the logits are not a scaled and capped linear function of the last hidden states, or not
+                finite.
         """
         layer = model.get_output_embeddings()
         if layer is None:
@@ -203,6 +204,11 @@ class LMHead:
         tokens = torch.arange(8, device=model.device).unsqueeze(0) % config.vocab_size
         with without_dropout(model), _outputs_of(layer) as outputs:
             logits = model(input_ids=tokens).logits.double()
+        if not logits.isfinite().all():
+            raise ValueError(
+                f"The logits of {type(model).__name__} are not finite: its weights hold nan or infinite values, or "
+                f"overflow in {str(model.dtype).removeprefix('torch.')}. Load other weights, or in another precision."
+            )
         raw = outputs[-1].to(logits.device).double()
         if softcap is None:
             uncapped, measured = logits, raw

@@ -1,6 +1,7 @@
 """The trainer: TRL's, with the methods of this package routed into the places where they act."""
 
 import copy
+import inspect
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,10 +12,12 @@ from typing import Any, cast
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
+from trl.data_utils import is_conversational
 
 from . import papers
 from ._upstream import (
+    WAY_OF_ROWS,
     disable_gradient_checkpointing,
     get_config_model_id,
     split_pixel_values_by_grid,
@@ -29,12 +32,14 @@ from .credit import Credit
 from .diagnostics.callbacks import TokenShiftCallback
 from .evaluation import Evaluation
 from .explanation import explain, within_generation
-from .hooks import around, left_out
+from .hooks import around, is_overridden, left_out
+from .inputs import PASSED, check_chat_template, check_prompt, check_rewards, check_tokens, columns_of, first_prompt
 from .model_card import datasets_of
 from .monitor import UpdateMonitor
 from .precision import emulates_bfloat16, hold_trained_weights_in_float32
 from .prompts import FreshPrompts
 from .publishing import Published
+from .removed import ARGUMENTS, refuse_removed
 from .resuming import Resumable
 from .rewards import check_models, checked
 from .rollouts import ABOUT_IMAGES, Rollouts, Rows, generator_of, loss_mask, of_rollouts, silenced, take_rows
@@ -45,6 +50,8 @@ from .update_weights import NEEDED_FOR_GROUPS, UpdateWeights, mean_correction
 
 
 logger = get_logger(__name__)
+# Arguments of TRL's trainer that may be given by position, after `train_dataset`.
+_FURTHER = list(inspect.signature(GRPOTrainer.__init__).parameters)[5:]
 
 Generate = Callable[[list[dict[str, Any]]], Rows]
 Forward = Callable[..., Any]
@@ -134,6 +141,7 @@ class CancelGRPOTrainer(Published, Resumable):
         credits: Sequence[Credit] = (),
         **trl_kwargs: Any,
     ):
+        refuse_removed(trl_kwargs, ARGUMENTS, GRPOTrainer.__init__)
         model = str(model) if isinstance(model, PathLike) else model
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -151,12 +159,9 @@ class CancelGRPOTrainer(Published, Resumable):
         self.dataset_names = datasets_of(train_dataset)
         self.active_methods = active_methods(args, self._credits.own)
         self._tag_names = self._tags()
-        if trl_kwargs.get("environment_factory") is None:  # an environment may bring the prompts
-            evaluated = trl_args[0] if trl_args else trl_kwargs.get("eval_dataset")
-            _check_dataset("train_dataset", train_dataset)
-            _check_size(train_dataset, args.layout.prompts_per_generation)
-            for dataset in evaluated.values() if isinstance(evaluated, dict) else [evaluated]:
-                _check_dataset("eval_dataset", dataset)
+        self._checked_columns: set[tuple[str, ...]] = set()
+        given = {**dict(zip(_FURTHER, trl_args, strict=False)), **trl_kwargs}
+        self._check_inputs(args, train_dataset, reward_funcs, given)
 
         self._groups_seen = 0
         self._generated_at_step = 0
@@ -168,6 +173,12 @@ class CancelGRPOTrainer(Published, Resumable):
 
         super().__init__(model, reward_funcs, args, train_dataset, *trl_args, **trl_kwargs)
 
+        elsewhere = self.use_vllm or self.use_transformers_continuous_batching or self.rollout_func is not None
+        generates = self._is_trls("_generate", "_generate_single_turn", "_generate_and_score_completions")
+        check_tokens(self._tokenizer, ends_answers=generates and not elsewhere)
+        prompt = first_prompt(self.train_dataset)
+        if prompt is not None and self._is_trls(*WAY_OF_ROWS):
+            self._check_templates("train_dataset", prompt)
         if args.fp16 and not self.is_deepspeed_enabled:  # which scales gradients by itself
             hold_trained_weights_in_float32(cast(torch.nn.Module, self.model).named_parameters())
         self.epsilon_low, self.epsilon_high = args.clip_range
@@ -184,6 +195,63 @@ class CancelGRPOTrainer(Published, Resumable):
             self._check_sharding()
             if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
                 self._lm_head()  # an unsuitable model is refused now; one that is yet to be sharded, later
+
+    # What it is given
+
+    def _check_inputs(
+        self, args: CancelGRPOConfig, train_dataset: Any, reward_funcs: Any, given: dict[str, Any]
+    ) -> None:
+        """Refuses what names of columns tell already, before the model is loaded; the rows tell the rest."""
+        evaluated = given.get("eval_dataset")
+        evaluated = list(evaluated.values()) if isinstance(evaluated, dict) else [evaluated]
+        environment = given.get("environment_factory")
+        if environment is None:  # which may bring the prompts
+            _check_dataset("train_dataset", train_dataset)
+            _check_size(train_dataset, args.layout.prompts_per_generation)
+            for dataset in evaluated:
+                _check_dataset("eval_dataset", dataset)
+        if args.remove_unused_columns or not self._is_trls(*WAY_OF_ROWS):
+            return
+        used = [("train_dataset", train_dataset)]
+        used += [("eval_dataset", dataset) for dataset in evaluated if args.eval_strategy != "no"]
+        for source, dataset in used:
+            columns = columns_of(dataset)
+            if columns is not None:
+                passed = PASSED if environment is None else (*PASSED, "environments")
+                check_rewards(
+                    reward_funcs, columns, source, passed=passed, may_grow=given.get("rollout_func") is not None
+                )
+
+    def _check_rows(self, rows: list[dict[str, Any]]) -> None:
+        """Refuses rows that nothing fits, where no names of columns were known before; each set of columns once."""
+        training = cast(torch.nn.Module, self.model).training
+        source, columns = "train_dataset" if training else "eval_dataset", tuple(rows[0])
+        if (source, *columns) in self._checked_columns:
+            return
+        environment = self.environment_factories
+        if environment is None:
+            check_prompt(source, columns)
+        if self._is_trls("_calculate_rewards"):
+            passed = PASSED if environment is None else (*PASSED, "environments")
+            may_grow = self.rollout_func is not None or not self._is_trls("_generate")
+            check_rewards(self.reward_funcs, columns, source, passed=passed, may_grow=may_grow)
+        if self._is_trls(*WAY_OF_ROWS):
+            self._check_templates(source, rows[0].get("prompt", [{"role": "user", "content": ""}]))
+        self._checked_columns.add((source, *columns))
+
+    def _check_templates(self, source: str, prompt: Any) -> None:
+        """Refuses conversations that the model's tokenizer, or a reward model's, cannot write."""
+        if not is_conversational({"prompt": prompt}):
+            return
+        if self.rollout_func is None and self.chat_template is None:
+            check_chat_template(source, self.processing_class)
+        for function, tokenizer in zip(self.reward_funcs, self.reward_processing_classes, strict=True):
+            if isinstance(function, torch.nn.Module):
+                check_chat_template(source, tokenizer, "the tokenizer of a reward model")
+
+    def _is_trls(self, *methods: str) -> bool:
+        """Whether some methods are as they stand here or in TRL's trainer, and not a user's."""
+        return not any(is_overridden(self, name, CancelGRPOTrainer) for name in methods)
 
     def _say_what_falls_short(self) -> None:
         idle = ["symmetric_clip=True"] if self.args.symmetric_clip and self._layout.is_on_policy else []
@@ -315,6 +383,7 @@ class CancelGRPOTrainer(Published, Resumable):
         return rewards
 
     def _generate_and_score_completions(self, inputs):
+        self._check_rows(inputs)
         batch = super()._generate_and_score_completions(inputs)
         self._advantages_of_trl = batch["advantages"].clone()
         return batch
@@ -899,9 +968,6 @@ def _check_size(train_dataset: Any, prompts: int) -> None:
 def _check_dataset(argument: str, dataset: Any) -> None:
     if isinstance(dataset, dict):
         raise ValueError(f"{argument} holds the splits {list(dataset)}; pass one of them, e.g. dataset['train'].")
-    columns = getattr(dataset, "column_names", None)  # not known for every stream
-    if columns is not None and "prompt" not in columns:
-        raise ValueError(
-            f"{argument} has the columns {columns} but no 'prompt'. Rename or map the column that holds the prompts, "
-            "e.g. dataset.rename_column('question', 'prompt')."
-        )
+    columns = columns_of(dataset)
+    if columns is not None:
+        check_prompt(argument, columns)

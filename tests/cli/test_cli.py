@@ -262,6 +262,26 @@ MISTAKES = {
         ["train", *flags(**{**QUICK, "reward_funcs": "acuracy_reward"})],
         "reward_funcs=acuracy_reward: not found",
     ),
+    "reward, a slip": (
+        ["train", *flags(**{**QUICK, "reward_funcs": "acuracy_reward"})],
+        "; did you mean accuracy_reward? Name one of TRL's",
+    ),
+    "reward, a slip in a module": (
+        ["train", *flags(**{**QUICK, "reward_funcs": "trl_cancel.playground.reward.anwser_reward"})],
+        "; did you mean answer_reward?",
+    ),
+    "reward for other columns": (
+        ["train", *flags(**{**QUICK, "reward_funcs": "tests.cli.test_cli.wants_answer"})],
+        "The reward function 'wants_answer' needs 'answer', but split 'test' has the columns prompt, solution",
+    ),
+    "4 bits without LoRA": (
+        ["train", *flags(**QUICK, load_in_4bit=True)],
+        "load_in_4bit: weights of 4 bits cannot be trained. Add --use_peft",
+    ),
+    "8 bits without LoRA": (
+        ["probe", "all", *flags(**QUICK, load_in_8bit=True)],
+        "load_in_8bit: weights of 8 bits cannot be trained. Add --use_peft",
+    ),
     "reward module": (
         ["train", *flags(**{**QUICK, "reward_funcs": "no_such.module"})],
         "reward_funcs=no_such.module: not found",
@@ -354,6 +374,10 @@ def test_errors_in_training_are_not_hidden(tmp_path):
 
 def broken(**_):
     return [1 / 0]
+
+
+def wants_answer(completions, answer, **_):
+    return [1.0] * len(completions)
 
 
 def good_at_first(prompts, trainer_state, **_):

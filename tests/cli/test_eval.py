@@ -311,6 +311,10 @@ def test_data_without_solutions(tiny_model, tmp_path, monkeypatch, capsys):
         (["--preset", "aime24"], "data set HuggingFaceH4/aime_2024, split 'train': cannot load it"),
         (["--dataset_name", "playground", "--temperature", "0"], "temperature=0.0: must be positive"),
         (["--dataset_name", "playground", "--pass_at_k", "9"], "pass_at_k=9: must be between 1 and num_samples=8"),
+        (
+            ["--dataset_name", "playground", "--reward_funcs", "tests.cli.test_cli.wants_answer"],
+            "'wants_answer' needs 'answer', but data set playground has the columns prompt, solution",
+        ),
         (["--dataset_name", "playground", "--batch_size", "0"], "batch_size=0: must be at least 1"),
         (["--dataset_name", "playground", "--reward_funcs", "no.such"], "reward_funcs=no.such: not found"),
         (["--dataset_name", "playground", "--chat_template_kwargs", "{a}"], "chat_template_kwargs={a}: is not JSON"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from decimal import Decimal
 from functools import partial
 
 import pytest
@@ -196,7 +197,7 @@ def constant(completion_ids, **columns):
 
 
 async def half_later(completion_ids, **columns):
-    return half(completion_ids, **columns)
+    return [Decimal(value) for value in half(completion_ids, **columns)]
 
 
 def test_several_rewards_are_added_up(tmp_path):

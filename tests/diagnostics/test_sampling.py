@@ -1,6 +1,7 @@
 """Rollouts to measure on, and the values of their tokens."""
 
 import asyncio
+from decimal import Decimal
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_rollouts(parts):
     assert torch.equal(again.completion_ids, rollouts.completion_ids)
 
 
-@pytest.mark.parametrize("kind", [int, bool])
+@pytest.mark.parametrize("kind", [int, bool, Decimal, lambda value: torch.tensor([float(value)])])
 def test_rewards_of_any_number_type(parts, kind):
     def reward(prompts, completions, completion_ids, **columns):
         return [kind(sum(ids) % 2) for ids in completion_ids]
@@ -78,6 +79,8 @@ def test_rewards_that_wait(parts):
     [
         (lambda completion_ids, **columns: [1.0], "returned 1 rewards for 12 completions"),
         (lambda completion_ids, **columns: None, "returned NoneType for 12"),
+        (lambda completion_ids, **columns: torch.tensor(1.0), "returned Tensor for 12"),
+        (lambda completion_ids, **columns: ["1.0"] * 12, "returned what is no number: a str is not a number"),
     ],
 )
 def test_rewards_that_are_none(parts, reward, message):

@@ -21,9 +21,10 @@ from rich.text import Text
 from safetensors import SafetensorError
 from trl import ModelConfig
 
-from .. import playground
+from .. import playground, sources
 from ..checkpoints import is_storage_error
 from ..evaluation import Evaluation, answer_problems, math_verify_reward, prompt_token_ids, summarize
+from ..evaluation.engines import Engine
 from ..evaluation.models import (
     ENGINES,
     EngineSettings,
@@ -38,12 +39,13 @@ from ..evaluation.result import shown
 from ..evaluation.samples import Sample, SampleLog
 from ..evaluation.scoring import chats
 from ..evaluation.settings import EvaluationSettings
+from ..inputs import check_problems, first_prompt
 from ..secrets import without_secrets, without_tokens
 from ..texts import plain, write_text
 from . import Failure, UsageError
 from ._console import plain_console
 from .settings import StrictParser
-from .training import check_model_path, check_writable, console, find_reward
+from .training import cannot_load, check_model_path, check_writable, console, find_reward
 
 
 PLAYGROUND_REWARD = "trl_cancel.playground.reward.answer_reward"
@@ -63,7 +65,7 @@ class EvalArguments:
         list_presets (`bool`, *optional*, defaults to `False`):
             Prints the presets.
         dataset_name (`str`, *optional*):
-            Hub id or local path of a data set, or `playground`.
+            Hub id, file or folder of a data set, or `playground`. A file is the split that is asked for.
         dataset_config (`str`, *optional*):
             Its configuration.
         dataset_split (`str`, *optional*, defaults to `"test"`):
@@ -99,7 +101,7 @@ class EvalArguments:
     )
     list_presets: bool = field(default=False, metadata={"help": "Print the presets and leave."})
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id or local path of a data set, or 'playground'."}
+        default=None, metadata={"help": "Hub id, file or folder of a data set, or 'playground'."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     dataset_split: str = field(default="test", metadata={"help": "Split of the data set."})
@@ -384,8 +386,27 @@ def evaluate_model(name: str, sets: list[DataSet], settings: EvalSettings) -> li
         settings ([`EvalSettings`]):
             The settings of the command.
     """
+    state = PartialState()
+    path = sources.expanded(str(playground.CHECKPOINTS.get(name, name)))
+    of_data = [data.facts["dataset_name"] for data in sets if data.facts["dataset_name"] not in playground.CHECKPOINTS]
+    with sources.within_reach(path, *of_data) as out_of_reach:
+        engine, prepared = _prepare(name, path, sets, settings, out_of_reach)
+    evaluations = []
+    for data, rows, how, folder, log in prepared:
+        label = plain(without_tokens(f"{name} on {data.name}"))
+        samples = answer_problems(engine, rows, data.reward, data.settings, log=log, description=label)
+        evaluations.append(summarize(samples, len(rows), data.settings, data.name))
+        if state.is_main_process:
+            _write(folder / "results.json", evaluations[-1], how, samples)
+            _say_what_was_odd(label, samples)
+    return evaluations
+
+
+def _prepare(
+    name: str, path: str, sets: list[DataSet], settings: EvalSettings, out_of_reach: str | None
+) -> tuple[Engine, list[tuple[DataSet, Dataset, dict[str, Any], Path, SampleLog | None]]]:
+    """Loads a model and the data sets; with each of these what made its samples, their folder and their file."""
     run, arguments, state = settings.run, settings.model, PartialState()
-    path = str(playground.CHECKPOINTS.get(name, name))
     revision = arguments.model_revision if name == arguments.model_name_or_path else "main"
     arguments = replace(arguments, model_revision=revision)
     try:
@@ -398,8 +419,16 @@ def evaluate_model(name: str, sets: list[DataSet], settings: EvalSettings) -> li
             "end tokens": load_end_tokens(path, tokenizer, revision, run.trust_remote_code),
         }
     except OSError as error:
-        raise UsageError(_cannot_load(name, error)) from error
-    problems = [data.load(chats(tokenizer)) for data in sets]
+        raise cannot_load(name, error, out_of_reach) from error
+    try:
+        problems = [data.load(chats(tokenizer)) for data in sets]
+    except ValueError as error:
+        if out_of_reach is None or error.__cause__ is None:
+            raise
+        what = str(error).partition(" (")[0]
+        raise Failure(f"{what}: {out_of_reach}, and the cache does not hold it.") from error
+    for data, rows in zip(sets, problems, strict=True):
+        check_problems(f"data set {data.name}", rows.column_names, first_prompt(rows), data.reward, tokenizer)
     made_by = [
         {
             "model_name_or_path": name,
@@ -429,24 +458,8 @@ def evaluate_model(name: str, sets: list[DataSet], settings: EvalSettings) -> li
     try:
         engine = load_engine(path, tokenizer, arguments, chosen, state.device)
     except (OSError, SafetensorError) as error:
-        raise UsageError(_cannot_load(name, error)) from error
-    evaluations = []
-    for data, rows, how, folder, log in zip(sets, problems, made_by, folders, logs, strict=True):
-        label = plain(without_tokens(f"{name} on {data.name}"))
-        samples = answer_problems(engine, rows, data.reward, data.settings, log=log, description=label)
-        evaluations.append(summarize(samples, len(rows), data.settings, data.name))
-        if state.is_main_process:
-            _write(folder / "results.json", evaluations[-1], how, samples)
-            _say_what_was_odd(label, samples)
-    return evaluations
-
-
-def _cannot_load(name: str, error: Exception) -> str:
-    reason = str(error).splitlines()[0]
-    return (
-        f"model_name_or_path={name}: cannot load it: {reason} Give a Hub id, a local folder of a model or an adapter, "
-        f"or '{playground.NAME}'."
-    )
+        raise cannot_load(name, error, out_of_reach) from error
+    return engine, list(zip(sets, problems, made_by, folders, logs, strict=True))
 
 
 def _sampling(settings: EvaluationSettings) -> dict[str, Any]:

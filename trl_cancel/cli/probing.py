@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import find_adapter_config_file
 from trl import get_peft_config, get_quantization_config
 
-from .. import playground
+from .. import playground, sources
 from ..diagnostics.measurements import MEASUREMENTS, Subject
 from ..diagnostics.probe import UpdateProbe
 from ..diagnostics.report import NOT_MEASURED, write_report
@@ -23,11 +23,21 @@ from ..diagnostics.shifts import THRESHOLD
 from ..evaluation import RewardFunction
 from ..evaluation.models import load_tokenizer
 from ..evaluation.scoring import awaited
+from ..inputs import check_prompt, check_rewards
+from ..rewards import number_of
 from ..secrets import without_secrets
 from ..texts import write_text
 from . import UsageError
 from .settings import Parser, RunArguments, Settings
-from .training import check_model_path, check_writable, console, find_rewards, load_data
+from .training import (
+    cannot_load,
+    check_adapter,
+    check_model_path,
+    check_writable,
+    console,
+    find_rewards,
+    load_data,
+)
 
 
 @dataclass
@@ -135,6 +145,8 @@ def _rows(settings: Settings) -> list[dict[str, Any]]:
     split = load_data(settings)[run.dataset_train_split]
     count = run.probe_prompts * run.probe_seeds
     rows = list(islice(split.shuffle(seed=settings.training.seed), count))
+    if rows:
+        check_prompt(f"dataset_name={run.dataset_name}: split {run.dataset_train_split!r}", rows[0])
     if len(rows) < count:
         raise UsageError(
             f"probe_prompts={run.probe_prompts} with probe_seeds={run.probe_seeds} needs {count} prompts; the data set "
@@ -143,9 +155,10 @@ def _rows(settings: Settings) -> list[dict[str, Any]]:
     return rows
 
 
-def _reward(settings: Settings) -> RewardFunction:
+def _reward(settings: Settings, columns: Iterable[str]) -> RewardFunction:
     """The reward functions as one, which adds them up with their weights, as TRL does."""
     functions = find_rewards(settings)
+    check_rewards(functions, columns, "the data set")
     if not all(map(callable, functions)):
         raise UsageError("reward_funcs: the probe needs reward functions, not reward_model_name_or_path.")
     weights = settings.training.reward_weights or [1.0] * len(functions)
@@ -161,9 +174,9 @@ def _reward(settings: Settings) -> RewardFunction:
     return weighted_sum
 
 
-def _weighted(scores: Sequence[float | None], weights: Sequence[float]) -> float | None:
+def _weighted(scores: Sequence[Any], weights: Sequence[float]) -> float | None:
     """The weighted sum of the rewards that are known."""
-    known = [weight * score for score, weight in zip(scores, weights, strict=True) if score is not None]
+    known = [weight * number_of(score) for score, weight in zip(scores, weights, strict=True) if score is not None]
     return sum(known) if known else None
 
 
@@ -173,7 +186,7 @@ def load_model(settings: Settings) -> tuple[Any, Any]:
     name = arguments.model_name_or_path
     if not name:
         raise UsageError(f"model_name_or_path is missing: give a Hub id, a local path or '{playground.NAME}'.")
-    path = str(playground.CHECKPOINTS.get(str(name), name))
+    path = sources.expanded(str(playground.CHECKPOINTS.get(str(name), name)))
     check_model_path(path)
     peft = get_peft_config(arguments)
     quantization = get_quantization_config(replace(arguments, dtype="float32"))
@@ -184,21 +197,20 @@ def load_model(settings: Settings) -> tuple[Any, Any]:
         "quantization_config": quantization,
         "trust_remote_code": settings.training.trust_remote_code,
     }
-    try:
-        if find_adapter_config_file(path, revision=arguments.model_revision):
-            if peft is not None:
-                raise UsageError(
-                    f"use_peft: model_name_or_path={name} is an adapter already, which is measured as it is."
-                )
-            model: Any = AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **loading)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(path, **loading)
-        tokenizer = load_tokenizer(path, arguments.model_revision, settings.training.trust_remote_code)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"model_name_or_path={name}: cannot load it: {reason} Give a Hub id, a local folder or '{playground.NAME}'."
-        ) from error
+    with sources.within_reach(path) as out_of_reach:
+        try:
+            check_adapter(arguments, path)
+            if find_adapter_config_file(path, revision=arguments.model_revision):
+                if peft is not None:
+                    raise UsageError(
+                        f"use_peft: model_name_or_path={name} is an adapter already, which is measured as it is."
+                    )
+                model: Any = AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **loading)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(path, **loading)
+            tokenizer = load_tokenizer(path, arguments.model_revision, settings.training.trust_remote_code)
+        except OSError as error:
+            raise cannot_load(name, error, out_of_reach) from error
     if peft is not None:
         model = get_peft_model(model, peft)
     if quantization is None:
@@ -225,7 +237,7 @@ def measurements(settings: Settings, names: list[str], seed: int) -> Iterator[tu
     run: Any = settings.run
     training, progress = settings.training, not settings.training.disable_tqdm
     own = _rows(settings)[seed * run.probe_prompts : (seed + 1) * run.probe_prompts]
-    reward = _reward(settings)
+    reward = _reward(settings, own[0])
     model, tokenizer = load_model(settings)
     length = training.max_completion_length or 256
     rollouts = sample_rollouts(

@@ -14,6 +14,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 from ..configs import CancelGRPOConfig
 from ..methods import METHODS, complete_settings
 from ..precision import Precision, best_precision
+from ..removed import SETTINGS, said_of
 from ..secrets import without_tokens
 from . import OneLineErrors, UsageError
 
@@ -89,7 +90,8 @@ class StrictParser(OneLineErrors, TrlParser):
         }
         for name in [*flags, *yaml_settings]:
             if name not in known:
-                raise UsageError(f"{name}: unknown setting{_suggestion(name, known)}")
+                gone = said_of(name, SETTINGS, known)
+                raise UsageError(gone or f"{name}: unknown setting{suggestion(name, known)}")
 
 
 class Parser(StrictParser):
@@ -151,7 +153,7 @@ def _flag_names(arguments: list[str]) -> set[str]:
     return {match[1].replace("-", "_") for match in matches if match}
 
 
-def _suggestion(name: str, known: Iterable[str]) -> str:
+def suggestion(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]}?" if close else "."
 

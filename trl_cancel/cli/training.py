@@ -23,20 +23,22 @@ from transformers import (
     ProgressCallback,
     TrainerCallback,
 )
-from trl import get_dataset, get_peft_config, get_quantization_config
+from transformers.utils import find_adapter_config_file
+from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config, get_quantization_config
 
-from .. import checkpoints, playground
+from .. import checkpoints, playground, sources
 from ..evaluation import Estimate, Evaluation, EvaluationSettings
 from ..evaluation import evaluate as evaluate_problems
 from ..evaluation.callback import record, steps_trained, trainer_engine, unchanged_random_state
 from ..evaluation.result import shown
 from ..fit import check_fit
 from ..hub import PushError, check_token
+from ..inputs import check_rewards, columns_of
 from ..rewards import RewardError
 from ..trainers import CancelGRPOTrainer
 from . import Failure, UsageError
 from ._console import plain_console
-from .settings import Settings
+from .settings import RunArguments, Settings, suggestion
 
 
 console = plain_console()
@@ -150,6 +152,7 @@ def _run(settings: Settings) -> None:
     check_evaluation(settings)
     dataset = load_data(settings)
     rewards = find_rewards(settings)
+    check_columns(settings, dataset, rewards)
     trainer = build_trainer(settings, dataset, rewards)
     check_checkpoint(checkpoint, trainer)
     test = pick_test_problems(settings, dataset)
@@ -277,29 +280,63 @@ def load_data(settings: Settings) -> DatasetDict | dict[str, Any]:
         )
     else:
         name = "datasets" if mixture.datasets else f"dataset_name={run.dataset_name}"
-        try:
-            dataset = (
-                get_dataset(mixture)
-                if mixture.datasets
-                else load_dataset(run.dataset_name, name=run.dataset_config, streaming=run.dataset_streaming)
-            )
-        except Exception as error:  # the library raises a dozen types for names, files and connections
-            raise UsageError(
-                f"{name}: cannot load it ({error.__cause__ or error}). Give a Hub id, a local folder of files that datasets.load_dataset "
-                f"reads, or '{playground.NAME}'."
-            ) from error
+        paths = [part.path for part in mixture.datasets] or [str(run.dataset_name)]
+        with sources.within_reach(*paths) as out_of_reach:
+            try:
+                dataset = _load_mixture(mixture) if mixture.datasets else _load_named(run)
+            except Exception as error:  # the library raises a dozen types for names, files and connections
+                said = sources.in_short(error)
+                if out_of_reach:
+                    raise Failure(
+                        f"{name}: cannot load it: {out_of_reach}, and the cache does not hold it."
+                    ) from error
+                raise UsageError(
+                    f"{name}: cannot load it ({said}). Give a Hub id, a local file or folder that datasets.load_dataset "
+                    f"reads, or '{playground.NAME}'."
+                ) from error
     split = run.dataset_train_split
     if split not in dataset:
         raise UsageError(f"dataset_train_split={split}: the data set has the splits {', '.join(dataset)}.")
-    evaluated = run.eval_problems or settings.training.eval_strategy != "no"
-    for used in [split, run.dataset_test_split] if evaluated and run.dataset_test_split in dataset else [split]:
-        columns = dataset[used].column_names  # None for some streams
-        if columns is not None and "prompt" not in columns:
+    return dataset
+
+
+def _load_mixture(mixture: DatasetMixtureConfig) -> DatasetDict:
+    """A mixture, whose parts may be files too."""
+    for part in mixture.datasets:
+        part.path, files = sources.load_arguments(part.path, part.split)
+        part.data_files = part.data_files or files.get("data_files")
+    return get_dataset(mixture)
+
+
+def _load_named(run: RunArguments) -> Any:
+    """A data set that is no mixture: of the Hub, a folder or a file."""
+    name, split = str(run.dataset_name), run.dataset_train_split
+    saved = sources.load_files(name, split)
+    if saved is not None:
+        return {key: rows.to_iterable_dataset() for key, rows in saved.items()} if run.dataset_streaming else saved
+    path, files = sources.load_arguments(name, split)
+    return load_dataset(path, name=run.dataset_config, streaming=run.dataset_streaming, **files)
+
+
+def check_columns(settings: Settings, dataset: Any, rewards: list[Any]) -> None:
+    """Refuses splits without prompts, and test problems that the first reward function cannot score."""
+    run = settings.run
+    test, evaluates = run.dataset_test_split, settings.training.eval_strategy != "no"
+    used = [run.dataset_train_split, *([test] if (evaluates or run.eval_problems) and test in dataset else [])]
+    for split in used:
+        columns = columns_of(dataset[split])
+        if columns is None:  # of some streams; the trainer looks at their rows
+            continue
+        if "prompt" not in columns:
             raise UsageError(
-                f"dataset_name={run.dataset_name}: split {used!r} has the columns {', '.join(columns)} but no "
+                f"dataset_name={run.dataset_name}: split {split!r} has the columns {', '.join(columns)} but no "
                 "'prompt'. Rename the column that holds the prompts to 'prompt'."
             )
-    return dataset
+        if split == test and run.eval_problems:
+            try:
+                check_rewards(rewards[0], columns, f"split {split!r}")
+            except ValueError as error:
+                raise UsageError(str(error)) from error
 
 
 def find_rewards(settings: Settings) -> list[Any]:
@@ -337,12 +374,19 @@ def find_reward(name: str) -> Callable[..., Any]:
         raise UsageError(f"reward_funcs={name}: its module cannot be read: {error}.") from error
     except (ImportError, AttributeError) as error:
         raise UsageError(
-            f"reward_funcs={name}: not found ({error}). Name one of TRL's ({', '.join(_reward_names())}) or a function "
-            "by its dotted path."
+            f"reward_funcs={name}: not found ({error}){suggestion(function, _names_in(module))} Name one of TRL's "
+            f"({', '.join(_reward_names())}) or a function by its dotted path."
         ) from error
     if not callable(reward):
         raise UsageError(f"reward_funcs={name}: is a {type(reward).__name__}, not a function.")
     return reward
+
+
+def _names_in(module: str) -> list[str]:
+    """What a module, if it could be loaded, holds that may be meant by a name that it does not hold."""
+    if module in ("", "trl.rewards"):
+        return [*_reward_names(), "get_soft_overlong_punishment"]
+    return [name for name, value in getattr(sys.modules.get(module), "__dict__", {}).items() if callable(value)]
 
 
 def _reward_names() -> list[str]:
@@ -354,7 +398,7 @@ def build_trainer(settings: Settings, dataset: Any, rewards: list[Any]) -> Cance
     training, model = settings.training, settings.model
     if not model.model_name_or_path:
         raise UsageError(f"model_name_or_path is missing: give a Hub id, a local path or '{playground.NAME}'.")
-    path = str(playground.CHECKPOINTS.get(model.model_name_or_path, model.model_name_or_path))
+    path = sources.expanded(str(playground.CHECKPOINTS.get(model.model_name_or_path, model.model_name_or_path)))
     check_model_path(path)
     loading: Any = training.model_init_kwargs or {}  # a dictionary by now, also where it was given as JSON
     training.model_init_kwargs = {
@@ -363,24 +407,28 @@ def build_trainer(settings: Settings, dataset: Any, rewards: list[Any]) -> Cance
         "dtype": model.dtype,
         **loading,
     }
+    of_hub = [path, *(reward for reward in rewards if isinstance(reward, str))]
     try:
-        trainer = CancelGRPOTrainer(
-            path,
-            list(rewards),
-            training,
-            train_dataset=dataset[settings.run.dataset_train_split],
-            eval_dataset=_eval_split(settings, dataset) if training.eval_strategy != "no" else None,
-            quantization_config=get_quantization_config(model),
-            peft_config=get_peft_config(model),
-        )
+        with sources.within_reach(*of_hub) as out_of_reach:
+            check_adapter(model, path)
+            trainer = CancelGRPOTrainer(
+                path,
+                list(rewards),
+                training,
+                train_dataset=dataset[settings.run.dataset_train_split],
+                eval_dataset=_eval_split(settings, dataset) if training.eval_strategy != "no" else None,
+                quantization_config=get_quantization_config(model),
+                peft_config=get_peft_config(model),
+            )
     except PushError as error:
         raise (UsageError if error.refused else Failure)(str(error)) from error
     except (OSError, SafetensorError) as error:  # the first if a path or Hub id holds no model
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"model_name_or_path={model.model_name_or_path}: cannot load it: {reason} Give a Hub id, a local folder "
-            f"or '{playground.NAME}'."
-        ) from error
+        of_reward = [
+            reward for reward in of_hub[1:] if reward in str(error) or (out_of_reach and sources.needs_no_hub(path))
+        ]
+        if of_reward:
+            raise cannot_load(of_reward[0], error, out_of_reach, "reward_model_name_or_path") from error
+        raise cannot_load(model.model_name_or_path, error, out_of_reach) from error
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
     except RuntimeError as error:
@@ -398,15 +446,34 @@ def build_trainer(settings: Settings, dataset: Any, rewards: list[Any]) -> Cance
 
 def check_model_path(path: str) -> None:
     """Refuses a local path without a model in it, of which transformers would speak as of a Hub id."""
-    folder = Path(path)
-    looks_local = folder.is_absolute() or path.startswith((".", "~")) or path.count(os.sep) > 1
-    if looks_local and not folder.is_dir():
+    folder = Path(path).expanduser()
+    if sources.looks_local(path) and not folder.is_dir():
         raise UsageError(f"model_name_or_path={path}: there is no such folder.")
     if folder.is_dir() and not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         raise UsageError(f"model_name_or_path={path}: the folder holds no model (no config.json).")
     damaged = checkpoints.weights_cut_off(folder) if folder.is_dir() else []
     if damaged:
         raise UsageError(f"model_name_or_path={path}: {', '.join(damaged)} cut off; copy or download the model again.")
+
+
+def check_adapter(model: ModelConfig, path: str) -> None:
+    """Refuses quantized weights with nothing to train on top of them, before they are loaded."""
+    bits = 4 if model.load_in_4bit else 8 if model.load_in_8bit else None
+    if bits and not model.use_peft and not find_adapter_config_file(path, revision=model.model_revision):
+        raise UsageError(f"load_in_{bits}bit: weights of {bits} bits cannot be trained. Add --use_peft (LoRA).")
+
+
+def cannot_load(
+    name: Any, error: Exception, out_of_reach: str | None, setting: str = "model_name_or_path"
+) -> UsageError | Failure:
+    """What is said of a model that cannot be loaded: whether its name or the network is to blame."""
+    what = f"{setting}={name}: cannot load it"
+    if out_of_reach:
+        return Failure(f"{what}: {out_of_reach}, and neither a folder of that name nor the cache holds it.")
+    reason = str(error).splitlines()[0]
+    return UsageError(
+        f"{what}: {reason} Give a Hub id, a local folder of a model or an adapter, or '{playground.NAME}'."
+    )
 
 
 def _eval_split(settings: Settings, dataset: Any) -> Dataset | IterableDataset:

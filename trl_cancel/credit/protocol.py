@@ -79,12 +79,25 @@ def combine(credits: list[Credit], rollouts: Rollouts) -> torch.Tensor:
         `torch.Tensor` of shape `(B, T)` or `(B, 1)`: The coefficients.
 
     Raises:
-        `ValueError`: If a credit returns something else than finite, non-negative coefficients of a right shape.
+        `ValueError`: If a credit returns something else than finite, non-negative coefficients of a right shape, or
+            the model's log-probabilities are `nan`.
     """
+    if credits:
+        _check_model(rollouts)
     product = rollouts.advantages.new_ones(rollouts.advantages.size(0), 1)
     for credit in credits:
         product = product * _checked(credit, rollouts).to(product)
     return product
+
+
+def _check_model(rollouts: Rollouts) -> None:
+    """Credit of a model that computes nothing would be blamed on the credit, or come out as 1."""
+    if rollouts.old_logps is not None and rollouts.old_logps[rollouts.mask.bool()].isnan().any():
+        raise ValueError(
+            "The log-probabilities of the rollouts are nan, so there is no credit to compute: it is the model whose "
+            "weights hold nan, or whose outputs overflow in their precision. Look at loss and grad_norm of earlier steps; "
+            "go on from a checkpoint before, with a smaller learning_rate or in another precision."
+        )
 
 
 def _checked(credit: Credit, rollouts: Rollouts) -> torch.Tensor:

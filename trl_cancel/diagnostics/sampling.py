@@ -7,10 +7,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .._upstream import get_callable_name
 from ..arguments import is_number, whole
 from ..batching import without_variance
 from ..evaluation import RewardFunction, continuations, prompt_token_ids, rewards_of, sampling
 from ..evaluation.scoring import filler_token
+from ..inputs import check_problems
 from ..rollouts import Rollouts
 
 
@@ -60,7 +62,8 @@ def sample_rollouts(
         their standard deviation.
 
     Raises:
-        `ValueError`: If a group would have fewer than two rollouts, or the temperature is not positive.
+        `ValueError`: If a group would have fewer than two rollouts, the temperature is not positive, or the rows lack a
+            prompt or what the reward function asks for.
     """
     if whole("num_generations", num_generations, 0) < 2:
         raise ValueError(f"num_generations={num_generations}: a group needs at least 2 rollouts to compare.")
@@ -70,6 +73,8 @@ def sample_rollouts(
         raise ValueError(
             f"temperature={temperature!r} must be positive: rollouts of a greedy policy are all the same."
         )
+    if rows:
+        check_problems("the data set", rows[0], rows[0].get("prompt"), reward, tokenizer)
     examples = [row for row in rows for _ in range(num_generations)]
     prompts = prompt_token_ids(tokenizer, [example["prompt"] for example in examples], chat_template_kwargs)
     ids: list[list[int]] = []
@@ -93,7 +98,7 @@ def sample_rollouts(
         advantages=group_advantages(rewards.view(-1, num_generations)).flatten(),
         group_ids=torch.arange(len(rows), device=model.device).repeat_interleave(num_generations),
         rewards=rewards.unsqueeze(1),
-        reward_names=[getattr(reward, "__name__", type(reward).__name__)],
+        reward_names=[get_callable_name(reward)],
         examples=examples,
         num_generations=num_generations,
         temperature=temperature,

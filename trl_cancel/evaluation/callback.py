@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, ProcessorMixin, Trainer, TrainerCallback
 
 from .._upstream import unwrap_model_for_generation
+from ..inputs import check_problems, columns_of, first_prompt
 from ..texts import plain
 from .engines import TransformersEngine
 from .evaluate import answer_problems, summarize
@@ -60,8 +61,8 @@ class EvaluationCallback(TrainerCallback):
             Answers that a process generates at a time.
 
     Raises:
-        `ValueError`: If `steps` makes no sense, there are no problems, or the model is sharded in a way in which it
-            cannot generate.
+        `ValueError`: If `steps` makes no sense, there are no problems, these lack a prompt or what the reward function
+            asks for, or the model is sharded in a way in which it cannot generate.
     """
 
     def __init__(
@@ -88,6 +89,9 @@ class EvaluationCallback(TrainerCallback):
             self.settings = replace(self.settings, chat_template_kwargs=of_training)
         self.steps, self.at_start, self.at_end = steps, at_start, at_end
         self.engine = trainer_engine(trainer, batch_size)
+        columns = columns_of(problems)
+        if columns is not None:
+            check_problems(name, columns, first_prompt(problems), reward, self.engine.tokenizer)
         self._last: int | None = None  # step of the latest evaluation of a training that goes on
         self._logged: dict[str, float] = {}  # what it logged
         self._has_warned = False

@@ -11,6 +11,8 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from .._upstream import get_callable_name
+from ..inputs import check_problems
 from ..intervals import mean_with_interval
 from ..texts import plain
 from .engines import Answer, Engine, Request, seed_of
@@ -104,13 +106,14 @@ def answer_problems(
         `list[dict]`: The samples of all processes, by problem and number.
 
     Raises:
-        `ValueError`: If there are no problems, or the reward function raises, or does not return one number or `None`
-            for each answer.
+        `ValueError`: If there are no problems, or they lack a prompt or what the reward function asks for; if that
+            raises, or does not return one number or `None` for each answer.
     """
     state = PartialState()
     rows = list(problems)
     if not rows:
         raise ValueError("There are no problems to answer: the data set is empty.")
+    check_problems("the data set", rows[0], rows[0].get("prompt"), reward, engine.tokenizer)
     prompt_ids = prompt_token_ids(engine.tokenizer, [row["prompt"] for row in rows], settings.chat_template_kwargs)
     earlier = gather_object([log.samples if log else []])[0]  # the first process's
     done = {key_of(sample): sample for sample in earlier}
@@ -247,7 +250,7 @@ def _rewards(
     settings: EvaluationSettings,
     trainer: Any,
 ) -> list[float | None]:
-    name = getattr(reward, "__name__", type(reward).__name__)
+    name = get_callable_name(reward)
     try:
         rewards = rewards_of(reward, engine.tokenizer, rows, [answer.ids for answer in answers], trainer)
     except Exception as error:

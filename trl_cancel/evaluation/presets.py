@@ -5,6 +5,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets, load_dataset
 
+from .. import sources
 from ..arguments import whole
 from .settings import EvaluationSettings
 
@@ -19,7 +20,7 @@ class DataSource:
 
     Args:
         path (`str`):
-            Hub id, or local path for [`~datasets.load_dataset`].
+            Hub id, or local file or folder for [`~datasets.load_dataset`]. A file is the split that is asked for.
         split (`str`):
             Split.
         problem (`str`, *optional*, defaults to `"problem"`):
@@ -136,9 +137,14 @@ def load_problems(
     if num_problems is not None:
         whole("num_problems", num_problems, 1)
     try:
-        dataset: Any = load_dataset(source.path, name=source.config, split=source.split)
+        saved: Any = sources.load_files(source.path, source.split)
+        path, files = sources.load_arguments(source.path, source.split)
+        dataset: Any = (
+            saved[source.split] if saved else load_dataset(path, name=source.config, split=source.split, **files)
+        )
     except Exception as error:  # the library raises a dozen types for names, files and connections
-        raise ValueError(f"data set {source.path}, split {source.split!r}: cannot load it ({error}).") from error
+        said = sources.in_short(error)
+        raise ValueError(f"data set {source.path}, split {source.split!r}: cannot load it ({said}).") from error
     if num_problems is not None:
         dataset = dataset.select(range(min(num_problems, len(dataset))))
     if not len(dataset):

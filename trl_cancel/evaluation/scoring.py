@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sized
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from inspect import isawaitable
@@ -17,7 +17,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.tokenization_mistral_common import MistralCommonBackend
 from trl.data_utils import is_conversational
 
+from .._upstream import get_callable_name
+from ..inputs import check_problems
 from ..intervals import mean_with_interval as mean_with_interval
+from ..rewards import listed, number_of
 from ..states import without_dropout
 
 
@@ -65,8 +68,14 @@ def score_samples(
 
     Returns:
         `torch.Tensor` of shape `(P, num_samples)`: The rewards; `nan` where the reward function returned `None`.
+
+    Raises:
+        `ValueError`: If the rows lack a prompt or what the reward function asks for, or it does not return one number
+            or `None` for each answer.
     """
     rows = [row for row in dataset for _ in range(num_samples)]
+    if rows:
+        check_problems("the data set", rows[0], rows[0].get("prompt"), reward, tokenizer)
     rewards: list[float | None] = []
     with sampling(model, seed), tqdm(total=len(rows), desc=description, disable=description is None) as progress:
         for first in range(0, len(rows), batch_size):
@@ -111,15 +120,19 @@ def rewards_of(
     columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0] if name in own}
     answers = as_answers(tokenizer, ids, prompts)
     columns |= {"trainer_state": getattr(trainer, "state", None), "log_extra": _nowhere, "log_metric": _nowhere}
-    scores = awaited(reward(prompts=prompts, completions=answers, completion_ids=ids, **columns), trainer)
-    if not isinstance(scores, Sized) or len(scores) != len(ids):
-        found = f"{len(scores)} rewards" if isinstance(scores, Sized) else type(scores).__name__
-        name = getattr(reward, "__name__", type(reward).__name__)
+    scores: Any = awaited(reward(prompts=prompts, completions=answers, completion_ids=ids, **columns), trainer)
+    name = get_callable_name(reward)
+    rewards = listed(scores)
+    if rewards is None or len(rewards) != len(ids):
+        found = type(scores).__name__ if rewards is None else f"{len(rewards)} rewards"
         raise ValueError(
             f"The reward function {name} returned {found} for {len(ids)} completions; it must return a list with one "
             "number or None for each."
         )
-    return [None if score is None else float(score) for score in scores]
+    try:
+        return [None if score is None else number_of(score) for score in rewards]
+    except ValueError as error:
+        raise ValueError(f"The reward function {name} returned what is no number: {error}.") from error
 
 
 def _nowhere(name: str, value: Any) -> None:
