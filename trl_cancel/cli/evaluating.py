@@ -23,7 +23,6 @@ from safetensors import SafetensorError
 from trl import ModelConfig
 
 from .. import playground
-from ..checkpoints import is_storage_error
 from ..evaluation import Evaluation, answer_problems, math_verify_reward, prompt_token_ids, summarize
 from ..evaluation.models import (
     ENGINES,
@@ -39,6 +38,7 @@ from ..evaluation.result import shown
 from ..evaluation.samples import Sample, SampleLog
 from ..evaluation.scoring import chats
 from ..evaluation.settings import EvaluationSettings
+from ..storage import is_storage_error
 from . import Failure, UsageError
 from .settings import StrictParser
 from .training import check_model_path, check_writable, console, find_reward

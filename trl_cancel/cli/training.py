@@ -26,7 +26,7 @@ from transformers import (
 )
 from trl import get_dataset, get_peft_config, get_quantization_config
 
-from .. import checkpoints, playground
+from .. import checkpoints, damage, playground
 from ..evaluation import Estimate, Evaluation, EvaluationSettings
 from ..evaluation import evaluate as evaluate_problems
 from ..evaluation.callback import record, steps_trained, trainer_engine, unchanged_random_state
@@ -404,7 +404,7 @@ def check_model_path(path: str) -> None:
         raise UsageError(f"model_name_or_path={path}: there is no such folder.")
     if folder.is_dir() and not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         raise UsageError(f"model_name_or_path={path}: the folder holds no model (no config.json).")
-    damaged = checkpoints.weights_cut_off(folder) if folder.is_dir() else []
+    damaged = damage.weights_cut_off(folder) if folder.is_dir() else []
     if damaged:
         raise UsageError(f"model_name_or_path={path}: {', '.join(damaged)} cut off; copy or download the model again.")
 
