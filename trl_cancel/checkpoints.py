@@ -12,10 +12,10 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -27,6 +27,7 @@ from .storage import READ_ONLY, free_bytes, is_storage_error, readable, what_hap
 
 logger = logging.getLogger(__name__)  # accelerate's is not ready before a configuration is made
 
+T = TypeVar("T")
 AUTO = "auto"
 MARKER = ".incomplete"
 # What transformers leaves inside a checkpoint that it could not finish on SIGTERM (`enable_jit_checkpoint`).
@@ -153,16 +154,32 @@ def agree_on_checkpoint(resume: str | bool | None, folder: str | os.PathLike, ac
     """
     As [`find_checkpoint`], with the answer of the main process for all: another node may see the folder otherwise.
     """
+    return decided_by_main(accelerator, lambda: find_checkpoint(resume, folder))
+
+
+def decided_by_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
+    """
+    What a function returns on the main process, or refuses there, for all processes.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            The processes, which must all call this.
+        decide (`Callable`):
+            The function.
+
+    Raises:
+        `ValueError`, [`SavingError`]: If it does on the main process.
+    """
     answer: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            answer[0] = find_checkpoint(resume, folder)
-        except ValueError as error:
-            answer[1] = str(error)
-    checkpoint, mistake = broadcast_object_list(answer)
+            answer[0] = decide()
+        except (ValueError, SavingError) as error:
+            answer[1] = error
+    decision, mistake = broadcast_object_list(answer)
     if mistake is not None:
-        raise ValueError(mistake)
-    return checkpoint
+        raise mistake
+    return decision
 
 
 @contextmanager

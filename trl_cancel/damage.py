@@ -65,6 +65,18 @@ def weights_cut_off(folder: str | os.PathLike) -> list[str]:
     return sorted(file.name for file in cut_off(Path(folder)) if file.suffix == ".safetensors")
 
 
+def weights_at(folder: Path) -> str | None:
+    """
+    Name of a file of weights at the top of a folder, `None` if there is none.
+
+    Args:
+        folder (`Path`):
+            Folder of a model or an adapter.
+    """
+    names = sorted(file.name for pattern in ("*model*.safetensors", "*model*.bin") for file in folder.glob(pattern))
+    return names[0] if names else None
+
+
 def why_not_whole(checkpoint: Path) -> str | None:
     """
     What of a checkpoint is missing or damaged, or `None` if it is whole.

@@ -1,10 +1,14 @@
-"""Whether a checkpoint fits the model that is to go on from it."""
+"""Whether a checkpoint fits the model and the optimizer that are to go on from it, and whether these can learn."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
+
+from .changed_settings import settings_of
+from .damage import STATES
 
 
 # What gives the weights their names and shapes.
@@ -15,20 +19,36 @@ OF_MODELS = (
 OF_ADAPTERS = ("peft_type", "r", "target_modules", "modules_to_save")
 
 
-def check_fit(checkpoint: str | None, model: Any) -> None:
+# Optimizers, by their names in the settings, whose states are the same.
+ALIKE = (
+    {"adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused"},
+    {"adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"},
+    *({"lion_8bit", "paged_lion_8bit"}, {"lion_32bit", "paged_lion_32bit"}),
+    *({"ademamix_8bit", "paged_ademamix_8bit"}, {"ademamix", "paged_ademamix_32bit"}),
+)
+# Settings of optimizers that tell one kind from another.
+OF_KINDS = {"betas", "momentum", "alpha", "lr_decay", "rho", "scale_parameter", "beta2_decay"}
+
+
+def check_fit(checkpoint: str | None, model: Any, args: Any = None) -> None:
     """
-    Refuses a checkpoint that was saved from another model than the one that is to go on from it: it would fail late,
-    or be left aside in silence. Judged by its configuration; one that holds none (FSDP's sharded ones) passes.
+    Refuses a checkpoint that was saved from another model than the one that is to go on from it, or with another
+    optimizer: it would fail late, or be left aside in silence. Judged by its configuration; one that holds none (FSDP's
+    sharded ones) passes.
 
     Args:
         checkpoint (`str`, *optional*):
             Folder of the checkpoint.
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The model that is trained.
+        args ([`CancelGRPOConfig`], *optional*):
+            Settings of the run; left out where its optimizer is not the one that they name.
 
     Raises:
         `ValueError`: If it does not fit; the message says in what.
     """
+    if checkpoint is not None and args is not None:
+        _check_optimizers_name(Path(checkpoint), args)
     reason = None if checkpoint is None else why_unfit(Path(checkpoint), model)
     if reason is not None:
         raise ValueError(
@@ -78,3 +98,62 @@ def _comparable(value: Any) -> Any:
     """Names of modules in any order, enumerations as their values."""
     value = getattr(value, "value", value)
     return sorted(value) if isinstance(value, list | set | tuple) else value
+
+
+def check_optimizer(checkpoint: str, optimizer: torch.optim.Optimizer) -> None:
+    """
+    Refuses a checkpoint whose `optimizer.pt` is of another kind of optimizer.
+
+    Args:
+        checkpoint (`str`):
+            Folder of the checkpoint.
+        optimizer ([`~torch.optim.Optimizer`]):
+            The optimizer that is to go on from it.
+
+    Raises:
+        `ValueError`: If it is.
+    """
+    file = Path(checkpoint, "optimizer.pt")
+    if not file.is_file():
+        return
+    saved = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+    then, now = (set(state["param_groups"][0]) & OF_KINDS for state in (saved, optimizer.state_dict()))
+    if then != now:
+        names = [", ".join(sorted(names)) or "none of these" for names in (then, now)]
+        raise ValueError(_another_optimizer(checkpoint, f"has {names[0]}", f"has {names[1]}"))
+
+
+def check_trainable(model: Any) -> None:
+    """
+    Refuses a model of which nothing would be trained.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model.
+
+    Raises:
+        `ValueError`: If no parameter is trainable.
+    """
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    if isinstance(model, PeftModel):
+        remedy = "Load the adapter with PeftModel.from_pretrained(model, path, is_trainable=True)."
+    else:
+        remedy = "Call requires_grad_(True) on what is to be trained, or pass a peft_config."
+    raise ValueError(
+        f"No parameter of the model is trainable (requires_grad=False), so nothing would be learned. {remedy}"
+    )
+
+
+def _check_optimizers_name(checkpoint: Path, args: Any) -> None:
+    holds_state = any(True for pattern in STATES["the optimizer's state"] for _ in checkpoint.glob(pattern))
+    then, now = (settings_of(checkpoint) or {}).get("optim"), getattr(args.optim, "value", args.optim)
+    if holds_state and then not in (None, now) and not any({then, now} <= group for group in ALIKE):
+        raise ValueError(_another_optimizer(str(checkpoint), f"optim={then!r}", f"optim={now!r}"))
+
+
+def _another_optimizer(checkpoint: str, then: str, now: str) -> str:
+    return (
+        f"resume_from_checkpoint={checkpoint} holds the state of another optimizer ({then}) than this run's ({now}). "
+        f"Use the same, or start anew from its weights: model_name_or_path={checkpoint}."
+    )

@@ -33,9 +33,12 @@ from ..evaluation.callback import record, steps_trained, trainer_engine, unchang
 from ..evaluation.result import shown
 from ..fit import check_fit
 from ..hub import PushError, check_token
+from ..outcome import remark_on
 from ..rewards import RewardError
+from ..run_lock import FolderInUse
 from ..trainers import CancelGRPOTrainer
 from . import Failure, UsageError
+from .output import check_output, says_finished
 from .settings import Settings
 
 
@@ -147,11 +150,17 @@ def no_empty_folder(folder: str) -> Iterator[None]:
 def _run(settings: Settings) -> None:
     check_hub(settings)
     checkpoint = find_checkpoint(settings)
+    check_output(settings, checkpoint)
     check_evaluation(settings)
     dataset = load_data(settings)
     rewards = find_rewards(settings)
     trainer = build_trainer(settings, dataset, rewards)
     check_checkpoint(checkpoint, trainer)
+    finished = says_finished(settings, trainer, checkpoint)
+    if finished is not None:
+        if trainer.is_world_process_zero():
+            console.print(finished, markup=False)
+        return
     test = pick_test_problems(settings, dataset)
     if settings.precision and trainer.is_world_process_zero():
         console.print(f"Precision: {settings.precision.reason}", markup=False)
@@ -162,6 +171,22 @@ def _run(settings: Settings) -> None:
             markup=False,
         )
 
+    try:
+        with trainer.holding_output_dir():
+            _train(settings, trainer, checkpoint, test, rewards)
+    except FolderInUse as error:
+        raise UsageError(str(error)) from error
+    if hasattr(trainer, "end"):  # transformers 5.18: ends trackers and process groups
+        trainer.end()
+
+
+def _train(
+    settings: Settings,
+    trainer: CancelGRPOTrainer,
+    checkpoint: str | bool | None,
+    test: Dataset | None,
+    rewards: list[Any],
+) -> None:
     before = evaluate(trainer, test, rewards[0], settings, "Before")
     started = time.perf_counter()
     try:
@@ -182,17 +207,18 @@ def _run(settings: Settings) -> None:
         trainer.save_metrics("train", asdict(results))
         if trainer.is_world_process_zero():
             console.print(results.table())
+            remark = remark_on(trainer.state.log_history, trainer.args)
+            if remark is not None:
+                console.print(remark, markup=False)
         _publish(trainer)
-    if hasattr(trainer, "end"):  # transformers 5.18: ends trackers and process groups
-        trainer.end()
 
 
 def _save(trainer: CancelGRPOTrainer) -> None:
     """Saves the model, the logs and the card, before anything else can fail."""
     if trainer.is_fsdp_enabled:  # checkpoints may be sharded, but a model that is loaded elsewhere must not be
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_state()
     trainer.save_model(str(trainer.args.output_dir), _internal_call=True)  # otherwise it would push, too
+    trainer.save_state()  # after the model: it tells that this is saved, see `saved_step`
     trainer.create_model_card()
 
 
@@ -251,7 +277,7 @@ def find_checkpoint(settings: Settings) -> str | bool | None:
 def check_checkpoint(checkpoint: str | bool | None, trainer: CancelGRPOTrainer) -> None:
     """Refuses a checkpoint of another model before anything is evaluated."""
     try:
-        check_fit(str(checkpoint) if isinstance(checkpoint, str) else None, trainer.model)
+        check_fit(checkpoint if isinstance(checkpoint, str) else None, trainer.model, trainer.args)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
