@@ -45,13 +45,13 @@ def says_finished(settings: Settings, trainer: CancelGRPOTrainer, checkpoint: st
 
 def _done(settings: Settings, trainer: CancelGRPOTrainer, checkpoint: str | bool | None) -> int | None:
     folder = Path(str(trainer.args.output_dir))
-    step, planned = trainer.finished_at(checkpoint), trainer.planned_steps()
+    step = trainer.finished_at(checkpoint)
 
     def saved() -> int | None:
         if isinstance(checkpoint, str):
             return step if step is not None and saved_step(folder, Path(checkpoint)) == step else None
         done = saved_step(folder) if _is_auto(settings) else None  # of a run without checkpoints
-        if done is not None and done >= planned:
+        if done is not None and done >= trainer.planned_steps():
             return done
         if not settings.run.overwrite_output_dir:
             check_replaceable(folder, None, trainer.args)
