@@ -45,7 +45,9 @@ def test_what_differs_is_said_once(tiny_model, saved, tmp_path, caplog):
         *("seed: 42 -> 7", "nthr: False -> True", "max_steps: 1 -> 2"),
     ]
     expected += ["train_dataset: 64 rows -> 32 rows"] if by == "ours" else []
-    found = text.split("other settings: ")[1].split(". The optimizer's state keeps what was then for learning_rate.")[0]
+    found = text.split("other settings: ")[1].split(". The optimizer's state keeps what was then for learning_rate.")[
+        0
+    ]
     assert sorted(found.split("; ")) == sorted(expected)
     assert trainer.state.log_history[-2]["learning_rate"] == 1e-2, "as it says"
 
@@ -103,7 +105,9 @@ def test_a_run_beside_the_results_of_another_says_so(tiny_model, tmp_path, caplo
         first.save_model()
         caplog.clear()
         train(tiny_model, **{**settings, "num_generations": 2}, output_dir=str(tmp_path))
-        what = "checkpoints of another run, the latest checkpoint-1" if settings else "model of another run (model.safe"
+        what = (
+            "checkpoints of another run, the latest checkpoint-1" if settings else "model of another run (model.safe"
+        )
         (text,) = [record.getMessage() for record in caplog.records if "another run" in record.getMessage()]
         assert f"output_dir={tmp_path} holds the {what}".replace("the checkpoints", "checkpoints") in text
         assert text.endswith("It differs from this one: num_generations: 4 -> 2.")

@@ -66,8 +66,18 @@ def test_counting_the_steps_of_epochs_leaves_no_trace(tiny_model, tmp_path):
 
 
 def test_of_a_finished_run_the_best_is_loaded(tiny_model, tmp_path):
-    settings = {**SAVED, "save_total_limit": None, "eval_strategy": "steps", "eval_steps": 2, "output_dir": str(tmp_path)}
-    settings |= {"metric_for_best_model": "eval_runtime", "load_best_model_at_end": True, "per_device_eval_batch_size": 4}
+    settings = {
+        **SAVED,
+        "save_total_limit": None,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "output_dir": str(tmp_path),
+    }
+    settings |= {
+        "metric_for_best_model": "eval_runtime",
+        "load_best_model_at_end": True,
+        "per_device_eval_batch_size": 4,
+    }
     arguments = {"eval_dataset": load_prompts("test", 4)}
     train(tiny_model, **settings, arguments=arguments)
     state = tmp_path / "checkpoint-4/trainer_state.json"

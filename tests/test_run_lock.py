@@ -39,7 +39,9 @@ def test_a_second_process_is_refused_by_name_and_a_dead_one_is_replaced(tiny_mod
     trainer = build(tiny_model, **SAVING, output_dir=str(tmp_path))
     with another_run_in(tmp_path) as other:
         for start in (trainer.train, lambda: check_free(tmp_path)):
-            with pytest.raises(FolderInUse, match=f"in use by process {other} on {socket.gethostname()}.*another output_dir"):
+            with pytest.raises(
+                FolderInUse, match=f"in use by process {other} on {socket.gethostname()}.*another output_dir"
+            ):
                 start()
         assert trainer.state.global_step == 0
         build(tiny_model, max_steps=1, output_dir=str(tmp_path)).train()  # which saves nothing

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import pickle
+import uuid
 import zipfile
 from collections.abc import Iterator
 from dataclasses import fields
@@ -60,20 +61,37 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
     return {name: _plain(value) for name, value in settings.items()} if isinstance(settings, dict) else None
 
 
-def run_record(trainer: Any) -> dict[str, Any]:
+def run_record(trainer: Any, run: str | None = None) -> dict[str, Any]:
     """
-    What checkpoints hold of a run beside its settings: its processes, rewards and data.
+    What checkpoints hold of a run beside its settings: its processes, rewards and data, and a name of its own.
 
     Args:
         trainer ([`CancelGRPOTrainer`]):
             The trainer.
+        run (`str`, *optional*):
+            The name of the run, if it goes on; a new one if not given.
     """
     record = {
         "processes": trainer.accelerator.num_processes,
         "reward functions": list(trainer.reward_func_names),
         "train_dataset": _data(trainer.train_dataset),
+        "run": run or uuid.uuid4().hex,
     }
     return {"args": {}, "attributes": record}
+
+
+def run_of(states: Any) -> str | None:
+    """
+    Name of the run among the states of callbacks that a checkpoint holds, `None` if it is one of TRL's own trainer.
+
+    Args:
+        states (`dict`):
+            `stateful_callbacks` of a `trainer_state.json`.
+    """
+    try:
+        return states[SAVED_AS]["attributes"]["run"]
+    except (KeyError, TypeError):
+        return None
 
 
 def changes(folder: Path, args: CancelGRPOConfig, record: dict[str, Any] | None = None) -> list[str]:
@@ -93,7 +111,7 @@ def changes(folder: Path, args: CancelGRPOConfig, record: dict[str, Any] | None 
     before = _saved_record(folder)
     for name, now in record["attributes"].items() if record else ():
         was = before.get(name)
-        if was is None or now is None:
+        if was is None or now is None or name == "run":
             continue
         found += (
             list(_changed_data(was, now)) if name == "train_dataset" else [f"{name}: {was} -> {now}"] * (was != now)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .changed_settings import changes
+from .changed_settings import changes, run_of
 from .configs import CancelGRPOConfig
 from .damage import STATE, weights_at, why_unusable
 
@@ -20,15 +20,17 @@ def saved_step(folder: Path, checkpoint: Path | None = None) -> int | None:
         folder (`Path`):
             Output folder of a run from the command line.
         checkpoint (`Path`, *optional*):
-            Last checkpoint of the run; the results of another run, with other logs, do not count.
+            Last checkpoint of the run; the results of another run, by its name or logs, do not count.
     """
     state, results = _read(folder / STATE), _read(folder / RESULTS)
     step = state.get("global_step")
     if why_unusable(folder) is not None or step is None or results.get("steps") != step:
         return None
     if checkpoint is not None:
-        logs = _read(checkpoint / STATE).get("log_history", [])
-        if state.get("log_history", [])[: len(logs)] != logs:
+        before = _read(checkpoint / STATE)
+        runs = [run_of(each.get("stateful_callbacks")) for each in (before, state)]
+        logs = before.get("log_history", [])
+        if runs[0] != runs[1] or state.get("log_history", [])[: len(logs)] != logs:
             return None
     return step
 

@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 from transformers.trainer_utils import TrainOutput, speed_metrics
 from trl import GRPOTrainer
 
-from .changed_settings import SAVED_AS, changes, held_by_optimizer, run_record
+from .changed_settings import SAVED_AS, changes, held_by_optimizer, run_of, run_record
 from .checkpoints import (
     OwnCheckpoints,
     SavingError,
@@ -216,7 +216,7 @@ class Resumable(GRPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        self.state.stateful_callbacks[SAVED_AS] = run_record(self)
+        self.state.stateful_callbacks[SAVED_AS] = run_record(self, run_of(self.state.stateful_callbacks))
         with rotated_when_whole(folder, self, self.own_checkpoints):
             super()._save_checkpoint(model, trial)
 
