@@ -1,7 +1,10 @@
 """Checkpoints of another model: refused by name, before anything is loaded, and never left aside in silence."""
 
+import json
+
 import pytest
 import torch
+import trl
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from trl_cancel.fit import check_fit, why_unfit
@@ -97,22 +100,37 @@ def test_another_optimizer_is_refused_in_one_line(tiny_model, tmp_path, then, no
 
 
 def test_another_optimizer_that_has_no_name_is_refused(tiny_model, tmp_path):
-    """One that is given, or a checkpoint without settings; its own still fits."""
+    """One that is given, or a checkpoint of TRL's trainer; its own still fits."""
 
-    def given():
+    def given(groups=2):
         network = load(tiny_model)
-        return network, {"optimizers": (torch.optim.SGD(network.parameters(), 1e-2, momentum=0.5), None)}
+        kinds = [[weight for weight in network.parameters() if (weight.dim() > 1) == large] for large in (True, False)]
+        weights = [{"params": part} for part in (kinds if groups == 2 else [kinds[0] + kinds[1]])]
+        return network, {"optimizers": (torch.optim.SGD(weights, 1e-2, momentum=0.5), None)}
 
     first, arguments = given()
     build(first, **SAVED, output_dir=str(tmp_path), arguments=arguments).train()
     more = {**SAVED, "max_steps": 2, "output_dir": str(tmp_path)}
-    for settings in (True, False):
-        if not settings:
-            (tmp_path / "checkpoint-1/training_args.bin").unlink()
-        with pytest.raises(ValueError, match=r"another optimizer \(has momentum\) than this run's \(has betas\)\."):
+    state = tmp_path / "checkpoint-1/trainer_state.json"
+    for states in (json.loads(state.read_text())["stateful_callbacks"], {}):
+        state.write_text(json.dumps({**json.loads(state.read_text()), "stateful_callbacks": states}))
+        with pytest.raises(ValueError, match=r"checkpoint-1 holds .* optimizer.* or start anew from its weights"):
             build(tiny_model, **more).train(resume_from_checkpoint=True)
+    other, arguments = given(groups=1)
+    with pytest.raises(
+        ValueError, match=r"checkpoint-1 holds a state that does not fit this run's optimizer \(loaded"
+    ):
+        build(other, **more, arguments=arguments).train(resume_from_checkpoint=True)
     again, arguments = given()
     build(again, **more, arguments=arguments).train(resume_from_checkpoint=True)
+
+
+def test_another_optimizer_is_told_by_its_state(tiny_model, tmp_path):
+    """Where the checkpoint does not name it, as one of TRL's trainer; it would fail at the first step."""
+    build(tiny_model, trl.GRPOTrainer, **SAVED, output_dir=str(tmp_path)).train()
+    resumed = build(tiny_model, **{**SAVED, "max_steps": 2}, optim="sgd", output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"another optimizer \(has betas\) than this run's \(has momentum\)"):
+        resumed.train(resume_from_checkpoint=True)
 
 
 def frozen():

@@ -1,5 +1,6 @@
 """The page of troubles: each message on it is provoked, each command on it is run and says what the page quotes."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -14,8 +15,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 from trl.rewards import accuracy_reward
 
-from trl_cancel import CancelGRPOTrainer
+from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
 from trl_cancel._upstream import check_trl_version
+from trl_cancel.changed_settings import SAVED_AS, settings_record
 from trl_cancel.cli import main
 from trl_cancel.fit import check_fit
 from trl_cancel.playground.data import load_prompts
@@ -120,8 +122,9 @@ def another_optimizer(tmp_path, monkeypatch):
     checkpoint = Path("run/checkpoint-8")
     checkpoint.mkdir(parents=True)
     (checkpoint / "optimizer.pt").touch()
-    torch.save(trl.GRPOConfig("run", **DEFAULTS, optim="sgd"), checkpoint / "training_args.bin")
-    check_fit(str(checkpoint), None, trl.GRPOConfig("run", **DEFAULTS, optim="adamw_torch"))
+    record = settings_record(CancelGRPOConfig("run", **DEFAULTS, optim="sgd"))
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"stateful_callbacks": {SAVED_AS: record}}))
+    check_fit(str(checkpoint), None, CancelGRPOConfig("run", **DEFAULTS, optim="adamw_torch"))
 
 
 def folder_in_use(tmp_path, monkeypatch):

@@ -1,25 +1,20 @@
 """In what a run differs from the one that has left a checkpoint or a model behind."""
 
 import hashlib
-import io
 import json
-import pickle
 import uuid
-import zipfile
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from trl import GRPOConfig
 
 from .configs import CancelGRPOConfig
 from .damage import STATE
 from .secrets import without_secrets, without_tokens
 
 
-ARGUMENTS = "training_args.bin"
 SAVED_AS = "trl_cancel.Run"  # among the states of callbacks, which transformers keeps in `trainer_state.json`
 SAMPLED_ROWS = 64
 # What says where, when and how loudly, not what is trained.
@@ -34,7 +29,6 @@ ASIDE = {
     *("gradient_checkpointing_kwargs", "activation_checkpointing", "activation_checkpointing_kwargs"),
     *("enable_jit_checkpoint", "restore_callback_states_from_checkpoint", "state_cache_gib", "accelerator_config"),
     *("generation_batch_size", "model_init_kwargs", "deepspeed", "fsdp", "fsdp_config", "remove_unused_columns"),
-    *("num_train_epochs", "max_steps", "optim"),  # see below; another optimizer is refused
 }
 # What the optimizer's state holds, and brings along.
 OF_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
@@ -42,28 +36,22 @@ CONSTANT = ("constant", "constant_with_warmup")
 PLAIN = (bool, int, float, str, type(None))
 
 
-def settings_of(folder: Path) -> dict[str, Any] | None:
+def settings_of(folder: Path) -> dict[str, Any]:
     """
-    The settings in the `training_args.bin` of a checkpoint or a model, of TRL's trainer too; `None` if there are none
-    that can be read. Nothing of what is pickled there is called or imported.
+    The settings that a checkpoint, or the `trainer_state.json` of a finished run, says it was trained with; none if it
+    is of TRL's own trainer. `training_args.bin` has them too, but is pickled, and could run what it likes.
 
     Args:
         folder (`Path`):
             Folder of the checkpoint or the model.
     """
-    try:
-        with zipfile.ZipFile(folder / ARGUMENTS) as archive:
-            name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-            found = _InertUnpickler(io.BytesIO(archive.read(name))).load()
-    except Exception:  # whatever noise makes of a pickle
-        return None
-    settings = getattr(found, "__dict__", None)
-    return {name: _plain(value) for name, value in settings.items()} if isinstance(settings, dict) else None
+    settings = _saved_record(folder).get("settings")
+    return settings if isinstance(settings, dict) else {}
 
 
 def run_record(trainer: Any, run: str | None = None) -> dict[str, Any]:
     """
-    What checkpoints hold of a run beside its settings: its processes, rewards and data, and a name of its own.
+    What checkpoints hold of a run: its settings, processes, rewards and data, and a name of its own.
 
     Args:
         trainer ([`CancelGRPOTrainer`]):
@@ -72,12 +60,24 @@ def run_record(trainer: Any, run: str | None = None) -> dict[str, Any]:
             The name of the run, if it goes on; a new one if not given.
     """
     record = {
+        "settings": _settings(trainer.args),
         "processes": trainer.accelerator.num_processes,
         "reward functions": list(trainer.reward_func_names),
         "train_dataset": _data(trainer.train_dataset),
         "run": run or uuid.uuid4().hex,
     }
     return {"args": {}, "attributes": record}
+
+
+def settings_record(args: CancelGRPOConfig) -> dict[str, Any]:
+    """
+    What is known of a run before its trainer is made, for [`changes`].
+
+    Args:
+        args ([`CancelGRPOConfig`]):
+            Its settings.
+    """
+    return {"args": {}, "attributes": {"settings": _settings(args)}}
 
 
 def run_of(states: Any) -> str | None:
@@ -94,29 +94,24 @@ def run_of(states: Any) -> str | None:
         return None
 
 
-def changes(folder: Path, args: CancelGRPOConfig, record: dict[str, Any] | None = None) -> list[str]:
+def changes(folder: Path, record: dict[str, Any]) -> list[str]:
     """
-    In what a run differs from that of a checkpoint or a model, each as `name: then -> now`.
+    In what a run differs from that of a checkpoint or a model, each as `name: then -> now`; as far as is known.
 
     Args:
         folder (`Path`):
             Folder of the checkpoint or the model.
-        args ([`CancelGRPOConfig`]):
-            The settings of the run.
-        record (`dict`, *optional*):
-            Its [`run_record`].
+        record (`dict`):
+            The [`run_record`] of the run, or what is known of it yet.
     """
-    then = settings_of(folder)
-    found = [] if then is None else list(_changed_settings(then, args))
-    before = _saved_record(folder)
-    for name, now in record["attributes"].items() if record else ():
-        was = before.get(name)
-        if was is None or now is None or name == "run":
-            continue
-        found += (
-            list(_changed_data(was, now)) if name == "train_dataset" else [f"{name}: {was} -> {now}"] * (was != now)
-        )
-    return found
+    then, now = _saved_record(folder), record["attributes"]
+    found = list(_changed_settings(settings_of(folder), now["settings"]))
+    for name in ("processes", "reward functions"):
+        if None not in (then.get(name), now.get(name)) and then[name] != now[name]:
+            found.append(f"{name}: {then[name]} -> {now[name]}")
+    if then.get("train_dataset") and now.get("train_dataset"):
+        found += _changed_data(then["train_dataset"], now["train_dataset"])
+    return sorted(found)
 
 
 def held_by_optimizer(changed: list[str]) -> list[str]:
@@ -130,23 +125,17 @@ def held_by_optimizer(changed: list[str]) -> list[str]:
     return [name for name in OF_OPTIMIZER if any(change.startswith(f"{name}:") for change in changed)]
 
 
-def _changed_settings(then: dict[str, Any], args: CancelGRPOConfig) -> Iterator[str]:
-    now = {name: _plain(value) for name, value in without_secrets(args.__dict__).items()}
-    then = without_secrets(then)
-    of_trl = {field.name for field in fields(GRPOConfig)}
-    defaults = {field.name: field.default for field in fields(CancelGRPOConfig) if field.name not in of_trl}
-    # Symmetric clipping sets TRL's bound on the other side itself.
-    aside = ASIDE | ({"delta"} if now.get("symmetric_clip") and then.get("symmetric_clip") else set())
-    for field in fields(args):
-        name = field.name
-        if name in aside or name.startswith(ASIDE_PREFIXES) or (name not in then and name not in defaults):
-            continue
-        was, becomes = then.get(name, defaults.get(name)), now.get(name)
-        if _is_plain(was) and _is_plain(becomes) and was != becomes:
-            yield without_tokens(f"{name}: {was} -> {becomes}")
-    length = "max_steps" if now["max_steps"] > 0 or (then.get("max_steps") or 0) > 0 else "num_train_epochs"
-    if now["lr_scheduler_type"] not in CONSTANT and length in then and then[length] != now[length]:
-        yield f"{length}: {then[length]} -> {now[length]}"
+def _changed_settings(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    aside = {"optim"}  # another one is refused
+    if now.get("symmetric_clip") and then.get("symmetric_clip"):  # which sets TRL's bound on the other side itself
+        aside.add("delta")
+    by_steps = max(now.get("max_steps", -1), then.get("max_steps", -1)) > 0
+    aside.add("num_train_epochs" if by_steps else "max_steps")
+    if now.get("lr_scheduler_type") in CONSTANT:  # and more steps are no other schedule
+        aside |= {"max_steps", "num_train_epochs"}
+    for name in now.keys() & then.keys() - aside:
+        if then[name] != now[name]:
+            yield without_tokens(f"{name}: {then[name]} -> {now[name]}")
 
 
 def _saved_record(folder: Path) -> dict[str, Any]:
@@ -179,28 +168,13 @@ def _data(dataset: Any) -> dict[str, Any] | None:
     return {"rows": rows, "digest": digest[:16]}
 
 
-class _Inert:
-    """Stands for every class and function of a pickle: keeps what it is called with, and does nothing."""
-
-    def __init__(self, *arguments: Any):
-        self.__dict__["arguments"] = arguments
-
-
-class _InertUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        return type(name, (_Inert,), {"__module__": module})
-
-
-def _plain(value: Any) -> Any:
-    """Members of enumerations as their values, in the settings of a run as in those that are read."""
-    if isinstance(value, _Inert):
-        arguments = value.__dict__.get("arguments", ())
-        return _plain(arguments[-1]) if arguments and len(value.__dict__) == 1 else value
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if isinstance(value, dict):
-        return {_plain(name): _plain(part) for name, part in value.items()}
-    return getattr(value, "value", value)
+def _settings(args: CancelGRPOConfig) -> dict[str, Any]:
+    """What of the settings can be written as JSON, as it is then read, without what does not touch the training."""
+    names = [field.name for field in fields(args) if field.name not in ASIDE]
+    names = [name for name in names if not name.startswith(ASIDE_PREFIXES)]
+    values = without_secrets({name: getattr(args, name) for name in names})
+    plain = {name: getattr(value, "value", value) for name, value in values.items()}  # of enumerations
+    return {name: json.loads(json.dumps(value)) for name, value in plain.items() if _is_plain(value)}
 
 
 def _is_plain(value: Any) -> bool:

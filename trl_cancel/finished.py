@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .changed_settings import changes, run_of
+from .changed_settings import changes, run_of, settings_record
 from .configs import CancelGRPOConfig
 from .damage import STATE, weights_at, why_unusable
 
@@ -53,7 +53,7 @@ def check_replaceable(folder: Path, checkpoint: Path | None, args: CancelGRPOCon
     weights = weights_at(folder)
     if weights is None or (checkpoint is not None and checkpoint.resolve().parent == folder.resolve()):
         return
-    changed = changes(folder, args)
+    changed = changes(folder, settings_record(args))
     differs = f" It was trained with other settings: {'; '.join(changed)}." if changed else ""
     raise ValueError(
         f"output_dir={folder} holds the model of a finished run ({weights}).{differs} Set another output_dir, "

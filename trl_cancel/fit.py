@@ -1,10 +1,11 @@
 """Whether a checkpoint fits the model and the optimizer that are to go on from it, and whether these can learn."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModel
 
 from .changed_settings import settings_of
@@ -100,27 +101,57 @@ def _comparable(value: Any) -> Any:
     return sorted(value) if isinstance(value, list | set | tuple) else value
 
 
-def check_optimizer(checkpoint: str, optimizer: torch.optim.Optimizer) -> None:
+def kind_of(optimizer: Any) -> set[str]:
     """
-    Refuses a checkpoint whose `optimizer.pt` is of another kind of optimizer.
+    What tells the kind of an optimizer, among the names of its settings. A state that is loaded brings its own.
+
+    Args:
+        optimizer ([`~torch.optim.Optimizer`]):
+            The optimizer.
+    """
+    groups = getattr(optimizer, "param_groups", None) or [{}]
+    return set(groups[0]) & OF_KINDS
+
+
+def check_kind(checkpoint: str, before: set[str], loaded: set[str]) -> None:
+    """
+    Refuses a checkpoint with the state of another kind of optimizer, which has just been loaded.
 
     Args:
         checkpoint (`str`):
             Folder of the checkpoint.
-        optimizer ([`~torch.optim.Optimizer`]):
-            The optimizer that is to go on from it.
+        before, loaded (`set[str]`):
+            The kind of the optimizer before and after.
 
     Raises:
-        `ValueError`: If it is.
+        `ValueError`: If they differ.
     """
-    file = Path(checkpoint, "optimizer.pt")
-    if not file.is_file():
-        return
-    saved = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-    then, now = (set(state["param_groups"][0]) & OF_KINDS for state in (saved, optimizer.state_dict()))
-    if then != now:
-        names = [", ".join(sorted(names)) or "none of these" for names in (then, now)]
-        raise ValueError(_another_optimizer(checkpoint, f"has {names[0]}", f"has {names[1]}"))
+    if before != loaded:
+        then, now = (", ".join(sorted(names)) or "none of these" for names in (loaded, before))
+        raise ValueError(_another_optimizer(checkpoint, f"has {then}", f"has {now}"))
+
+
+@contextmanager
+def fitting_states(checkpoint: str | None) -> Iterator[None]:
+    """
+    Lets an optimizer that cannot take the state of a checkpoint name it.
+
+    Args:
+        checkpoint (`str`, *optional*):
+            Folder of the checkpoint, whose state is loaded meanwhile.
+
+    Raises:
+        `ValueError`: If the state is of another optimizer, or of other parameters.
+    """
+    try:
+        yield
+    except (ValueError, KeyError) as error:
+        reason = f"KeyError: {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"resume_from_checkpoint={checkpoint} holds a state that does not fit this run's optimizer ({reason}). Use "
+            f"the same optimizer and train the same parameters, or start anew from its weights: "
+            f"model_name_or_path={checkpoint}."
+        ) from error
 
 
 def check_trainable(model: Any) -> None:
@@ -147,7 +178,7 @@ def check_trainable(model: Any) -> None:
 
 def _check_optimizers_name(checkpoint: Path, args: Any) -> None:
     holds_state = any(True for pattern in STATES["the optimizer's state"] for _ in checkpoint.glob(pattern))
-    then, now = (settings_of(checkpoint) or {}).get("optim"), getattr(args.optim, "value", args.optim)
+    then, now = settings_of(checkpoint).get("optim"), getattr(args.optim, "value", args.optim)
     if holds_state and then not in (None, now) and not any({then, now} <= group for group in ALIKE):
         raise ValueError(_another_optimizer(str(checkpoint), f"optim={then!r}", f"optim={now!r}"))
 

@@ -25,7 +25,7 @@ from .checkpoints import (
 )
 from .configs import CancelGRPOConfig
 from .damage import STATE, weights_at
-from .fit import check_fit, check_optimizer, check_trainable
+from .fit import check_fit, check_kind, check_trainable, fitting_states, kind_of
 from .outcome import remark_on
 from .run_lock import alone_in
 from .stopping import StopOnSignal
@@ -176,6 +176,7 @@ class Resumable(GRPOTrainer):
     def _as_finished(self, checkpoint: str, step: int, trial: Any) -> TrainOutput:
         """What a training leaves that ends where it begins: weights and states of the checkpoint, and no trace."""
         started = time.time()
+        self.accelerator.free_memory()  # as where a training begins
         dataloader = self.get_train_dataloader()
         epochs, steps_of_epoch, *_, planned = self.set_initial_training_values(self.args, dataloader)
         self._init_training_state(planned, steps_of_epoch, epochs, checkpoint, trial)
@@ -196,7 +197,7 @@ class Resumable(GRPOTrainer):
         """Between this run and the one that it goes on from, or beside whose results it starts."""
         record = run_record(self)
         if checkpoint is not None:
-            changed = changes(Path(checkpoint), self.args, record)
+            changed = changes(Path(checkpoint), record)
             if changed:
                 held = held_by_optimizer(changed) if Path(checkpoint, "optimizer.pt").exists() else []
                 but = f" The optimizer's state keeps what was then for {', '.join(held)}." if held else ""
@@ -205,18 +206,20 @@ class Resumable(GRPOTrainer):
         last = last_whole(folder) if self._saves else None
         left = last or (folder if weights_at(folder) else None)
         if left is not None:
-            changed = changes(left, self.args, record)
+            changed = changes(left, record)
             differs = f" It differs from this one: {'; '.join(changed)}." if changed else ""
             logger.warning(f"{_beside_checkpoints(folder, last) if last else _beside_result(folder)}{differs}")
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            check_optimizer(checkpoint, self.optimizer)
-        super()._load_optimizer_and_scheduler(checkpoint)
+        before = kind_of(self.optimizer)
+        with fitting_states(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            check_kind(checkpoint, before, kind_of(self.optimizer))
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        self.state.stateful_callbacks[SAVED_AS] = run_record(self, run_of(self.state.stateful_callbacks))
+        self._note_run()
         with rotated_when_whole(folder, self, self.own_checkpoints):
             super()._save_checkpoint(model, trial)
 
@@ -224,12 +227,18 @@ class Resumable(GRPOTrainer):
         # A training that is stopped goes on from its last checkpoint, of which transformers would leave only the best
         # one with save_total_limit=1; and there may be no time to load that.
         stopped = {"save_total_limit": None, "load_best_model_at_end": False} if self.is_stopped_by_signal else {}
+        self._note_run()
         with self.args.set_aside(**stopped):
             result = super()._finalize_training(trial, num_train_samples, start_time)
         remark = None if self.is_stopped_by_signal else remark_on(self.state.log_history, self.args)
         if remark is not None:
             logger.warning(remark)
         return result
+
+    def _note_run(self) -> None:
+        """For `trainer_state.json`."""
+        states: Any = self.state.stateful_callbacks
+        states[SAVED_AS] = run_record(self, run_of(states))
 
     def _save_progress(self, error: BaseException) -> None:
         step = self.state.global_step

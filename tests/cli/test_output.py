@@ -102,6 +102,17 @@ def test_a_finished_result_is_replaced_only_on_demand(tmp_path, capfd):
     assert json.loads((tmp_path / "run/trainer_state.json").read_text())["global_step"] == 1
 
 
+def test_another_optimizer_is_one_line(tmp_path, monkeypatch, capfd):
+    assert train(tmp_path, **SHORT, optim="sgd") == 0
+    must_not_generate(monkeypatch)
+    assert train(tmp_path, max_steps=3, optim="adamw_torch", resume_from_checkpoint="auto") == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert (
+        "checkpoint-2 holds the state of another optimizer (optim='sgd') than this run's (optim='adamw_torch')"
+        in error
+    )
+
+
 def test_a_folder_in_use_is_refused_in_one_line(tmp_path, capfd, monkeypatch):
     must_not_generate(monkeypatch)
     with another_run_in(tmp_path) as other:

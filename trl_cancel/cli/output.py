@@ -37,7 +37,7 @@ def says_finished(settings: Settings, trainer: CancelGRPOTrainer, checkpoint: st
     if done is None:
         return None
     folder = Path(str(trainer.args.output_dir))
-    changed = changes(folder, trainer.args, run_record(trainer))
+    changed = changes(folder, run_record(trainer))
     differs = f" It was trained with other settings: {'; '.join(changed)}." if changed else ""
     push = f" To push it: trl-cancel push {folder}." if trainer.args.push_to_hub else ""
     return f"Already finished at step {done}; nothing to do.{differs}{push}"
