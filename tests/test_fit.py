@@ -1,7 +1,5 @@
 """Checkpoints of another model: refused by name, before anything is loaded, and never left aside in silence."""
 
-import json
-
 import pytest
 import torch
 import trl
@@ -100,7 +98,7 @@ def test_another_optimizer_is_refused_in_one_line(tiny_model, tmp_path, then, no
 
 
 def test_another_optimizer_that_has_no_name_is_refused(tiny_model, tmp_path):
-    """One that is given, or a checkpoint of TRL's trainer; its own still fits."""
+    """One that is given; its own still fits."""
 
     def given(groups=2):
         network = load(tiny_model)
@@ -111,11 +109,10 @@ def test_another_optimizer_that_has_no_name_is_refused(tiny_model, tmp_path):
     first, arguments = given()
     build(first, **SAVED, output_dir=str(tmp_path), arguments=arguments).train()
     more = {**SAVED, "max_steps": 2, "output_dir": str(tmp_path)}
-    state = tmp_path / "checkpoint-1/trainer_state.json"
-    for states in (json.loads(state.read_text())["stateful_callbacks"], {}):
-        state.write_text(json.dumps({**json.loads(state.read_text()), "stateful_callbacks": states}))
-        with pytest.raises(ValueError, match=r"checkpoint-1 holds .* optimizer.* or start anew from its weights"):
-            build(tiny_model, **more).train(resume_from_checkpoint=True)
+    with pytest.raises(
+        ValueError, match=r"checkpoint-1 holds a state that does not fit .* or start anew from its weights"
+    ):
+        build(tiny_model, **more).train(resume_from_checkpoint=True)
     other, arguments = given(groups=1)
     with pytest.raises(
         ValueError, match=r"checkpoint-1 holds a state that does not fit this run's optimizer \(loaded"
