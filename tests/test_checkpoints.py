@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from trl_cancel.checkpoints import (
 )
 from trl_cancel.evaluation import EvaluationCallback, EvaluationSettings
 from trl_cancel.playground.data import load_prompts
+from trl_cancel.storage import is_storage_error, what_happened
 
 from .kills import PLACES, killed, status_of
 from .runs import OFF_POLICY, assert_same_weights, build, noisy_reward, train
@@ -153,22 +155,41 @@ def cut(path):
     os.truncate(path, path.stat().st_size - 2)
 
 
+def overwrite(path, at):
+    """As a disk does that fails: the file is as long as before."""
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(b"\0" * 32)
+
+
 BREAKS = {
     "it was not written to the end": lambda folder: folder.with_name(f"{folder.name}.incomplete").touch(),
     "trainer_state.json is missing": lambda folder: (folder / "trainer_state.json").unlink(),
     "trainer_state.json is cut off": lambda folder: cut(folder / "trainer_state.json"),
-    "model.safetensors cut off": lambda folder: cut(folder / "model.safetensors"),
+    "model.safetensors cut off ": lambda folder: cut(folder / "model.safetensors"),
     "optimizer.pt cut off": lambda folder: cut(folder / "optimizer.pt"),
     "the weights are missing": lambda folder: (folder / "model.safetensors").unlink(),
     "the optimizer's state is missing": lambda folder: (folder / "optimizer.pt").unlink(),
     "scheduler.pt is missing": lambda folder: (folder / "scheduler.pt").unlink(),
     "rng_state.pth is missing": lambda folder: (folder / "rng_state.pth").unlink(),
+    "trainer_state.json is damaged": lambda folder: (folder / "trainer_state.json").write_text("[]"),
+    "model.safetensors cut off": lambda folder: overwrite(folder / "model.safetensors", 8),
+    "rng_state.pth is damaged": lambda folder: overwrite(folder / "rng_state.pth", 300),
+    "scheduler.pt is damaged": lambda folder: overwrite(folder / "scheduler.pt", 200),
+    "optimizer.pt is damaged": lambda folder: overwrite(folder / "optimizer.pt", 3000),
+    "training_args.bin is damaged": lambda folder: (folder / "training_args.bin").write_bytes(b""),
+    "config.json cannot be read": lambda folder: cut(folder / "config.json"),
+    "generation_config.json cannot be read": lambda folder: (folder / "generation_config.json").write_bytes(b"\xff"),
+    "tokenizer.json cannot be read": lambda folder: cut(folder / "tokenizer.json"),
+    "tokenizer_config.json is damaged": lambda folder: (folder / "tokenizer_config.json").write_text("null"),
+    "merges.txt is empty": lambda folder: (folder / "merges.txt").touch(),
     "there is no such folder": shutil.rmtree,
 }
 
 
-def test_broken_checkpoints_are_told(saved):
+def test_broken_checkpoints_are_told(saved, caplog):
     for reason, damage in BREAKS.items():
+        reason = reason.strip()  # one may have several causes
         damage(saved / "checkpoint-3")
         assert why_broken(saved / "checkpoint-3") == reason
         with pytest.raises(ValueError, match=rf"checkpoint-3 is not a whole checkpoint: {reason}\. .*checkpoint-2"):
@@ -176,8 +197,22 @@ def test_broken_checkpoints_are_told(saved):
         assert find_checkpoint(True, saved) == find_checkpoint("auto", saved) == str(saved / "checkpoint-2")
         shutil.rmtree(saved / "checkpoint-3", ignore_errors=True)
         (saved / "checkpoint-3.incomplete").unlink(missing_ok=True)
+        assert f"checkpoint-3 is left out: {reason}." in caplog.text or reason == "there is no such folder"
         shutil.copytree(saved / "checkpoint-2", saved / "checkpoint-3")
         assert why_broken(saved / "checkpoint-3") is None
+
+
+def test_damaged_adapters_are_told(tmp_path):
+    """Of one name, or of several in folders of their own."""
+    layouts = ("PEFT", ""), ("PEFT, named", "mine/")
+    for layout, folder in layouts:
+        for name, damage in (("adapter_config.json", "cannot be read"), ("adapter_model.safetensors", "cut off")):
+            checkpoint = tmp_path / f"{layout} {name}"
+            write(checkpoint, ["trainer_state.json", *LAYOUTS[layout], f"{folder}adapter_config.json"])
+            save_file({"weight": torch.zeros(2)}, checkpoint / folder / "adapter_model.safetensors")
+            assert why_broken(checkpoint) is None
+            cut(checkpoint / folder / name)
+            assert why_broken(checkpoint).removeprefix(f"{folder}{name} ").removeprefix("is ") == damage
 
 
 # Files of checkpoints beside `trainer_state.json`, by who writes them, and those that can be lost unnoticed.
@@ -334,6 +369,22 @@ def test_a_search_for_the_best_keeps_the_best(tiny_model, tmp_path):
     assert_same_weights(ours.weights, trls.weights)
 
 
+@pytest.mark.parametrize("ahead", [300, -300], ids=["ahead", "behind"])
+def test_rotation_goes_by_steps_whatever_the_clock(tiny_model, tmp_path, ahead):
+    """Checkpoints of an earlier start are five minutes ahead, and one of another run has more steps than all."""
+    saving = {**SAVING, "save_steps": 1, "save_total_limit": 2, "output_dir": str(tmp_path)}
+    finished(tiny_model, **{**saving, "max_steps": 2})
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-99")
+    for path in tmp_path.glob("checkpoint-*"):
+        os.utime(path, (path.stat().st_mtime + ahead,) * 2)
+    kept = []
+    callback = TrainerCallback()
+    callback.on_save = lambda args, *_, **__: kept.append(folders(args.output_dir))
+    arguments = {"reward_funcs": noisy_reward, "callbacks": [callback]}
+    train(tiny_model, **{**saving, "max_steps": 4}, resume=str(tmp_path / "checkpoint-2"), arguments=arguments)
+    assert kept == [["checkpoint-2", "checkpoint-3"], ["checkpoint-3", "checkpoint-4"]]
+
+
 # Several runs in one folder
 
 
@@ -414,7 +465,7 @@ def test_signal_saves_and_ends(tiny_model, tmp_path, undisturbed, capfd, caplog,
     with pytest.raises(SystemExit if number == signal.SIGTERM else KeyboardInterrupt) as ended:
         finished(tiny_model, **SAVING, output_dir=str(tmp_path), reward=signalling(number))
     assert getattr(ended.value, "code", 130) == status
-    assert f"{number.name}: stopping after this optimizer step" in capfd.readouterr().err
+    assert f"{number.name}: stopping after this optimizer step, with a checkpoint" in capfd.readouterr().err
     assert f"Stopped by {number.name} after step 5" in caplog.text
     assert {each: signal.getsignal(each) for each in before} == before
     assert last_whole(tmp_path) == tmp_path / "checkpoint-5"
@@ -570,10 +621,11 @@ def test_a_signal_within_a_generation_batch_is_said(tiny_model, tmp_path, caplog
     assert finished(tiny_model, resume=True, **settings).trainer.state.global_step == 8
 
 
-def test_nothing_is_saved_where_nothing_is_to_be(tiny_model, tmp_path, caplog):
+def test_nothing_is_saved_where_nothing_is_to_be(tiny_model, tmp_path, caplog, capfd):
     with pytest.raises(SystemExit):
         finished(tiny_model, output_dir=str(tmp_path), reward=signalling(signal.SIGTERM, 1))
     assert not folders(tmp_path)
+    assert 'after this optimizer step, saving nothing (save_strategy="no"); a second' in capfd.readouterr().err
     assert "Nothing was saved" in caplog.text
 
 
@@ -632,3 +684,69 @@ def test_full_disk(tiny_model, tmp_path, undisturbed, monkeypatch, limit):
     assert folders(tmp_path) == ["checkpoint-3"]
     resumed = finished(tiny_model, resume=True, **SAVING, output_dir=str(tmp_path))
     assert_ends_alike(resumed, undisturbed(SAVING))
+
+
+def test_errors_of_the_disk_by_name(tmp_path, monkeypatch):
+    """Whoever raises them; what PyTorch says names no cause, so the disk is asked."""
+    errors = {
+        "the disk is full (": [
+            OSError(errno.ENOSPC, "No space left on device"),
+            RuntimeError("I/O error: No space left on device (os error 28)"),
+        ],
+        "the disk is full up to your quota (": [OSError(errno.EDQUOT, "Disk quota exceeded")],
+        "the disk is read-only (": [OSError(errno.EROFS, "Read-only file system")],
+        "[Errno 13] Permission": [OSError(errno.EACCES, "Permission denied")],
+        "[enforce fail": [
+            RuntimeError("[enforce fail at inline_container.cc] PytorchStreamWriter failed writing file")
+        ],
+    }
+    for said, raised in errors.items():
+        for error in raised:
+            assert is_storage_error(error)
+            assert what_happened(error, tmp_path / "none").startswith(said)
+    (of_pytorch,) = errors["[enforce fail"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    assert what_happened(of_pytorch, tmp_path).startswith("the disk is full ([enforce")
+    monkeypatch.setattr(os, "statvfs", lambda folder: SimpleNamespace(f_flag=os.ST_RDONLY))
+    assert what_happened(of_pytorch, tmp_path).startswith("the disk is read-only ([enforce")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if (
+        not shutil.which("mount")
+        or subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True).returncode
+    ):
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    for _ in range(2):
+        subprocess.run(["umount", "-l", folder], capture_output=True)
+
+
+@pytest.mark.parametrize("place", ["start", "checkpoint", "log", "model"])
+def test_a_disk_that_turns_read_only(tiny_model, disk, place):
+    """Wherever something is written then."""
+    settings = {**SAVING, "save_steps": 1, "output_dir": str(disk), "log_completions": place == "log"}
+
+    def turn(*args, **kwargs):
+        # Over itself: a file that is open for writing, as that of the lock, would not let the disk itself be mounted anew.
+        for how in (["--bind", disk], ["-o", "remount,bind,ro"]):
+            subprocess.run(["mount", *how, disk], check=True)
+
+    callback = TrainerCallback()
+    if place in ("checkpoint", "log"):
+        callback.on_step_begin = lambda args, state, *_, **__: turn() if state.global_step == 2 else None
+    trainer = build(tiny_model, **settings, arguments={"callbacks": [callback]})
+    if place == "start":
+        turn()
+    if place == "model":
+        finished(tiny_model, **{**settings, "max_steps": 2})
+        trainer = build(tiny_model, **settings)
+        turn()
+    with pytest.raises(SavingError, match="could not be saved: the disk is read-only") as raised:
+        trainer.save_model() if place == "model" else trainer.train()
+    if place in ("checkpoint", "log"):
+        assert f"{disk}/checkpoint-2 is whole: let it be written again, then continue with" in str(raised.value)

@@ -1,7 +1,9 @@
 """Checkpoints of another model: refused by name, before anything is loaded, and never left aside in silence."""
 
 import pytest
-from peft import LoraConfig, get_peft_model
+import torch
+import trl
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from trl_cancel.fit import check_fit, why_unfit
 from trl_cancel.playground.tokenizer import build_tokenizer
@@ -63,3 +65,84 @@ def test_a_whole_model_is_not_taken_for_an_adapter(tiny_model, tmp_path):
     with pytest.raises(ValueError, match=r"checkpoint-1 does not fit the model: it holds a whole model.*output_dir\."):
         resumed.train(resume_from_checkpoint="auto")
     assert resumed.state.global_step == 0
+
+
+SAVED = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "fits"),
+    [
+        ("sgd", "adamw_torch", False),
+        ("adamw_torch", "sgd", False),
+        ("adafactor", "adamw_torch", False),
+        ("rmsprop", "adagrad", False),
+        ("adamw_torch", "adamw_torch_fused", True),
+        ("sgd", "sgd", True),
+    ],
+)
+def test_another_optimizer_is_refused_in_one_line(tiny_model, tmp_path, then, now, fits):
+    build(tiny_model, **SAVED, optim=then, output_dir=str(tmp_path)).train()
+    resumed = build(tiny_model, **{**SAVED, "max_steps": 2}, optim=now, output_dir=str(tmp_path))
+    if fits:
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == 2
+        return
+    message = (
+        f"checkpoint-1 holds the state of another optimizer (optim='{then}') than this run's (optim='{now}'). Use"
+    )
+    with pytest.raises(ValueError, match="another optimizer") as raised:
+        resumed.train(resume_from_checkpoint=True)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_another_optimizer_that_has_no_name_is_refused(tiny_model, tmp_path):
+    """One that is given; its own still fits."""
+
+    def given(groups=2):
+        network = load(tiny_model)
+        kinds = [[weight for weight in network.parameters() if (weight.dim() > 1) == large] for large in (True, False)]
+        weights = [{"params": part} for part in (kinds if groups == 2 else [kinds[0] + kinds[1]])]
+        return network, {"optimizers": (torch.optim.SGD(weights, 1e-2, momentum=0.5), None)}
+
+    first, arguments = given()
+    build(first, **SAVED, output_dir=str(tmp_path), arguments=arguments).train()
+    more = {**SAVED, "max_steps": 2, "output_dir": str(tmp_path)}
+    with pytest.raises(
+        ValueError, match=r"checkpoint-1 holds a state that does not fit .* or start anew from its weights"
+    ):
+        build(tiny_model, **more).train(resume_from_checkpoint=True)
+    other, arguments = given(groups=1)
+    with pytest.raises(
+        ValueError, match=r"checkpoint-1 holds a state that does not fit this run's optimizer \(loaded"
+    ):
+        build(other, **more, arguments=arguments).train(resume_from_checkpoint=True)
+    again, arguments = given()
+    build(again, **more, arguments=arguments).train(resume_from_checkpoint=True)
+
+
+def test_another_optimizer_is_told_by_its_state(tiny_model, tmp_path):
+    """Where the checkpoint does not name it, as one of TRL's trainer; it would fail at the first step."""
+    build(tiny_model, trl.GRPOTrainer, **SAVED, output_dir=str(tmp_path)).train()
+    resumed = build(tiny_model, **{**SAVED, "max_steps": 2}, optim="sgd", output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"another optimizer \(has betas\) than this run's \(has momentum\)"):
+        resumed.train(resume_from_checkpoint=True)
+
+
+def frozen():
+    network = model()
+    network.requires_grad_(False)
+    return network
+
+
+@pytest.mark.parametrize(("network", "remedy"), [("adapter", "is_trainable=True"), ("model", "requires_grad_(True)")])
+def test_a_model_of_which_nothing_is_trained_is_refused(tiny_model, tmp_path, network, remedy):
+    if network == "adapter":
+        adapter().save_pretrained(tmp_path)
+        network = PeftModel.from_pretrained(model(), tmp_path)
+    else:
+        network = frozen()
+    with pytest.raises(ValueError, match="No parameter of the model is trainable") as raised:
+        build(network, arguments={"processing_class": build_tokenizer()})
+    assert remedy in str(raised.value)

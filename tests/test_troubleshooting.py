@@ -1,5 +1,6 @@
 """The page of troubles: each message on it is provoked, each command on it is run and says what the page quotes."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -8,15 +9,19 @@ import pytest
 import torch
 import trl
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, get_peft_model
+from filelock import FileLock
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer
 from transformers.utils import logging
 from trl.rewards import accuracy_reward
 
-from trl_cancel import CancelGRPOTrainer
+from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
 from trl_cancel._upstream import check_trl_version
+from trl_cancel.changed_settings import SAVED_AS, settings_record
 from trl_cancel.cli import main
+from trl_cancel.fit import check_fit
 from trl_cancel.playground.data import load_prompts
+from trl_cancel.run_lock import LOCK, alone_in
 
 from .runs import DEFAULTS, build, load, noisy_reward
 
@@ -119,6 +124,30 @@ def no_bf16(monkeypatch, tmp_path):
     trl.GRPOConfig(output_dir=str(tmp_path))
 
 
+def frozen_adapter(model, tmp_path):
+    get_peft_model(load(model), LoraConfig(**LORA)).save_pretrained(tmp_path)
+    ours(PeftModel.from_pretrained(load(model), tmp_path), {"processing_class": AutoTokenizer.from_pretrained(model)})
+
+
+def another_optimizer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = Path("run/checkpoint-8")
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "optimizer.pt").touch()
+    record = settings_record(CancelGRPOConfig("run", **DEFAULTS, optim="sgd"))
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"stateful_callbacks": {SAVED_AS: record}}))
+    check_fit(str(checkpoint), None, CancelGRPOConfig("run", **DEFAULTS, optim="adamw_torch"))
+
+
+def folder_in_use(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    with FileLock(Path("run", LOCK)):
+        Path("run", LOCK).write_text("4711\nnode-3\n")
+        with alone_in(Path("run")):
+            pass
+
+
 def stream():
     return IterableDataset.from_generator(lambda: iter(list(ROWS)))
 
@@ -159,6 +188,9 @@ ERRORS = {
     "adapter on the output layer": lambda model, **_: theirs(
         model, {"peft_config": LoraConfig(**{**LORA, "target_modules": ["q_proj", "lm_head"]})}
     ),
+    "nothing to train": lambda model, tmp_path, **_: frozen_adapter(model, tmp_path),
+    "another optimizer": lambda tmp_path, monkeypatch, **_: another_optimizer(tmp_path, monkeypatch),
+    "folder in use": lambda tmp_path, monkeypatch, **_: folder_in_use(tmp_path, monkeypatch),
     "bf16": lambda monkeypatch, tmp_path, **_: no_bf16(monkeypatch, tmp_path),
     "fp16": lambda **_: scaled_float16(),
     "several GPUs": lambda model, tmp_path, **_: several_gpus(model, tmp_path),

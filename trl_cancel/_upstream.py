@@ -79,6 +79,16 @@ METHODS = {
     "_get_per_token_logps_and_entropies": ["self", "model", "input_ids", "attention_mask", "logits_to_keep"],
     # Writes a checkpoint: after each so many steps, and when something fails in the middle of a run.
     "_save_checkpoint": ["self", "model", "trial"],
+    # Trains from a checkpoint that is loaded (transformers), unless that is of the last step already.
+    "_inner_training_loop": ["self", "batch_size", "args", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
+    # Take the counts and the states of a checkpoint over (transformers), with which a finished run ends.
+    "_init_training_state": [
+        *("self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"),
+    ],
+    "_prepare_for_training": ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
+    "_load_best_model": ["self"],
+    # Loads the states of the optimizer and the scheduler (transformers), of another optimizer with a late `KeyError`.
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     # Ends a training (transformers); after a signal it must leave the last checkpoint, which is not the best one.
     "_finalize_training": ["self", "trial", "num_train_samples", "start_time"],
     # Pushes a checkpoint in the background (transformers); a push that fails is reported.

@@ -8,54 +8,30 @@ several nodes would have to agree on who does it.
 """
 
 import errno
-import json
 import logging
 import os
 import re
 import shutil
-import struct
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TypeVar, cast
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
+
+from .damage import cut_off, why_not_whole
+from .storage import READ_ONLY, free_bytes, is_storage_error, readable, what_happened
 
 
 logger = logging.getLogger(__name__)  # accelerate's is not ready before a configuration is made
 
+T = TypeVar("T")
 AUTO = "auto"
 MARKER = ".incomplete"
 # What transformers leaves inside a checkpoint that it could not finish on SIGTERM (`enable_jit_checkpoint`).
 MARKER_OF_TRANSFORMERS = "checkpoint-is-incomplete.txt"
-STATE = "trainer_state.json"  # the last file that transformers writes
-# What stands for the weights: of transformers, PEFT, FSDP (whose folders get `.metadata` last) and DeepSpeed.
-WEIGHTS = (
-    *("*model.safetensors", "*model.bin", "*model.*.index.json", "*/adapter_model.*"),
-    *("pytorch_model_fsdp*.bin", "pytorch_model_fsdp_*/.metadata", "global_step*/*"),
-)
-# Of these, what can be pushed.
-PUSHED_WEIGHTS = ("*model.safetensors", "*model.safetensors.index.json")
-# And for each state; all of them are there, or none (`save_only_model`).
-STATES = {
-    "the optimizer's state": (
-        "optimizer.pt*",
-        "optimizer*.bin",
-        "optimizer_*/.metadata",
-        "*-optimizer.pt",
-        "global_step*/*",
-    ),
-    "scheduler.pt": ("scheduler.pt", "global_step*/*"),
-    "rng_state.pth": ("rng_state*.pth",),
-}
-STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
-# PyTorch and safetensors raise errors of their own, with the number in the text at best.
-OF_PYTORCH = re.compile(r"PytorchStreamWriter|unexpected pos")
-OF_SAFETENSORS = re.compile(r"\(os error (\d+)\)")
 
 
 class SavingError(RuntimeError):
@@ -76,25 +52,7 @@ def why_broken(checkpoint: str | os.PathLike) -> str | None:
         return "there is no such folder"
     if _marker(link).exists() or _marker(checkpoint).exists() or (checkpoint / MARKER_OF_TRANSFORMERS).exists():
         return "it was not written to the end"
-    return _missing(checkpoint)
-
-
-def why_unusable(folder: str | os.PathLike) -> str | None:
-    """
-    What is wrong with a model's weights in a folder, of those that are pushed, or `None` if they are whole.
-
-    Args:
-        folder (`str` or `os.PathLike`):
-            Folder of the model.
-    """
-    folder = Path(folder)
-    if not _holds(folder, PUSHED_WEIGHTS):
-        return "it holds no weights (*.safetensors)"
-    lacking = _weights_missing(folder)
-    if lacking:
-        return f"{lacking} missing"
-    files = ", ".join(weights_cut_off(folder))
-    return f"{files} cut off" if files else None
+    return why_not_whole(checkpoint)
 
 
 def last_whole(folder: str | os.PathLike) -> Path | None:
@@ -154,7 +112,8 @@ class OwnCheckpoints:
     """
 
     def __init__(self, resumed: str | None = None):
-        self._paths = [Path(resumed).absolute()] if resumed else []
+        self._resumed = Path(resumed).absolute() if resumed else None
+        self._paths = [self._resumed] if self._resumed else []
 
     def add(self, checkpoint: Path) -> None:
         """Notes one that is written."""
@@ -163,6 +122,13 @@ class OwnCheckpoints:
     def holds(self, checkpoint: Path) -> bool:
         """Whether the run has written a checkpoint, or goes on from it, and it is whole."""
         return checkpoint.absolute() in self._paths and why_broken(checkpoint) is None
+
+    def age(self, checkpoint: Path) -> tuple[bool, int]:
+        """What sorts checkpoints by age, from the oldest: those of other runs, then by steps; clocks may go back."""
+        steps, resumed = _steps(checkpoint), self._resumed
+        is_earlier = resumed is not None and checkpoint.absolute().parent == resumed.parent
+        is_earlier = is_earlier and steps <= _steps(cast(Path, resumed))
+        return is_earlier or checkpoint.absolute() in self._paths, steps
 
     def last(self) -> Path | None:
         """The latest that is whole."""
@@ -188,16 +154,32 @@ def agree_on_checkpoint(resume: str | bool | None, folder: str | os.PathLike, ac
     """
     As [`find_checkpoint`], with the answer of the main process for all: another node may see the folder otherwise.
     """
+    return decided_by_main(accelerator, lambda: find_checkpoint(resume, folder))
+
+
+def decided_by_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
+    """
+    What a function returns on the main process, or refuses there, for all processes.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            The processes, which must all call this.
+        decide (`Callable`):
+            The function.
+
+    Raises:
+        `ValueError`, [`SavingError`]: If it does on the main process.
+    """
     answer: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            answer[0] = find_checkpoint(resume, folder)
-        except ValueError as error:
-            answer[1] = str(error)
-    checkpoint, mistake = broadcast_object_list(answer)
+            answer[0] = decide()
+        except (ValueError, SavingError) as error:
+            answer[1] = error
+    decision, mistake = broadcast_object_list(answer)
     if mistake is not None:
-        raise ValueError(mistake)
-    return checkpoint
+        raise mistake
+    return decision
 
 
 @contextmanager
@@ -230,14 +212,14 @@ def written_whole(checkpoint: Path, accelerator: Accelerator, own: OwnCheckpoint
         if accelerator.is_local_main_process:
             _flush(checkpoint)
         accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _marker(checkpoint).unlink(missing_ok=True)
     except Exception as error:
         if accelerator.is_main_process:
             _give_up(checkpoint, error, alone=accelerator.num_processes == 1)
         if is_storage_error(error):
             raise SavingError(_what_is_kept(checkpoint, error, own)) from error
         raise
-    if accelerator.is_main_process:
-        _marker(checkpoint).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -259,7 +241,7 @@ def rotated_when_whole(checkpoint: Path, trainer: Trainer, own: OwnCheckpoints) 
     own.add(checkpoint)
     if args.should_save:
         best = trainer.state.best_model_checkpoint
-        rotate_checkpoints(str(checkpoint.parent), args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
+        _rotate(checkpoint, args.save_total_limit, own, Path(best) if best else None)
 
 
 @contextmanager
@@ -276,9 +258,26 @@ def saved_or_said(folder: Path, own: OwnCheckpoints | None = None) -> Iterator[N
     Raises:
         [`SavingError`]: If the disk is full or refuses to be written.
     """
+    with said(folder, own), no_halves(folder):
+        yield
+
+
+@contextmanager
+def said(folder: Path, own: OwnCheckpoints | None = None) -> Iterator[None]:
+    """
+    Lets an error of the disk say what is kept.
+
+    Args:
+        folder (`Path`):
+            Folder that is written to.
+        own ([`OwnCheckpoints`], *optional*):
+            The checkpoints of the run, of which an error tells the last one.
+
+    Raises:
+        [`SavingError`]: If the disk is full or refuses to be written.
+    """
     try:
-        with no_halves(folder):
-            yield
+        yield
     except SavingError:
         raise
     except Exception as error:
@@ -296,40 +295,16 @@ def no_halves(folder: Path) -> Iterator[None]:
         folder (`Path`):
             Folder of the model.
     """
-    before = {file: _version(file) for file in _cut_off(folder)}  # files that are none of ours
+    before = {file: _version(file) for file in cut_off(folder)}  # files that are none of ours
     try:
         yield
     except Exception as error:
         if is_storage_error(error):
-            for file in _cut_off(folder):
-                if _version(file) != before.get(file):
-                    file.unlink(missing_ok=True)
+            for file in cut_off(folder):
+                with suppress(OSError):  # of a disk that is read-only by now
+                    if _version(file) != before.get(file):
+                        file.unlink(missing_ok=True)
         raise
-
-
-def weights_cut_off(folder: str | os.PathLike) -> list[str]:
-    """
-    Names of the files of weights in a folder that end too early.
-
-    Args:
-        folder (`str` or `os.PathLike`):
-            Folder of a model or an adapter.
-    """
-    return sorted(file.name for file in _cut_off(Path(folder)) if file.suffix == ".safetensors")
-
-
-def is_storage_error(error: BaseException) -> bool:
-    """Whether an error, or what caused it, comes from the disk."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in STORAGE_ERRORS:
-            return True
-        if OF_PYTORCH.search(str(cause)):
-            return True
-        if {int(number) for number in OF_SAFETENSORS.findall(str(cause))} & STORAGE_ERRORS:
-            return True
-        cause = cause.__cause__ or cause.__context__
-    return False
 
 
 def _marker(checkpoint: Path) -> Path:
@@ -339,70 +314,30 @@ def _marker(checkpoint: Path) -> Path:
 def _checkpoints(folder: Path) -> list[Path]:
     """By their steps."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.split("-")[1]))
+    return sorted((path for path in found if path.is_dir()), key=_steps)
 
 
-def _missing(checkpoint: Path) -> str | None:
-    try:
-        json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"{STATE} is missing"
-    except ValueError:
-        return f"{STATE} is cut off"
-    lacking = _weights_missing(checkpoint) or _states_missing(checkpoint)
-    if lacking:
-        return f"{lacking} missing"
-    files = ", ".join(sorted(file.name for file in _cut_off(checkpoint)))
-    return f"{files} cut off" if files else None
+def _steps(checkpoint: Path) -> int:
+    """By its name; 0 if that tells none, as that of a link."""
+    match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    return int(match[1]) if match else 0
 
 
-def _weights_missing(checkpoint: Path) -> str | None:
-    if not _holds(checkpoint, WEIGHTS):
-        return "the weights are"
-    for index in checkpoint.glob("*model.*.index.json"):
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except ValueError:
-            return f"the end of {index.name} is"
-        for shard in sorted(shards):
-            if not (checkpoint / shard).exists():
-                return f"{shard} is"
-    return None
-
-
-def _states_missing(checkpoint: Path) -> str | None:
-    missing = [state for state, patterns in STATES.items() if not _holds(checkpoint, patterns)]
-    return f"{missing[0]} is" if missing and len(missing) < len(STATES) else None
-
-
-def _holds(folder: Path, patterns: tuple[str, ...]) -> bool:
-    return any(True for pattern in patterns for _ in folder.glob(pattern))
+def _rotate(newest: Path, limit: int | None, own: OwnCheckpoints, best: Path | None) -> None:
+    """Removes the oldest checkpoints beyond a limit, but neither the newest nor the best one."""
+    if limit is None or limit <= 0:
+        return
+    spared = {path.absolute() for path in (newest, best) if path is not None}
+    others = [path for path in _checkpoints(newest.parent) if path.absolute() not in spared]
+    spared_here = sum(path.is_dir() and path.absolute().parent == newest.absolute().parent for path in spared)
+    excess = max(0, len(others) + spared_here - max(limit, spared_here))
+    for checkpoint in sorted(others, key=own.age)[:excess]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _version(file: Path) -> tuple[int, int, int]:
     status = file.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _cut_off(folder: Path) -> list[Path]:
-    """Files of weights and states that end too early."""
-    checks = {".safetensors": _ends_as_announced, ".pt": zipfile.is_zipfile, ".pth": zipfile.is_zipfile}
-    return [file for file in folder.glob("*") if file.suffix in checks and not checks[file.suffix](file)]
-
-
-def _ends_as_announced(file: Path) -> bool:
-    """The header of a safetensors file, whose length comes first, tells where each tensor ends."""
-    with open(file, "rb") as stream:
-        try:
-            header = json.loads(_read(stream, *struct.unpack("<Q", _read(stream, 8))))
-        except (ValueError, struct.error):
-            return False
-        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        return stream.tell() + max(ends, default=0) == file.stat().st_size
-
-
-def _read(stream: BinaryIO, length: int) -> bytes:
-    return stream.read(min(length, 2**27))  # a header is no longer; a number that is read from noise may be
 
 
 def _remove_broken(folder: Path) -> None:
@@ -439,34 +374,21 @@ def _flush(folder: Path) -> None:
 
 def _give_up(checkpoint: Path, error: BaseException, alone: bool) -> None:
     """Removes a half; what only could not be pushed is kept."""
-    is_half = is_storage_error(error) or _missing(checkpoint) is not None
+    is_half = is_storage_error(error) or why_not_whole(checkpoint) is not None
     is_settled = not is_half or _removed(checkpoint)
     if is_settled and alone:  # others may still be writing
-        _marker(checkpoint).unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that is read-only by now
+            _marker(checkpoint).unlink(missing_ok=True)
 
 
 def _what_is_kept(folder: Path, error: BaseException, own: OwnCheckpoints | None) -> str:
     is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name) is not None
     last = last_whole(folder.parent if is_checkpoint else folder) if own is None else own.last()
-    reason = " ".join(str(error).split())
-    parts = [f"{folder} could not be saved: {reason}; {_free(folder)} free on the disk"]
+    reason = what_happened(error, folder)
+    what = f"{folder} could not be saved: {reason}; {readable(free_bytes(folder))} free on the disk"
     if last is None:
-        return f"{parts[0]}. There is no earlier checkpoint{'' if own is None else ' of this run'}."
+        return f"{what}. There is no earlier checkpoint{'' if own is None else ' of this run'}."
     size = sum(file.stat().st_size for file in last.rglob("*") if file.is_file())
-    return (
-        f"{parts[0]}, {last.name} takes {_readable(size)}. {last} is whole: make room (save_total_limit keeps fewer "
-        f"checkpoints), then {how_to_go_on(last)}."
-    )
-
-
-def _free(folder: Path) -> str:
-    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
-    return _readable(shutil.disk_usage(existing).free)
-
-
-def _readable(size: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
+    remedy = "make room (save_total_limit keeps fewer checkpoints)"
+    remedy = "let it be written again" if reason.startswith(READ_ONLY) else remedy
+    return f"{what}, {last.name} takes {readable(size)}. {last} is whole: {remedy}, then {how_to_go_on(last)}."

@@ -294,6 +294,8 @@ def _delta(config: CancelGRPOConfig) -> str:
 
 def _loss(config: CancelGRPOConfig, credits: TokenCredits) -> Iterator[str]:
     """What its value says, which users ask first: why it is 0."""
+    if config.learning_rate == 0:
+        yield "Nothing can be learned: learning_rate=0 moves no weight."
     if _first_loss_is_zero(config, credits):
         when = "at every optimizer step" if config.layout.is_on_policy else "whenever a generation batch is new"
         but = "" if config.loss_type == "grpo" else ", but for the lengths of the rollouts"

@@ -9,11 +9,12 @@ from trl import GRPOTrainer
 from . import hub
 from ._upstream import get_config_model_id
 from .active_methods import ActiveMethod
-from .checkpoints import is_storage_error, no_halves
+from .checkpoints import no_halves
 from .configs import CancelGRPOConfig
 from .evaluation import Evaluation
 from .model_card import FILE, complete_model_card, hub_id
 from .secrets import quotable
+from .storage import is_storage_error
 from .texts import plain
 
 

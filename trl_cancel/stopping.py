@@ -41,6 +41,7 @@ class StopOnSignal(TrainerCallback):
         self.received: int | None = None  # by any process, as soon as all know
         self._own: int | None = None  # by this process
         self._stepping_from: int | None = None  # steps before the latest call of the optimizer
+        self._saves = True
 
     def is_between_steps(self, step: int) -> bool:
         """
@@ -58,15 +59,18 @@ class StopOnSignal(TrainerCallback):
         return self._own is not None
 
     @contextmanager
-    def listening(self, wanted: bool = True) -> Iterator[None]:
+    def listening(self, wanted: bool = True, saves: bool = True) -> Iterator[None]:
         """
         Handles the signals meanwhile.
 
         Args:
             wanted (`bool`, *optional*, defaults to `True`):
                 Whether to.
+            saves (`bool`, *optional*, defaults to `True`):
+                Whether a checkpoint will be saved.
         """
         self.received = self._own = self._stepping_from = None
+        self._saves = saves
         before = {}
         if wanted and threading.current_thread() is threading.main_thread():
             before = {number: signal.getsignal(number) for number in DEFAULTS}
@@ -94,7 +98,8 @@ class StopOnSignal(TrainerCallback):
             return
         self._own = number
         if self.accelerator.is_main_process:  # not by a logger: it may have been interrupted while it held its lock
-            what = "stopping after this optimizer step, with a checkpoint; a second signal stops at once"
+            how = "with a checkpoint" if self._saves else 'saving nothing (save_strategy="no")'
+            what = f"stopping after this optimizer step, {how}; a second signal stops at once"
             os.write(2, f"\n{signal.Signals(number).name}: {what}.\n".encode())
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

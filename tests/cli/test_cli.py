@@ -454,7 +454,7 @@ def test_weights_that_are_cut_off(command, early, tiny_model, tmp_path, monkeypa
     shutil.copytree(tiny_model, model)
     os.truncate(model / "model.safetensors", 1000)
     if not early:
-        monkeypatch.setattr("trl_cancel.checkpoints.weights_cut_off", lambda folder: [])
+        monkeypatch.setattr("trl_cancel.damage.weights_cut_off", lambda folder: [])
     settings = {**SHORT, "output_dir": tmp_path / "out"} if command == "train" else {"output": tmp_path / "out"}
     settings |= {"dataset_name": "playground", "model_name_or_path": model}
     assert main([command, *flags(**settings)]) == 2

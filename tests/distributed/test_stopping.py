@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from tests.runs import assert_same_weights
+from tests.test_finished import files
+from tests.test_run_lock import another_run_in
 from trl_cancel.checkpoints import last_whole, why_broken
 
 
@@ -45,3 +47,15 @@ def test_processes_stop_together(tiny_model, tmp_path):
         weights = [torch.load(tmp_path / folder / "weights.pt") for folder in ("whole", name)]
         assert_same_weights(*weights)
         assert not list((tmp_path / name).glob("*.incomplete"))
+
+    before = files(tmp_path / "whole" / "checkpoint-6")
+    finished = launch(tiny_model, tmp_path / "whole", "none")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.stderr.count("Already finished at step 6; nothing to do") == 1
+    assert files(tmp_path / "whole" / "checkpoint-6") == before
+    assert_same_weights(*(torch.load(tmp_path / name / "weights.pt") for name in ("whole", "stopped")))
+
+    with another_run_in(tmp_path / "new") as other:
+        refused = launch(tiny_model, tmp_path / "new", "none")
+    assert refused.returncode != 0
+    assert f"in use by process {other}" in refused.stderr

@@ -1,12 +1,14 @@
 """`trl-cancel demo`: the embedded model learns arithmetic in a minute, offline."""
 
 import argparse
+from pathlib import Path
 
 from ..methods import METHODS
 from . import OneLineErrors, UsageError
 from ._quiet import quiet
 
 
+FOLDER = "trl-cancel-demo"
 # The same as configs/playground.yaml; a test compares the two.
 SETTINGS = {
     "model_name_or_path": "playground",
@@ -36,9 +38,7 @@ class DemoParser(OneLineErrors, argparse.ArgumentParser):
 
 def run(arguments: list[str]) -> int:
     parser = DemoParser(prog="trl-cancel demo", description=__doc__)
-    parser.add_argument(
-        "--output", default="trl-cancel-demo", help="folder for the trained model (default: %(default)s)"
-    )
+    parser.add_argument("--output", default=FOLDER, help="folder for the trained model (default: %(default)s)")
     parser.add_argument(
         "--method", default="query-preserved", help=f"one of {', '.join(METHODS)} (default: %(default)s)"
     )
@@ -46,6 +46,9 @@ def run(arguments: list[str]) -> int:
         "--steps", type=int, default=SETTINGS["max_steps"], help="optimizer steps (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=42, help="random seed (default: %(default)s)")
+    parser.add_argument(
+        "--overwrite_output_dir", action="store_true", help="replace the finished model that the folder holds"
+    )
     options = parser.parse_args(arguments)
     if options.steps < 1:
         raise UsageError(f"--steps {options.steps}: must be at least 1.")
@@ -59,6 +62,8 @@ def _train(options: argparse.Namespace) -> int:
 
         use_one_thread()
         chosen = {**SETTINGS, "output_dir": options.output, "max_steps": options.steps, "seed": options.seed}
+        # A folder that bears the demo's name is the demo's.
+        chosen["overwrite_output_dir"] = options.overwrite_output_dir or Path(options.output).name.startswith(FOLDER)
         settings = Parser("trl-cancel demo", __doc__).read(
             [
                 "--method",

@@ -22,7 +22,6 @@ from safetensors import SafetensorError
 from trl import ModelConfig
 
 from .. import playground, sources
-from ..checkpoints import is_storage_error
 from ..evaluation import Evaluation, answer_problems, math_verify_reward, prompt_token_ids, summarize
 from ..evaluation.engines import Engine
 from ..evaluation.models import (
@@ -41,6 +40,7 @@ from ..evaluation.scoring import chats
 from ..evaluation.settings import EvaluationSettings
 from ..inputs import check_problems, first_prompt
 from ..secrets import without_secrets, without_tokens
+from ..storage import is_storage_error
 from ..texts import plain, write_text
 from . import Failure, UsageError
 from ._console import plain_console

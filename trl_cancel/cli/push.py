@@ -26,7 +26,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _push(options: argparse.Namespace) -> int:
-    from ..checkpoints import why_unusable
+    from ..damage import why_unusable
     from ..hub import MODEL_FILES, PushError, push_folder
 
     folder = Path(options.folder)

@@ -32,6 +32,8 @@ class RunArguments(GRPOScriptArguments):
             first reward function scores the answers. `0` skips this.
         eval_samples (`int`, *optional*, defaults to `4`):
             Sampled answers a prompt.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether a new run may replace the finished model that `output_dir` holds.
     """
 
     method: str | None = field(
@@ -46,6 +48,10 @@ class RunArguments(GRPOScriptArguments):
         },
     )
     eval_samples: int = field(default=4, metadata={"help": "Sampled answers a prompt, for `eval_problems`."})
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Whether a new run may replace the finished model that `output_dir` holds."},
+    )
 
 
 @dataclass

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config, get_quantization_config
 
-from .. import checkpoints, playground, sources
+from .. import checkpoints, damage, playground, sources
 from ..evaluation import Estimate, Evaluation, EvaluationSettings
 from ..evaluation import evaluate as evaluate_problems
 from ..evaluation.callback import record, steps_trained, trainer_engine, unchanged_random_state
@@ -34,10 +34,13 @@ from ..evaluation.result import shown
 from ..fit import check_fit
 from ..hub import PushError, check_token
 from ..inputs import check_rewards, columns_of
+from ..outcome import remark_on
 from ..rewards import RewardError
+from ..run_lock import FolderInUse
 from ..trainers import CancelGRPOTrainer
 from . import Failure, UsageError
 from ._console import plain_console
+from .output import check_output, says_finished
 from .settings import RunArguments, Settings, suggestion
 
 
@@ -149,12 +152,18 @@ def no_empty_folder(folder: str) -> Iterator[None]:
 def _run(settings: Settings) -> None:
     check_hub(settings)
     checkpoint = find_checkpoint(settings)
+    check_output(settings, checkpoint)
     check_evaluation(settings)
     dataset = load_data(settings)
     rewards = find_rewards(settings)
     check_columns(settings, dataset, rewards)
     trainer = build_trainer(settings, dataset, rewards)
     check_checkpoint(checkpoint, trainer)
+    finished = says_finished(settings, trainer, checkpoint)
+    if finished is not None:
+        if trainer.is_world_process_zero():
+            console.print(finished, markup=False)
+        return
     test = pick_test_problems(settings, dataset)
     if settings.precision and trainer.is_world_process_zero():
         console.print(f"Precision: {settings.precision.reason}", markup=False)
@@ -165,6 +174,22 @@ def _run(settings: Settings) -> None:
             markup=False,
         )
 
+    try:
+        with trainer.holding_output_dir():
+            _train(settings, trainer, checkpoint, test, rewards)
+    except FolderInUse as error:
+        raise UsageError(str(error)) from error
+    if hasattr(trainer, "end"):  # transformers 5.18: ends trackers and process groups
+        trainer.end()
+
+
+def _train(
+    settings: Settings,
+    trainer: CancelGRPOTrainer,
+    checkpoint: str | bool | None,
+    test: Dataset | None,
+    rewards: list[Any],
+) -> None:
     before = evaluate(trainer, test, rewards[0], settings, "Before")
     started = time.perf_counter()
     try:
@@ -185,17 +210,18 @@ def _run(settings: Settings) -> None:
         trainer.save_metrics("train", asdict(results))
         if trainer.is_world_process_zero():
             console.print(results.table())
+            remark = remark_on(trainer.state.log_history, trainer.args)
+            if remark is not None:
+                console.print(remark, markup=False)
         _publish(trainer)
-    if hasattr(trainer, "end"):  # transformers 5.18: ends trackers and process groups
-        trainer.end()
 
 
 def _save(trainer: CancelGRPOTrainer) -> None:
     """Saves the model, the logs and the card, before anything else can fail."""
     if trainer.is_fsdp_enabled:  # checkpoints may be sharded, but a model that is loaded elsewhere must not be
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_state()
     trainer.save_model(str(trainer.args.output_dir), _internal_call=True)  # otherwise it would push, too
+    trainer.save_state()  # after the model: it tells that this is saved, see `saved_step`
     trainer.create_model_card()
 
 
@@ -254,7 +280,7 @@ def find_checkpoint(settings: Settings) -> str | bool | None:
 def check_checkpoint(checkpoint: str | bool | None, trainer: CancelGRPOTrainer) -> None:
     """Refuses a checkpoint of another model before anything is evaluated."""
     try:
-        check_fit(str(checkpoint) if isinstance(checkpoint, str) else None, trainer.model)
+        check_fit(checkpoint if isinstance(checkpoint, str) else None, trainer.model, trainer.args)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -451,7 +477,7 @@ def check_model_path(path: str) -> None:
         raise UsageError(f"model_name_or_path={path}: there is no such folder.")
     if folder.is_dir() and not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         raise UsageError(f"model_name_or_path={path}: the folder holds no model (no config.json).")
-    damaged = checkpoints.weights_cut_off(folder) if folder.is_dir() else []
+    damaged = damage.weights_cut_off(folder) if folder.is_dir() else []
     if damaged:
         raise UsageError(f"model_name_or_path={path}: {', '.join(damaged)} cut off; copy or download the model again.")
 
