@@ -51,6 +51,27 @@ def test_all_choices(pool, fraction):
         assert least(groups, found) == max(least(groups, chosen) for chosen in choices)
 
 
+@pytest.mark.parametrize(
+    ("groups", "number", "size", "fraction"),
+    [
+        ([(0, 12), (4, 4), (4, 4), (4, 4), (0, 12), (5, 1), (5, 1), (0, 12), (4, 4), (4, 4), (5, 1)], 6, 12, 0.35),
+        ([(3, 7), (0, 9), (3, 7), (7, 1), (9, 0), (7, 1), (7, 1), (7, 1), (3, 7)], 6, 12, 0.35),
+        ([(10, 2), (1, 9), (1, 9), (8, 4), *[(8, 3)] * 4, (10, 2), (8, 4), (2, 3)], 4, 12, 0.45),
+        ([(7, 1), (8, 0), (1, 4), (0, 6), (0, 6), (7, 1)], 3, 8, 0.4),
+    ],
+)
+def test_choices_that_no_single_exchange_finds(groups, number, size, fraction):
+    """Where only the search of all counts finds what divisible groups would promise."""
+    indices, satisfied = select_balanced_groups(*torch.tensor(groups).unbind(1), number, size, fraction)
+    choices = list(combinations(range(len(groups)), number))
+    best = max(least(groups, chosen) for chosen in choices)
+    goal = min(best, math.ceil(fraction * number * size - 1e-9))
+    assert satisfied == (best >= fraction * number * size - 1e-9)
+    assert least(groups, indices.tolist()) >= goal
+    fewest = min(sum(i >= number for i in chosen) for chosen in choices if least(groups, chosen) >= goal)
+    assert int((indices >= number).sum()) == fewest
+
+
 def test_first_groups_are_taken_if_they_do():
     positives = torch.tensor([2, 3, 1, 4, 4])
     indices, satisfied = select_balanced_groups(positives, 8 - positives, 3, 8, 0.25)
