@@ -13,8 +13,6 @@ from typing import Any
 import torch
 import trl
 
-from trl_cancel.configs import CLIPPED_LOSSES
-
 from ..references import consistent
 from .runs import PROCESSES, ROUNDING, MicroBatch, Run, Watched, value_of
 
@@ -65,7 +63,7 @@ class Of:
 
     @property
     def dropout(self) -> bool:
-        return self.model == "dropout" and not self.disable_dropout
+        return self.model == "dropout"  # of the attention, which `disable_dropout` does not reach
 
 
 Place = tuple[int, int]  # an optimizer step, and how often it had met the rollout before
@@ -84,7 +82,7 @@ def by_place(watched: Watched) -> dict[Place, dict[int, Row]]:
     return places
 
 
-def groups_at(watched: Watched, of: Of) -> Iterator[tuple[Place, dict[int, Row]]]:
+def groups_at(watched: Watched) -> Iterator[tuple[Place, dict[int, Row]]]:
     """The members of each group at each place where there is one of them."""
     for place, rollouts in by_place(watched).items():
         groups: dict[int, dict[int, Row]] = defaultdict(dict)
@@ -105,7 +103,7 @@ def whole_groups(of: Of, watched: Watched) -> Checks:
     """All rollouts of a prompt in one optimizer step, for `query_preserved` and for group weights."""
     if not (of.query_preserved and of.spreads_generation) and of.group_weights == "none":
         return
-    for (step, _), group in groups_at(watched, of):
+    for (step, _), group in groups_at(watched):
         missing = of.num_generations - len(group)
         yield f"optimizer step {step} holds {len(group)} of {of.num_generations} of a group" if missing else None
 
@@ -115,7 +113,7 @@ def whole_in_micro_batches(of: Of, watched: Watched) -> Checks:
     fits = of.per_device_train_batch_size % of.num_generations == 0
     if not (fits and of.query_preserved and of.spreads_generation):
         return
-    for (step, _), group in groups_at(watched, of):
+    for (step, _), group in groups_at(watched):
         parts = {id(micro_batch) for micro_batch, _ in group.values()}
         yield f"step {step}: a group lies in {len(parts)} micro-batches" if len(parts) > 1 else None
 
@@ -135,7 +133,7 @@ def cancels(of: Of, watched: Watched) -> Checks:
     """Σ w·A = 0 within each group of an optimizer step, of what is really multiplied."""
     if of.group_weights in ("none", "identity") or not of.group_weights_stop_gradient:
         return
-    for (step, _), group in groups_at(watched, of):
+    for (step, _), group in groups_at(watched):
         pushes = [push_of(of, watched, tag, *row) for tag, row in group.items()]
         advantages = [advantage_of(watched, tag) for tag in group]
         if None in pushes or not any(advantages):
@@ -170,26 +168,16 @@ def push_of(of: Of, watched: Watched, tag: int, micro_batch: MicroBatch, row: in
 
 def advantage_of(watched: Watched, tag: int) -> float:
     """TRL's advantage, 0 where it is but the rounding of a mean."""
-    advantage = watched.rollouts[tag].advantage
-    return advantage if abs(advantage) > ROUNDING else 0.0
+    rollout = watched.rollouts[tag]
+    return rollout.advantage if abs(rollout.advantage) > ROUNDING and rollout.group not in watched.idle else 0.0
 
 
 def coefficients_of(watched: Watched, tag: int, length: int) -> torch.Tensor:
     """Product of what all credits said of a rollout's tokens."""
     product = torch.ones(length)
-    for row in _credit_rows(watched).get(tag, ()):
+    for row in watched.coefficients.get(tag, {}).values():
         product = product * torch.tensor(row)[:length]
     return product
-
-
-def _credit_rows(watched: Watched) -> dict[int, list[list[float]]]:
-    if not hasattr(watched, "_by_tag"):
-        found: dict[int, list[list[float]]] = defaultdict(list)
-        for call in watched.credits:
-            for tag, row in call.rows:
-                found[tag].append(row)
-        watched._by_tag = found
-    return watched._by_tag
 
 
 def tolerance(of: Of) -> float:
@@ -220,9 +208,13 @@ def multiplied_as_stated(of: Of, watched: Watched) -> Checks:
                 found, expected = found.mean(), expected.mean()
             slack = 2e-3 * max(1.0, abs(watched.rollouts[tag].advantage)) * max(1.0, expected.abs().max().item())
             off = (found - expected).abs().max().item()
-            yield None if off <= slack else (
-                f"step {place[0]}: a rollout with A = {watched.rollouts[tag].advantage:.3g} is multiplied by "
-                f"{found.flatten()[:4].tolist()}, stated is {expected.flatten()[:4].tolist()}"
+            yield (
+                None
+                if off <= slack
+                else (
+                    f"step {place[0]}: a rollout with A = {watched.rollouts[tag].advantage:.3g} is multiplied by "
+                    f"{found.flatten()[:4].tolist()}, stated is {expected.flatten()[:4].tolist()}"
+                )
             )
 
 
@@ -282,7 +274,7 @@ def _group_weights(of: Of, watched: Watched) -> dict[tuple[Place, int], float]:
     """
     token_level = of.corrects and of.vllm_importance_sampling_mode.startswith("token")
     weights: dict[tuple[Place, int], float] = {}
-    for place, group in groups_at(watched, of):
+    for place, group in groups_at(watched):
         advantages = [advantage_of(watched, tag) for tag in group]
         if len(group) < of.num_generations or token_level or not any(advantages):
             continue
@@ -295,7 +287,9 @@ def _group_weights(of: Of, watched: Watched) -> dict[tuple[Place, int], float]:
             ratio = _ratios(of, micro_batch, row)[0].item()
             clipped, flat, beyond = clipped_ratio(of, ratio, advantage)
             correction = micro_batch.correction[row][0].item() if of.corrects else 1.0
-            active = correction != 0 and bool(_kept_by_off_policy_mask(of, micro_batch, row, torch.tensor([advantage])))
+            active = correction != 0 and bool(
+                _kept_by_off_policy_mask(of, micro_batch, row, torch.tensor([advantage]))
+            )
             correction = correction if of.group_weights_include_sampling_ratio else 1.0
             before.append(clipped * correction)
             outside.append(active and beyond)
@@ -325,9 +319,7 @@ def clipped_ratio(of: Of, ratio: float, advantage: float) -> tuple[float, bool, 
 def credits_as_stated(of: Of, watched: Watched) -> Checks:
     """DelTA's mean, NTHR's values, and the sign control's zeros, over the tokens that the loss counts."""
     masks = {
-        tag: micro_batch.mask[row]
-        for micro_batch in watched.micro_batches
-        for row, tag in enumerate(micro_batch.tags)
+        tag: micro_batch.mask[row] for micro_batch in watched.micro_batches for row, tag in enumerate(micro_batch.tags)
     }
     generations: dict[Any, list[tuple[float, float]]] = defaultdict(list)  # DelTA's, with their advantages
     whole: dict[Any, bool] = defaultdict(lambda: True)
@@ -364,6 +356,7 @@ def _etas(of: Of, watched: Watched, call: Any, masks: dict[int, torch.Tensor]) -
             continue
         rollout = watched.rollouts[tag]
         share = sum(value > ROUNDING for value in members[rollout.group]) / of.num_generations
+        share = 0.0 if rollout.group in watched.idle else share
         eta = {"balanced": 2 * abs(0.5 - share), "p": share, "1-p": 1 - share}.get(of.nthr_eta)
         eta = float(of.nthr_eta) if eta is None else eta
         values = {row[place] for place in masks[tag].nonzero().squeeze(1).tolist()}
@@ -384,7 +377,11 @@ def _delta_values(of: Of, pairs: list[tuple[float, float]]) -> str | None:
             if side and max(side) > 0 and not isclose(sum(side) / len(side), 1, abs_tol=1e-3):
                 return f"DelTA's coefficients of side {sign} have mean {sum(side) / len(side):.4f}, and not 1"
     low, high = of.delta_lambda_min, of.delta_lambda_max
-    if normalises == "none" and of.delta_top_fraction is None and not low - 1e-5 <= min(values) <= max(values) <= high + 1e-5:
+    if (
+        normalises == "none"
+        and of.delta_top_fraction is None
+        and not low - 1e-5 <= min(values) <= max(values) <= high + 1e-5
+    ):
         return f"DelTA's coefficients are {min(values):.3f} to {max(values):.3f}, and not {low} to {high}"
     if of.delta_top_fraction is not None:
         pushed = [value > 0 for value, advantage in pairs if advantage]
@@ -401,28 +398,35 @@ def chosen_as_asked(of: Of, run: Run) -> Checks:
     assert watched is not None
     logs = {entry["step"] - 1: entry for entry in run.logs if "balance/satisfied" in entry}
     parts: dict[Any, list[float]] = defaultdict(list)
-    groups: dict[Any, list[float]] = defaultdict(list)
+    groups: dict[Any, list[bool]] = defaultdict(list)
     for (step, occurrence), rollouts in by_place(watched).items():
         for tag, (micro_batch, _) in rollouts.items():
             rollout = watched.rollouts[tag]
             parts[rollout.step, rollout.generation, step, occurrence, micro_batch.process].append(
                 advantage_of(watched, tag)
             )
-            groups[rollout.step, rollout.group].append(abs(advantage_of(watched, tag)))
+            groups[rollout.step, rollout.group].append(rollout.group not in watched.idle)
+    generations = Counter(step for step, _ in {(r.step, r.generation) for r in watched.rollouts.values()})
     for step, entry in logs.items():
-        if entry["balance/satisfied"] < 1:
-            yield None if entry["balance/rounds"] == of.max_generation_rounds else (
-                f"not satisfied after {entry['balance/rounds']} of {of.max_generation_rounds} rounds"
+        if entry["balance/satisfied"] < 1 and generations[step] == 1:
+            yield (
+                None
+                if entry["balance/rounds"] == of.max_generation_rounds
+                else (f"not satisfied after {entry['balance/rounds']} of {of.max_generation_rounds} rounds")
             )
     for (step, *_), advantages in parts.items():
         if of.reward_balance and logs.get(step, {}).get("balance/satisfied") == 1:
             least = min(sum(a > 0 for a in advantages), sum(a < 0 for a in advantages)) / len(advantages)
-            yield None if least >= of.reward_balance - 1e-9 else (
-                f"{least:.2f} of the rollouts of an optimizer step have the rarer sign, reward_balance={of.reward_balance}"
+            yield (
+                None
+                if least >= of.reward_balance - 1e-9
+                else (
+                    f"{least:.2f} of the rollouts of an optimizer step have the rarer sign, reward_balance={of.reward_balance}"
+                )
             )
-    for (step, _), advantages in groups.items():
+    for (step, _), differ in groups.items():
         if of.filter_zero_variance and logs.get(step, {}).get("balance/satisfied") == 1:
-            yield None if max(advantages) > 0 else "a group whose rewards are equal is trained on"
+            yield None if all(differ) else "a group whose rewards are equal is trained on"
 
 
 def finite(of: Of, run: Run) -> Checks:

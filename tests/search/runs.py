@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 from unittest import mock
 
@@ -50,7 +50,9 @@ class Rollout:
         generation (`int`):
             Micro-step at which it was generated; all rounds of a generation share it.
         step (`int`):
-            Optimizer step during which it was generated.
+            Optimizer steps done when it was generated.
+        rewards (`tuple[float | None, ...]`):
+            What the reward functions say of it.
     """
 
     group: int
@@ -59,6 +61,7 @@ class Rollout:
     advantage: float
     generation: int
     step: int
+    rewards: tuple[float | None, ...]
 
 
 @dataclass
@@ -100,11 +103,9 @@ class MicroBatch:
 
 @dataclass
 class CreditCall:
-    """What a credit said: its name, and for each rollout its tag, the tokens that count and their coefficients."""
+    """What a credit said: its name, and for each rollout its tag and the coefficients of its tokens."""
 
     name: str
-    call: int
-    process: int
     rows: list[tuple[int, list[float]]]
 
 
@@ -115,6 +116,23 @@ class Watched:
     rollouts: dict[int, Rollout] = field(default_factory=dict)
     micro_batches: list[MicroBatch] = field(default_factory=list)
     credits: list[CreditCall] = field(default_factory=list)
+
+    @cached_property
+    def idle(self) -> set[int]:
+        """Groups whose rewards are all equal, so that their advantages are but rounding."""
+        rewards = defaultdict(set)
+        for rollout in self.rollouts.values():
+            rewards[rollout.group].add(rollout.rewards)
+        return {group for group, found in rewards.items() if len(found) == 1}
+
+    @cached_property
+    def coefficients(self) -> dict[int, dict[str, list[float]]]:
+        """What each credit said of a rollout's tokens; again, where a micro-batch is used again."""
+        found: dict[int, dict[str, list[float]]] = defaultdict(dict)
+        for call in self.credits:
+            for tag, row in call.rows:
+                found[tag][call.name] = row
+        return found
 
 
 @dataclass
@@ -157,7 +175,7 @@ def train(settings: dict[str, Any], trainer: type = CancelGRPOTrainer, watch: bo
         watch (`bool`, *optional*, defaults to `False`):
             Whether to watch what reaches the loss.
     """
-    run, folder, watcher = Run(), tempfile.mkdtemp(), Watcher()
+    run, folder, watcher = Run(), tempfile.mkdtemp(), Watcher(value_of(settings, "rewards"))
     AcceleratorState._reset_state(reset_partial_state=PROCESSES == 1)
     GradientState._reset_state()
     try:
@@ -215,10 +233,11 @@ def _prompts(count: int, conversational: bool) -> Dataset:
 class Watcher(contextlib.ExitStack):
     """While it is entered, follows the rollouts of TRL's trainers and of their subclasses."""
 
-    def __init__(self) -> None:
+    def __init__(self, rewards: list[str]) -> None:
         super().__init__()
         self.seen = Watched()
-        self._next_tag = self._calls = 0
+        self._rewards = [REWARDS[name] for name in rewards]
+        self._next_tag = 0
         self._logps: torch.Tensor | None = None
         self._kept_tokens: torch.Tensor | None = None
         self._own_tags: dict[Any, list[int]] = defaultdict(list)
@@ -246,10 +265,10 @@ class Watcher(contextlib.ExitStack):
         batch[TAG] = torch.arange(first, first + rows)
         keys = zip(_tokens(batch, "prompt"), _completions(batch, trainer), batch["advantages"].tolist(), strict=True)
         for tag, (prompt, completion, advantage) in enumerate(keys, start=first):
-            self.seen.rollouts[tag] = Rollout(
-                tag // trainer.num_generations, prompt, completion, advantage, trainer._step, trainer.state.global_step
-            )
-            self._own_tags[prompt, completion, _rounded(advantage)].append(tag)
+            group, step = tag // trainer.num_generations, trainer.state.global_step
+            rewards = tuple(reward([completion])[0] for reward in self._rewards)
+            self.seen.rollouts[tag] = Rollout(group, prompt, completion, advantage, trainer._step, step, rewards)
+            self._own_tags[prompt, completion].append(tag)
         return batch
 
     def get_per_token_logps_and_entropies(self, original, trainer, *args, **kwargs):
@@ -299,23 +318,22 @@ class Watcher(contextlib.ExitStack):
         coefficients = found.detach().expand_as(rollouts.mask)
         batch = {"prompt_ids": rollouts.prompt_ids, "prompt_mask": rollouts.prompt_mask}
         completions = [tuple(ids) for ids in rollouts.completion_ids.tolist()]
-        keys = list(zip(_tokens(batch, "prompt"), completions, map(_rounded, rollouts.advantages.tolist()), strict=True))
+        keys = list(zip(_tokens(batch, "prompt"), completions, rollouts.advantages.tolist(), strict=True))
         counts, rows = defaultdict(int), []
         for key, row in zip(keys, coefficients.tolist(), strict=True):
             # Equal rollouts stand in the order in which they were sampled; the latest are meant.
-            matching = self._matching(key)[-keys.count(key) :]
+            matching = self._matching(*key)[-keys.count(key) :]
             rows.append((matching[counts[key]], row))
             counts[key] += 1
-        self._calls += 1
-        self.seen.credits.append(CreditCall(type(credit).__name__, self._calls, _process_index(), rows))
+        self.seen.credits.append(CreditCall(type(credit).__name__, rows))
         return found
 
-    def _matching(self, key: tuple[Any, ...]) -> list[int]:
-        """Tags of the rollouts of a key, whose completion may be padded further than it was."""
-        prompt, completion, advantage = key
+    def _matching(self, prompt: tuple[int, ...], completion: tuple[int, ...], advantage: float) -> list[int]:
+        """Tags of such rollouts; the completion may be padded further than it was."""
         for end in range(len(completion), 0, -1):
-            if tags := self._own_tags.get((prompt, completion[:end], advantage)):
-                return tags
+            if tags := self._own_tags.get((prompt, completion[:end])):
+                exact = [tag for tag in tags if abs(self.seen.rollouts[tag].advantage - advantage) < ROUNDING]
+                return exact or tags  # advantages that are rounding are set to 0
         raise AssertionError("a credit was given a rollout that was not sampled")
 
     def gathered(self) -> Watched:
@@ -327,14 +345,6 @@ class Watcher(contextlib.ExitStack):
             [micro_batch for part in parts for micro_batch in part.micro_batches],
             [call for part in parts for call in part.credits],
         )
-
-
-def _process_index() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def _rounded(advantage: float) -> float:
-    return 0.0 if abs(advantage) < ROUNDING else round(advantage, 4)
 
 
 def _tokens(batch: dict[str, Any], part: str) -> list[tuple[int, ...]]:

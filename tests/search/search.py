@@ -15,7 +15,6 @@ from trl_cancel.configs import _OWN_FIELDS
 from ..runs import without
 from .promises import OF_A_RUN, Of
 from .runs import PROCESSES, Run, train
-from .settings import ARGUMENTS, default_of
 
 
 # Promises about several runs of one configuration, and about its refusal.
@@ -84,7 +83,10 @@ def _check_run(outcome: Outcome, run: Run, only: str | None) -> None:
     if "finite" in outcome.broken and not _is_finite(_of_trl(outcome.settings)):
         del outcome.broken["finite"]
     if only in (None, METRICS_CHANGE_NOTHING):
-        other = {"cancellation_metrics": not of.cancellation_metrics, "token_shift_steps": int(not of.token_shift_steps)}
+        other = {
+            "cancellation_metrics": not of.cancellation_metrics,
+            "token_shift_steps": int(not of.token_shift_steps),
+        }
         outcome.note(METRICS_CHANGE_NOTHING, _difference(run, train({**outcome.settings, **other}), METRICS))
 
 
@@ -104,7 +106,7 @@ def _judge_error(outcome: Outcome, run: Run) -> None:
     if isinstance(error, (ValueError, NotImplementedError)) and not run.began:
         outcome.kind = "refused"
         words = set(re.findall(r"\w+", str(error)))
-        named = words & ({name for name in outcome.settings} | {"credits", "reward_funcs", "Token"})
+        named = words & (set(outcome.settings) | {"credits", "reward_funcs", "Token"})
         # TRL's own refusals may name things in its own way.
         trls = _of_trl(outcome.settings).error if not named else None
         outcome.note(REFUSED_BY_NAME, None if named or trls is not None else text)
@@ -186,13 +188,3 @@ def smallest(settings: dict[str, Any], promise: str) -> tuple[dict[str, Any], st
             if problem is not None:
                 settings, found, again = fewer, problem, True
     return settings, found
-
-
-def reproduction(settings: dict[str, Any], promise: str, processes: int) -> str:
-    """A line to paste."""
-    lines = "".join(f"    {name!r}: {value!r},\n" for name, value in settings.items())
-    launch = "" if processes == 1 else f"  # in {processes} processes"
-    return f"from tests.search.search import check\nprint(check({{\n{lines}}}, {promise!r}).broken){launch}"
-
-
-__all__ = ["ARGUMENTS", "PROMISES", "Outcome", "check", "default_of", "reproduction", "smallest"]

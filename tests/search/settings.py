@@ -202,11 +202,16 @@ def _loss(rng: _Chance, chosen: dict[str, Any]) -> dict[str, Any]:
         "off_policy_mask_threshold": rng.often(None, 0.0, 0.001, 0.1, share=0.15),
         "top_entropy_quantile": rng.often(1.0, 0.2, 0.5, share=0.12),
         "beta": rng.often(0.0, 0.01, 0.1),
-        **{f"sapo_temperature_{sign}": rng.often(1.0, 0.5, 2.0) for sign in ("neg", "pos")},
-        **{f"vespo_{name}": rng.often(2.0, 1.0, 3.0) for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg")},
     }
+    if loss in ("sapo", "vespo"):
+        names = {
+            "sapo": ("temperature_neg", "temperature_pos"),
+            "vespo": ("k_pos", "lambda_pos", "k_neg", "lambda_neg"),
+        }
+        for name in (f"{loss}_{of}" for of in names[loss]):
+            settings[name] = rng.often(default_of(name), 0.5, 1.5, 4.0, share=0.4)
     if not symmetric:
-        settings["delta"] = rng.often(None, 1.01, 1.1, 1.5, 0.9 if rng.happens(0.1) else 4.0, share=0.25)
+        settings["delta"] = rng.often(None, 1.01, 1.1, 1.5, 0.9 if rng.happens(0.1) else 4.0, share=0.35)
     if settings["beta"]:
         settings["use_bias_correction_kl"] = rng.happens(0.1 if weighs else 0.3)
     if rng.happens(0.15):
@@ -230,7 +235,7 @@ def _sampling(rng: _Chance) -> dict[str, Any]:
         "top_k": rng.often(0, 10, share=0.1),
         "min_p": rng.often(None, 0.05, share=0.1),
         "repetition_penalty": rng.often(1.0, 1.1, share=0.1),
-        "pad_to_multiple_of": rng.often(None, 4, share=0.1),
+        "pad_to_multiple_of": rng.often(default_of("pad_to_multiple_of"), 4, share=0.1),
         "generation_kwargs": rng.often(None, {"min_new_tokens": 2}, share=0.1),
     }
     if rng.happens(0.2):

@@ -91,7 +91,9 @@ class Groups:
     scope = "group"
 
     def coefficients(self, rollouts):
-        share = rollouts.by_group((rollouts.advantages > 0).float()).mean(1).repeat_interleave(rollouts.num_generations)
+        share = (
+            rollouts.by_group((rollouts.advantages > 0).float()).mean(1).repeat_interleave(rollouts.num_generations)
+        )
         factor = torch.where(rollouts.advantages < 0, 1 - share, 1.0).unsqueeze(1)
         return torch.where(rollouts.completion_ids % 2 == 0, factor, 1.0)
 
@@ -153,11 +155,18 @@ class Engine:
         completions, logps = [], []
         for row in range(len(prompts)):
             tokens = sampled.sequences[row, longest:].tolist()
-            end = tokens.index(self.tokenizer.eos_token_id) + 1 if self.tokenizer.eos_token_id in tokens else len(tokens)
+            end = (
+                tokens.index(self.tokenizer.eos_token_id) + 1 if self.tokenizer.eos_token_id in tokens else len(tokens)
+            )
             completions.append(tokens[:end])
             steps = [(logits[row].float() / self.temperature).log_softmax(-1) for logits in sampled.logits[:end]]
             off = [0.2 * math.sin(7 * token + place) for place, token in enumerate(tokens)]
-            logps.append([[step[token].item() + off[i]] for i, (step, token) in enumerate(zip(steps, tokens))])
+            logps.append(
+                [
+                    [step[token].item() + off[i]]
+                    for i, (step, token) in enumerate(zip(steps, completions[-1], strict=True))
+                ]
+            )
         return prompts, completions, logps, None
 
 
