@@ -174,6 +174,17 @@ def test_nothing_changes_where_the_first_round_will_do(tiny_model):
         assert {name: log[name] for name in expected} == expected
 
 
+def test_filter_where_groups_are_torn(tiny_model):
+    """A step need not hold whole groups for whole groups to be exchanged."""
+    torn = {"query_preserved": False, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+    run = train(
+        tiny_model, **{**OFF_POLICY, **torn}, filter_zero_variance=True, max_generation_rounds=8, arguments=RARE
+    )
+    chosen = [log for log in run.logs if "balance/satisfied" in log]
+    assert max(log["balance/rounds"] for log in chosen) > 1
+    assert all(log["frac_reward_zero_std"] == 0 or log["balance/satisfied"] == 1 for log in chosen)
+
+
 def test_hopeless_prompts_end_with_the_best_there_is(tiny_model, caplog):
     run = train(
         tiny_model,

@@ -122,6 +122,8 @@ class GroupPool:
         if len(candidates) < wanted:  # filled up with groups that push nothing
             filler = idle.nonzero().squeeze(1)[: wanted - len(candidates)]
             return Choice(torch.cat([candidates, filler]).sort().values, 0.0, torch.arange(wanted))
+        if not self.args.reward_balance:  # then steps need not hold whole groups either
+            return Choice(candidates[:wanted], 1.0, torch.arange(wanted))
         positives, negatives = positives[candidates], negatives[candidates]
         chosen, order, enough = self._spread(positives, negatives, wanted, self.args.reward_balance)
         if enough < self.layout.steps_apart:  # enough of both signs in all, but not for each step

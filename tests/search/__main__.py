@@ -7,9 +7,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ..distributed.engines import start
 from .report import Report, reproduction
 from .search import TRAINS, Outcome
 from .settings import draw
@@ -20,24 +22,21 @@ def in_processes(
     seed: Any, indices: range, shrink: int
 ) -> Iterator[tuple[int, Outcome, dict[str, tuple[dict[str, Any], str]]]]:
     """As `search`, in launches of two processes on gloo: one launch, and another one after each crash."""
-    from ..distributed.engines import start
-
     first = indices.start
     with tempfile.TemporaryDirectory() as folder:
         while first < indices.stop:
-            crash = None
-            try:
-                start("two", "tests.search.worker", seed, first, indices.stop, folder, shrink)
-            except AssertionError as error:
-                crash = str(error)
-            for index in range(first, indices.stop):
-                file = Path(folder) / f"{index}.pickle"
-                if not file.exists():
-                    break
-                yield index, *pickle.loads(file.read_bytes())
-                first = index + 1
-            if crash is not None and first < indices.stop:
-                yield first, Outcome(draw((seed, first), 2), broken={TRAINS: crash[-1500:]}), {}
+            arguments = (seed, first, indices.stop, folder, shrink)
+            with ThreadPoolExecutor(1) as pool:
+                launch = pool.submit(start, "two", "tests.search.worker", *arguments, timeout=7200)
+                while not launch.done() or (Path(folder) / f"{first}.pickle").exists():
+                    file = Path(folder) / f"{first}.pickle"
+                    if file.exists():
+                        yield first, *pickle.loads(file.read_bytes())
+                        first += 1
+                    else:
+                        time.sleep(0.1)
+            if launch.exception() is not None and first < indices.stop:
+                yield first, Outcome(draw((seed, first), 2), broken={TRAINS: str(launch.exception())[-1500:]}), {}
                 first += 1
 
 

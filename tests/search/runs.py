@@ -4,7 +4,9 @@ import contextlib
 import io
 import os
 import shutil
+import sys
 import tempfile
+import traceback
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -194,6 +196,10 @@ def train(settings: dict[str, Any], trainer: type = CancelGRPOTrainer, watch: bo
         run.logs = [repeatable(entry) for entry in built.state.log_history]
         run.watched = watcher.gathered() if watch else None
     except Exception as error:
+        if PROCESSES > 1 and run.began:  # the others wait for this process in vain
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
         run.error = error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -70,7 +70,8 @@ def check(settings: dict[str, Any], only: str | None = None) -> Outcome:
         _check_run(outcome, run, only)
     if only in (None, OFF_IS_TRL):
         _compare_off_with_trl(outcome)
-    return _agreed(outcome)
+    _agree(outcome)
+    return outcome
 
 
 def _check_run(outcome: Outcome, run: Run, only: str | None) -> None:
@@ -80,6 +81,7 @@ def _check_run(outcome: Outcome, run: Run, only: str | None) -> None:
         if only in (None, name):
             for problem in promise(of, run):
                 outcome.note(name, problem)
+    _agree(outcome)  # before what is to be run next depends on it
     if "finite" in outcome.broken and not _is_finite(_of_trl(outcome.settings)):
         del outcome.broken["finite"]
     if only in (None, METRICS_CHANGE_NOTHING):
@@ -128,7 +130,8 @@ def _of_trl(settings: dict[str, Any]) -> Run:
 
 
 def _is_finite(run: Run) -> bool:
-    return run.error is None and not any(OF_A_RUN["finite"](Of({}), run))
+    problems = [run.error is not None or any(OF_A_RUN["finite"](Of({}), run))]
+    return not any(gather_object(problems) if PROCESSES > 1 else problems)
 
 
 def _difference(first: Run, second: Run, apart_from: tuple[str, ...]) -> str | None:
@@ -155,12 +158,11 @@ def _difference(first: Run, second: Run, apart_from: tuple[str, ...]) -> str | N
     return None
 
 
-def _agreed(outcome: Outcome) -> Outcome:
-    """What all processes have found."""
+def _agree(outcome: Outcome) -> None:
+    """Lets all processes know what each has found."""
     if PROCESSES > 1:
-        for part in gather_object([outcome]):
-            outcome.broken = {**part.broken, **outcome.broken}
-    return outcome
+        for broken in gather_object([outcome.broken]):
+            outcome.broken = {**broken, **outcome.broken}
 
 
 def smallest(settings: dict[str, Any], promise: str) -> tuple[dict[str, Any], str]:

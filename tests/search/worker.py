@@ -16,6 +16,7 @@ import transformers
 from .runs import PROCESSES
 from .search import TRAINS, Outcome, check, smallest
 from .settings import draw
+from .standins import MODELS, model_folder
 
 
 def quiet_and_quick() -> None:
@@ -63,10 +64,14 @@ def main() -> None:
         int(sys.argv[5]),
     )
     quiet_and_quick()
+    for model in MODELS:
+        model_folder(model)  # before there are processes, of which only the first would save it
     rank = int(os.environ.get("RANK", 0))
     for index, outcome, least in search(seed, range(first, end), shrink):
         if rank == 0:
-            (folder / f"{index}.pickle").write_bytes(pickle.dumps((outcome, least)))
+            unfinished = folder / f"{index}.unfinished"
+            unfinished.write_bytes(pickle.dumps((outcome, least)))
+            unfinished.rename(folder / f"{index}.pickle")
     sys.stdout.flush()
     os._exit(0)  # a thread of gloo's may abort the process while the interpreter is being taken down
 
