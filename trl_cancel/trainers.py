@@ -35,7 +35,7 @@ from .precision import emulates_bfloat16, hold_trained_weights_in_float32
 from .prompts import FreshPrompts
 from .publishing import Published
 from .resuming import Resumable
-from .rewards import check_models, checked
+from .rewards import at_the_mean, check_models, checked
 from .rollouts import ABOUT_IMAGES, Rollouts, Rows, generator_of, take_rows
 from .rounds import Choice, GroupPool, Scored
 from .states import CPU_SHARE, GIB, LMHead, StateStore
@@ -284,12 +284,14 @@ class CancelGRPOTrainer(Published, Resumable):
         assert rewards is not None
         apart = self.args.multi_objective_aggregation == "normalize_then_sum"
         groups = rewards.unflatten(0, (-1, self._layout.num_generations))
-        idle = without_variance(groups, self.reward_weights.to(rewards.device), apart)
+        weights = self.reward_weights.to(rewards.device)
+        idle = without_variance(groups, weights, apart)
         idle = idle.repeat_interleave(self._layout.num_generations)[first : first + rows]
+        even = idle | at_the_mean(groups, weights, apart).flatten()[first : first + rows]
         if self._credits or self._weighs_groups:
-            # Equal rewards differ from their mean by rounding, which has one sign; no method is to take it for credit.
-            batch["advantages"] = batch["advantages"].masked_fill(idle, 0)
-        return Scored(batch, rewards[first : first + rows], idle, group_ids, inputs, states)
+            # A reward that equals the mean differs from it by rounding, whose sign no method is to take for credit.
+            batch["advantages"] = batch["advantages"].masked_fill(even, 0)
+        return Scored(batch, rewards[first : first + rows], idle, even, group_ids, inputs, states)
 
     # Rounds of generation
 
@@ -405,7 +407,7 @@ class CancelGRPOTrainer(Published, Resumable):
             prompt_mask=batch["prompt_mask"],
             completion_ids=batch["completion_ids"],
             mask=loss_mask(batch),
-            advantages=batch["advantages"].masked_fill(scored.idle, 0),
+            advantages=batch["advantages"].masked_fill(scored.even, 0),
             group_ids=scored.group_ids,
             rewards=scored.rewards,
             reward_names=list(self.reward_func_names),

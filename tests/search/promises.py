@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import trl
 
+from trl_cancel.configs import CLIPPED_LOSSES
+
 from ..references import consistent
 from .runs import PROCESSES, ROUNDING, MicroBatch, Run, Watched, value_of
 
@@ -154,16 +156,21 @@ def push_of(of: Of, watched: Watched, tag: int, micro_batch: MicroBatch, row: in
         return 0.0
     factor = coefficients_of(watched, tag, len(mask)) * micro_batch.kept_tokens[row]
     if not of.group_weights_include_sampling_ratio:
-        factor = factor * micro_batch.correction[row]
+        factor = factor * correction_of(of, micro_batch, row)
     if of.level == "sequence" and not of.has_credits:  # then the loss itself averages over the tokens
         mean = factor[mask].mean()
         return (micro_batch.pushes[row][mask].mean() / mean).item() if mean > 1e-6 else None
     seen = mask & (factor > 1e-6)
     if not seen.any():
         return None
-    if of.corrects and of.vllm_importance_sampling_mode.startswith("token"):
-        return (micro_batch.pushes[row][mask].sum() / factor[mask].mean() / mask.sum()).item()
     return (micro_batch.pushes[row][seen] / factor[seen]).mean().item()
+
+
+def correction_of(of: Of, micro_batch: MicroBatch, row: int) -> torch.Tensor:
+    """What corrects a rollout's tokens for the sampling: the mean of all where they share one ratio."""
+    correction, mask = micro_batch.correction[row], micro_batch.mask[row]
+    shared = of.level == "sequence" and of.loss_type in CLIPPED_LOSSES
+    return correction[mask].mean().expand_as(correction) if shared else correction
 
 
 def advantage_of(watched: Watched, tag: int) -> float:
@@ -202,7 +209,7 @@ def multiplied_as_stated(of: Of, watched: Watched) -> Checks:
             )
             expected = expected * micro_batch.kept_tokens[row]
             if of.corrects and of.loss_type != "vespo" and not (weights and of.group_weights_include_sampling_ratio):
-                expected = expected * micro_batch.correction[row]
+                expected = expected * correction_of(of, micro_batch, row)
             found, expected = micro_batch.pushes[row][mask], expected[mask]
             if of.level == "sequence":  # one ratio for all tokens spreads what differs between them
                 found, expected = found.mean(), expected.mean()
@@ -269,14 +276,13 @@ def _kept_by_off_policy_mask(of: Of, micro_batch: MicroBatch, row: int, advantag
 
 def _group_weights(of: Of, watched: Watched) -> dict[tuple[Place, int], float]:
     """
-    Weight of each rollout of each whole group by the loops of `tests/references.py`, with the sequence-level
-    correction for sampling in it. Those of groups that are torn, and of token-level corrections, are left out.
+    Weight of each rollout of each whole group by the loops of `tests/references.py`, with the correction for sampling
+    in it, that of tokens as its mean.
     """
-    token_level = of.corrects and of.vllm_importance_sampling_mode.startswith("token")
     weights: dict[tuple[Place, int], float] = {}
     for place, group in groups_at(watched):
         advantages = [advantage_of(watched, tag) for tag in group]
-        if len(group) < of.num_generations or token_level or not any(advantages):
+        if len(group) < of.num_generations or not any(advantages):
             continue
         before, takes_part, outside = [], [], []
         for advantage, (micro_batch, row) in zip(advantages, group.values(), strict=True):
@@ -286,7 +292,7 @@ def _group_weights(of: Of, watched: Watched) -> dict[tuple[Place, int], float]:
                 continue
             ratio = _ratios(of, micro_batch, row)[0].item()
             clipped, flat, beyond = clipped_ratio(of, ratio, advantage)
-            correction = micro_batch.correction[row][0].item() if of.corrects else 1.0
+            correction = micro_batch.correction[row][mask].mean().item()
             active = correction != 0 and bool(
                 _kept_by_off_policy_mask(of, micro_batch, row, torch.tensor([advantage]))
             )
@@ -439,7 +445,9 @@ def finite(of: Of, run: Run) -> Checks:
 
 def metrics_tell_the_truth(of: Of, run: Run) -> Checks:
     """What is logged of cancellation, against what was seen."""
-    weighs = of.group_weights not in ("none", "identity") and of.group_weights_stop_gradient
+    # What it measures holds the credits, and a correction that stays outside the weights.
+    weighs = of.group_weights not in ("none", "identity") and of.group_weights_stop_gradient and not of.has_credits
+    weighs = weighs and (of.group_weights_include_sampling_ratio or not of.corrects)
     for entry in run.logs:
         for name in ("cancel/shared_prefix_residual", "cancel/positive_fraction", "nthr/selected_fraction"):
             if name in entry:

@@ -1,10 +1,9 @@
 """Draws configurations over all fields of `CancelGRPOConfig` and over those of TRL's that bear on training."""
 
 import random
-from dataclasses import fields
 from typing import Any
 
-from trl_cancel.configs import _OWN_FIELDS, CLIPPED_LOSSES, LOSS_TYPES, CancelGRPOConfig
+from trl_cancel.configs import CLIPPED_LOSSES, LOSS_TYPES, CancelGRPOConfig
 from trl_cancel.credit.group_weights import TRANSFORMATIONS
 
 from ..runs import DEFAULTS
@@ -38,10 +37,7 @@ LEFT_ALONE = {
     "use_transformers_paged": "deprecated",
     **{
         f"vllm_{name}": "vLLM itself, for which these runs have a stand-in"
-        for name in (
-            "mode model_impl enable_sleep_mode structured_outputs_regex server_base_url server_host server_port "
-            "server_timeout group_port gpu_memory_utilization max_model_length tensor_parallel_size"
-        ).split()
+        for name in ["mode", "model_impl", "enable_sleep_mode", "structured_outputs_regex", "server_base_url", "server_host", "server_port", "server_timeout", "group_port", "gpu_memory_utilization", "max_model_length", "tensor_parallel_size"]
     },
 }
 MOST_ROLLOUTS = 32  # of a generation or an optimizer step, so that a run takes a fraction of a second
@@ -177,7 +173,7 @@ def _delta(rng: _Chance) -> dict[str, Any]:
         "delta_gamma": rng.often(None, 0.1, 3.0),
         "delta_proxy": rng.often("lm_head_row", "hidden_gradient", share=0.4),
         "delta_assignment": rng.often("soft", "hard", "random", share=0.4),
-        "delta_normalize": rng.choice(CHOICES.get("delta_normalize", (True, True, False))),
+        "delta_normalize": rng.choice(NORMALIZATIONS),
     }
     if rng.happens(0.3):
         settings["delta_lambda_min"], settings["delta_lambda_max"] = rng.choice(((0.0, 1.0), (0.5, 0.5), (0.1, 3.0)))
@@ -318,8 +314,4 @@ def _arguments(rng: _Chance, chosen: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-CHOICES = {
-    setting.name: tuple(setting.metadata["choices"])
-    for setting in fields(CancelGRPOConfig)
-    if setting.name in _OWN_FIELDS and setting.metadata.get("choices")
-}
+NORMALIZATIONS = ("batch", "side", "none") if isinstance(default_of("delta_normalize"), str) else (True, False)
