@@ -37,7 +37,20 @@ LEFT_ALONE = {
     "use_transformers_paged": "deprecated",
     **{
         f"vllm_{name}": "vLLM itself, for which these runs have a stand-in"
-        for name in ["mode", "model_impl", "enable_sleep_mode", "structured_outputs_regex", "server_base_url", "server_host", "server_port", "server_timeout", "group_port", "gpu_memory_utilization", "max_model_length", "tensor_parallel_size"]
+        for name in [
+            "mode",
+            "model_impl",
+            "enable_sleep_mode",
+            "structured_outputs_regex",
+            "server_base_url",
+            "server_host",
+            "server_port",
+            "server_timeout",
+            "group_port",
+            "gpu_memory_utilization",
+            "max_model_length",
+            "tensor_parallel_size",
+        ]
     },
 }
 MOST_ROLLOUTS = 32  # of a generation or an optimizer step, so that a run takes a fraction of a second
