@@ -27,6 +27,7 @@ LEFT_ALONE = {
     "router_aux_loss_coef": "mixtures of experts",
     "ds3_gather_for_generation": "DeepSpeed",
     "chat_template_kwargs": "the playground's template takes none",
+    "remove_unused_columns": "rewards need the columns",
     "cache_implementation": "speed of generation only",
     "vllm_importance_sampling_cap": "deprecated",
     "max_tool_calling_iterations": "tools",
