@@ -136,7 +136,7 @@ def cancels(of: Of, watched: Watched) -> Checks:
     if of.group_weights in ("none", "identity") or not of.group_weights_stop_gradient:
         return
     for (step, _), group in groups_at(watched):
-        pushes = [push_of(of, watched, tag, *row) for tag, row in group.items()]
+        pushes = [push_of(of, *row) for row in group.values()]
         advantages = [advantage_of(watched, tag) for tag in group]
         if None in pushes or not any(advantages):
             continue
@@ -148,13 +148,13 @@ def cancels(of: Of, watched: Watched) -> Checks:
         yield None if net <= slack else f"step {step}: Σ w·A = {net:.2g}, Σ |w·A| = {gross:.2g}"
 
 
-def push_of(of: Of, watched: Watched, tag: int, micro_batch: MicroBatch, row: int) -> float | None:
+def push_of(of: Of, micro_batch: MicroBatch, row: int) -> float | None:
     """What multiplies a rollout's score, w·A, averaged over its tokens as `loss_type="grpo"` does; token credits and
     the choice of tokens by entropy taken out, which come after the weights. `None` if they leave nothing to see."""
     mask = micro_batch.mask[row]
     if not mask.any():
         return 0.0
-    factor = coefficients_of(watched, tag, len(mask)) * micro_batch.kept_tokens[row]
+    factor = micro_batch.coefficients[row] * micro_batch.kept_tokens[row]
     if not of.group_weights_include_sampling_ratio:
         factor = factor * correction_of(of, micro_batch, row)
     if of.level == "sequence" and not of.has_credits:  # then the loss itself averages over the tokens
@@ -179,14 +179,6 @@ def advantage_of(watched: Watched, tag: int) -> float:
     return rollout.advantage if abs(rollout.advantage) > ROUNDING and rollout.group not in watched.idle else 0.0
 
 
-def coefficients_of(watched: Watched, tag: int, length: int) -> torch.Tensor:
-    """Product of what all credits said of a rollout's tokens."""
-    product = torch.ones(length)
-    for row in watched.coefficients.get(tag, {}).values():
-        product = product * torch.tensor(row)[:length]
-    return product
-
-
 def tolerance(of: Of) -> float:
     return 2e-2 if of.bf16 else 1e-3
 
@@ -201,7 +193,7 @@ def multiplied_as_stated(of: Of, watched: Watched) -> Checks:
             mask = micro_batch.mask[row]
             if not mask.any() or (weights and (place, tag) not in weights):
                 continue
-            advantages = advantage_of(watched, tag) * coefficients_of(watched, tag, len(mask))
+            advantages = advantage_of(watched, tag) * micro_batch.coefficients[row]
             expected = (
                 advantages * weights[place, tag]
                 if weights

@@ -86,8 +86,8 @@ class MicroBatch:
             What the loss was given, before a method changed it.
         kept_tokens (`torch.Tensor`):
             1 for the tokens of high entropy.
-        advantages (`torch.Tensor`):
-            Advantages with all that was made of them, as the surrogate took them.
+        coefficients (`torch.Tensor`):
+            Product of what all credits said of each token, the last time that they were asked.
     """
 
     step: int
@@ -100,7 +100,7 @@ class MicroBatch:
     sampling_logps: torch.Tensor
     correction: torch.Tensor
     kept_tokens: torch.Tensor
-    advantages: torch.Tensor
+    coefficients: torch.Tensor
 
 
 @dataclass
@@ -126,15 +126,6 @@ class Watched:
         for rollout in self.rollouts.values():
             rewards[rollout.group].add(rollout.rewards)
         return {group for group, found in rewards.items() if len(found) == 1}
-
-    @cached_property
-    def coefficients(self) -> dict[int, dict[str, list[float]]]:
-        """What each credit said of a rollout's tokens; again, where a micro-batch is used again."""
-        found: dict[int, dict[str, list[float]]] = defaultdict(dict)
-        for call in self.credits:
-            for tag, row in call.rows:
-                found[tag][call.name] = row
-        return found
 
 
 @dataclass
@@ -247,6 +238,7 @@ class Watcher(contextlib.ExitStack):
         self._logps: torch.Tensor | None = None
         self._kept_tokens: torch.Tensor | None = None
         self._own_tags: dict[Any, list[int]] = defaultdict(list)
+        self._said: dict[int, dict[str, list[float]]] = defaultdict(dict)  # by rollout and credit
 
     def __enter__(self) -> "Watcher":
         for name in ("_generate_and_score_completions", "_compute_loss", "_get_per_token_logps_and_entropies"):
@@ -314,7 +306,7 @@ class Watcher(contextlib.ExitStack):
                 sampling_logps=before.get("sampling_per_token_logps", old),
                 correction=(torch.ones_like(old[:, :1]) if correction is None else correction).expand_as(old).clone(),
                 kept_tokens=torch.ones_like(old) if self._kept_tokens is None else self._kept_tokens.float(),
-                advantages=inputs["advantages"].detach().reshape(len(old), -1).expand_as(old).clone(),
+                coefficients=self._coefficients_of(inputs[TAG].tolist(), old.size(1)),
             )
         )
         return loss
@@ -332,7 +324,16 @@ class Watcher(contextlib.ExitStack):
             rows.append((matching[counts[key]], row))
             counts[key] += 1
         self.seen.credits.append(CreditCall(type(credit).__name__, rows))
+        for tag, row in rows:
+            self._said[tag][type(credit).__name__] = row
         return found
+
+    def _coefficients_of(self, tags: list[int], length: int) -> torch.Tensor:
+        product = torch.ones(len(tags), length)
+        for place, tag in enumerate(tags):
+            for row in self._said[tag].values():
+                product[place] *= torch.tensor(row[:length])
+        return product
 
     def _matching(self, prompt: tuple[int, ...], completion: tuple[int, ...], advantage: float) -> list[int]:
         """Tags of such rollouts; the completion may be padded further than it was."""
