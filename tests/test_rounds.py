@@ -174,6 +174,50 @@ def test_nothing_changes_where_the_first_round_will_do(tiny_model):
         assert {name: log[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("rewards", "aggregation"),
+    # The mean is that of the second rollout but for rounding, by itself or of the values of two functions.
+    [([(0.1, 0.2, 0.4, 0.1)], "sum_then_normalize"), ([(0.1, 0.2, 0.3, 0.2), (3, 2, 1, 2)], "normalize_then_sum")],
+)
+def test_a_reward_that_is_the_mean_has_no_sign(tiny_model, rewards, aggregation):
+    functions = [lambda completion_ids, v=values, **kwargs: [*v] * (len(completion_ids) // 4) for values in rewards]
+    weights = [1.0, 0.5][: len(rewards)]
+    seen = []
+
+    class Seen:
+        scope = "rollout"
+
+        def coefficients(self, rollouts):
+            seen.append(rollouts.advantages.view(-1, 4))
+            return torch.ones_like(rollouts.mask, dtype=torch.float)
+
+    run = train(
+        tiny_model,
+        reward_balance=0.25,
+        reward_weights=weights,
+        multi_objective_aggregation=aggregation,
+        max_steps=1,
+        arguments={"reward_funcs": functions, "credits": [Seen()]},
+    )
+    assert (seen[0][:, 1] == 0).all()
+    assert (seen[0][:, [0, 2]] != 0).all()
+    log = run.logs[0]
+    signs = torch.tensor([row.sign().tolist() for row in seen[0]])
+    assert log["balance/positive_fraction"] == pytest.approx((signs > 0).float().mean().item())
+    assert log["balance/negative_fraction"] == pytest.approx((signs < 0).float().mean().item())
+
+
+def test_filter_where_groups_are_torn(tiny_model):
+    """A step need not hold whole groups for whole groups to be exchanged."""
+    torn = {"query_preserved": False, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+    run = train(
+        tiny_model, **{**OFF_POLICY, **torn}, filter_zero_variance=True, max_generation_rounds=8, arguments=RARE
+    )
+    chosen = [log for log in run.logs if "balance/satisfied" in log]
+    assert max(log["balance/rounds"] for log in chosen) > 1
+    assert all(log["frac_reward_zero_std"] == 0 or log["balance/satisfied"] == 1 for log in chosen)
+
+
 def test_hopeless_prompts_end_with_the_best_there_is(tiny_model, caplog):
     run = train(
         tiny_model,
@@ -401,7 +445,8 @@ def test_states_of_a_round_that_were_too_many_go_for_all(groups):
         states.reserve(0 if keeps else 1 << 40)
         if keeps:
             states.add(torch.randn(4, 3, 2), torch.ones(4, 3))
-        return Scored(batch, torch.zeros(4, 1), torch.zeros(4).bool(), torch.arange(4) // 2, [{}] * 4, states)
+        flags = torch.zeros(4).bool()
+        return Scored(batch, torch.zeros(4, 1), flags, flags, torch.arange(4) // 2, [{}] * 4, states)
 
     pool = GroupPool(CancelGRPOConfig(**{**DEFAULTS, "num_generations": 2}))
     for keeps in (True, False):

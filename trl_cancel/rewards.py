@@ -183,3 +183,33 @@ def _shown(value: Any) -> str:
     except ValueError:  # Python writes out no whole numbers of thousands of digits
         return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def at_the_mean(rewards: torch.Tensor, weights: torch.Tensor, apart: bool = False) -> torch.Tensor:
+    """
+    The rollouts whose advantage is 0 but for rounding, which has a sign: their reward is the mean of their group's.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(M, G, F)`):
+            Values of F reward functions; `nan` where a function gave none.
+        weights (`torch.Tensor` of shape `(F,)`):
+            Weights of the functions.
+        apart (`bool`, *optional*, defaults to `False`):
+            Whether each function is normalised on its own.
+
+    Returns:
+        `torch.Tensor` of shape `(M, G)` and type `bool`.
+    """
+    exact = rewards.double()
+    spread = exact - exact.nanmean(1, keepdim=True)
+    largest = exact.abs().nan_to_num().amax(1, keepdim=True)  # (M, 1, F)
+    if apart:
+        known = (~exact.isnan()).sum(1, keepdim=True)
+        deviation = (spread.square().nansum(1, keepdim=True) / (known - 1).clamp(min=1)).sqrt() + 1e-4  # as TRL's
+        spread, largest = spread / deviation, largest / deviation
+        sums = (spread * weights).nansum(-1)
+    else:
+        total = (exact * weights).nansum(-1).masked_fill(exact.isnan().all(-1), torch.nan)
+        sums = total - total.nanmean(1, keepdim=True)
+    rounding = 8 * torch.finfo(torch.float32).eps * (largest * weights.abs()).sum(-1)
+    return sums.nan_to_num().abs() <= rounding  # a rollout without a reward has no advantage

@@ -24,6 +24,8 @@ class Scored:
             The reward functions' values; `nan` where a function returned `None`.
         idle (`torch.Tensor` of shape `(B,)` and type `bool`):
             Whether all rollouts of the prompt earn the same.
+        even (`torch.Tensor` of shape `(B,)` and type `bool`):
+            Whether its reward is the mean of its prompt's, so that its advantage is but rounding.
         group_ids (`torch.Tensor` of shape `(B,)`):
             Which rollouts share a prompt.
         examples (`list[dict]`):
@@ -35,6 +37,7 @@ class Scored:
     batch: Rows
     rewards: torch.Tensor
     idle: torch.Tensor
+    even: torch.Tensor
     group_ids: torch.Tensor
     examples: list[dict[str, Any]]
     states: StateStore | None = None
@@ -57,6 +60,7 @@ class Scored:
             batch,
             torch.cat([part.rewards for part in parts]),
             torch.cat([part.idle for part in parts]),
+            torch.cat([part.even for part in parts]),
             torch.cat([part.group_ids for part in parts]),
             [example for part in parts for example in part.examples],
             StateStore.join(stores, batch["completion_ids"].size(1)) if len(stores) == len(parts) else None,
@@ -105,7 +109,7 @@ class GroupPool:
         whether its rewards are all equal.
         """
         size = self.layout.num_generations
-        counted = torch.cat([loss_mask(part.batch).any(1) for part in self.rounds])
+        counted = torch.cat([loss_mask(part.batch).any(1) & ~part.even for part in self.rounds])
         advantages = (torch.cat([of_rollouts(part.batch) for part in self.rounds]) * counted).view(-1, size)
         idle = torch.cat([part.idle for part in self.rounds])[::size]
         positives, negatives = ((sign * advantages > 0).sum(1).masked_fill(idle, 0) for sign in (1, -1))
@@ -121,6 +125,8 @@ class GroupPool:
         if len(candidates) < wanted:  # filled up with groups that push nothing
             filler = idle.nonzero().squeeze(1)[: wanted - len(candidates)]
             return Choice(torch.cat([candidates, filler]).sort().values, 0.0, torch.arange(wanted))
+        if not self.args.reward_balance:  # then steps need not hold whole groups either
+            return Choice(candidates[:wanted], 1.0, torch.arange(wanted))
         positives, negatives = positives[candidates], negatives[candidates]
         chosen, order, enough = self._spread(positives, negatives, wanted, self.args.reward_balance)
         if enough < self.layout.steps_apart:  # enough of both signs in all, but not for each step

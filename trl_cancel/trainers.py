@@ -41,7 +41,7 @@ from .prompts import FreshPrompts
 from .publishing import Published
 from .removed import ARGUMENTS, refuse_removed
 from .resuming import Resumable
-from .rewards import check_models, checked
+from .rewards import at_the_mean, check_models, checked
 from .rollouts import ABOUT_IMAGES, Rollouts, Rows, generator_of, loss_mask, of_rollouts, silenced, take_rows
 from .rounds import Choice, GroupPool, Scored
 from .states import CPU_SHARE, GIB, LMHead, StateStore
@@ -429,36 +429,35 @@ class CancelGRPOTrainer(Published, Resumable):
         index = torch.arange(first, first + rows, device=batch["advantages"].device)
         group_ids = self._groups_seen + index // self._layout.num_generations
         self._groups_seen += self._layout.prompts_per_generation
-        rewards, idle = self._judged(found[-1] if found else None, batch)
+        rewards, idle, even = self._judged(found[-1] if found else None, batch)
         if self._credits or self._weighs_groups:
-            # Equal rewards differ from their mean by rounding, which has one sign; no method is to take it for credit.
-            batch["advantages"] = silenced(batch["advantages"], idle)
-        return Scored(batch, rewards, idle, group_ids, inputs, states if is_taken else None)
+            # A reward that equals the mean differs from it by rounding, whose sign no method is to take for credit.
+            batch["advantages"] = silenced(batch["advantages"], even)
+        return Scored(batch, rewards, idle, even, group_ids, inputs, states if is_taken else None)
 
-    def _judged(self, found: torch.Tensor | None, batch: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    def _judged(self, found: torch.Tensor | None, batch: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        The rewards of this process's rollouts, `nan` where an override has not asked for any; and whether their group
-        has nothing to learn from: equal rewards, unless an override has given it advantages of its own.
+        Of this process's rollouts: the rewards, `nan` where an override has not asked for any; whether all of their
+        prompt are equal; and whether theirs is the mean, so that the advantage is but rounding. The latter two only as
+        far as no override has given advantages of its own.
         """
-        size, advantages = self._layout.num_generations, batch["advantages"]
-        own = slice(
-            len(advantages) * self.accelerator.process_index, len(advantages) * (1 + self.accelerator.process_index)
-        )
-        of_trl = self._advantages_of_trl
-        changed = advantages != (0 if of_trl is None or of_trl.shape != advantages.shape else of_trl)
-        changed = changed.view(len(advantages), -1).any(1)
+        size, advantages, process = self._layout.num_generations, batch["advantages"], self.accelerator.process_index
+        rows, of_trl = len(advantages), self._advantages_of_trl
+        own = slice(process * rows, (process + 1) * rows)
+        changed = advantages != (of_trl if of_trl is not None and of_trl.shape == advantages.shape else 0)
+        changed = changed.view(rows, -1).any(1)
         if found is None:
-            found, equal = (
-                advantages.new_full((own.stop, len(self.reward_weights)), torch.nan),
-                torch.ones_like(changed),
-            )
+            found = advantages.new_full((own.stop, len(self.reward_weights)), torch.nan)
+            idle = even = torch.ones_like(changed)
         else:
+            groups, weights = found.unflatten(0, (-1, size)), self.reward_weights.to(found.device)  # (P, G, F)
             apart = self.args.multi_objective_aggregation == "normalize_then_sum"
-            groups = found.unflatten(0, (-1, size))  # (P, G, F)
-            equal = without_variance(groups, self.reward_weights.to(found.device), apart).repeat_interleave(size)[own]
-        (changed,) = self._monitor.whole_groups(changed.long())
-        changed = changed.view(-1, size).any(1).repeat_interleave(size)
-        return found[own], equal & ~self._monitor.own_rows(changed)
+            idle = without_variance(groups, weights, apart).repeat_interleave(size)[own]
+            even = at_the_mean(groups, weights, apart).flatten()[own]
+        (of_groups,) = self._monitor.whole_groups(changed.long())
+        of_groups = self._monitor.own_rows(of_groups.view(-1, size).any(1).repeat_interleave(size))
+        idle = idle & ~of_groups
+        return found[own], idle, idle | (even & ~changed)
 
     @contextmanager
     def _first_pass_caught(self, store: StateStore) -> Iterator[None]:
@@ -596,7 +595,7 @@ class CancelGRPOTrainer(Published, Resumable):
             prompt_mask=batch["prompt_mask"],
             completion_ids=batch["completion_ids"],
             mask=loss_mask(batch),
-            advantages=silenced(of_rollouts(batch), scored.idle),
+            advantages=silenced(of_rollouts(batch), scored.even),
             group_ids=scored.group_ids,
             rewards=scored.rewards,
             reward_names=list(self.reward_func_names),
