@@ -157,13 +157,8 @@ def push_of(of: Of, micro_batch: MicroBatch, row: int) -> float | None:
     factor = micro_batch.coefficients[row] * micro_batch.kept_tokens[row]
     if not of.group_weights_include_sampling_ratio:
         factor = factor * correction_of(of, micro_batch, row)
-    if of.level == "sequence" and not of.has_credits:  # then the loss itself averages over the tokens
-        mean = factor[mask].mean()
-        return (micro_batch.pushes[row][mask].mean() / mean).item() if mean > 1e-6 else None
-    seen = mask & (factor > 1e-6)
-    if not seen.any():
-        return None
-    return (micro_batch.pushes[row][seen] / factor[seen]).mean().item()
+    total = factor[mask].sum()  # whether the loss gives each token its own factor or all of them the mean
+    return (micro_batch.pushes[row][mask].sum() / total).item() if total > 1e-6 else None
 
 
 def correction_of(of: Of, micro_batch: MicroBatch, row: int) -> torch.Tensor:
