@@ -157,19 +157,15 @@ def push_of(of: Of, micro_batch: MicroBatch, row: int) -> float | None:
     factor = micro_batch.coefficients[row] * micro_batch.kept_tokens[row]
     if not of.group_weights_include_sampling_ratio:
         factor = factor * correction_of(of, micro_batch, row)
-    if of.level == "sequence" and not of.has_credits:  # then the loss itself averages over the tokens
-        mean = factor[mask].mean()
-        return (micro_batch.pushes[row][mask].mean() / mean).item() if mean > 1e-6 else None
-    seen = mask & (factor > 1e-6)
-    if not seen.any():
-        return None
-    return (micro_batch.pushes[row][seen] / factor[seen]).mean().item()
+    total = factor[mask].sum()  # whether the loss gives each token its own factor or all of them the mean
+    return (micro_batch.pushes[row][mask].sum() / total).item() if total > 1e-6 else None
 
 
 def correction_of(of: Of, micro_batch: MicroBatch, row: int) -> torch.Tensor:
     """What corrects a rollout's tokens for the sampling: the mean of all where they share one ratio."""
     correction, mask = micro_batch.correction[row], micro_batch.mask[row]
-    shared = of.level == "sequence" and of.loss_type in CLIPPED_LOSSES
+    by_rollout = of.has_credits or of.group_weights != "none"
+    shared = by_rollout and of.level == "sequence" and of.loss_type in CLIPPED_LOSSES
     return correction[mask].mean().expand_as(correction) if shared else correction
 
 
@@ -316,6 +312,8 @@ def clipped_ratio(of: Of, ratio: float, advantage: float) -> tuple[float, bool, 
 
 def credits_as_stated(of: Of, watched: Watched) -> Checks:
     """DelTA's mean, NTHR's values, and the sign control's zeros, over the tokens that the loss counts."""
+    if watched.unclear:
+        return
     masks = {
         tag: micro_batch.mask[row] for micro_batch in watched.micro_batches for row, tag in enumerate(micro_batch.tags)
     }
@@ -394,6 +392,8 @@ def chosen_as_asked(of: Of, run: Run) -> Checks:
         return
     watched = run.watched
     assert watched is not None
+    if watched.unclear:
+        return
     logs = {entry["step"] - 1: entry for entry in run.logs if "balance/satisfied" in entry}
     parts: dict[Any, list[float]] = defaultdict(list)
     groups: dict[Any, list[bool]] = defaultdict(list)

@@ -33,8 +33,9 @@ from .standins import CREDITS, REWARDS, Engine, environment, model_folder
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 TAG = "search_tag"
-# Advantages of equal rewards differ from 0 by rounding, over TRL's 1e-4.
-ROUNDING = 2e-3
+# An advantage that would be 0 is at most so large by rounding; one that is larger but below the second bound owes its
+# sign to what TRL adds to standard deviations.
+ROUNDING, UNCLEAR = 2e-5, 2e-3
 
 
 @dataclass
@@ -118,6 +119,15 @@ class Watched:
     rollouts: dict[int, Rollout] = field(default_factory=dict)
     micro_batches: list[MicroBatch] = field(default_factory=list)
     credits: list[CreditCall] = field(default_factory=list)
+
+    @cached_property
+    def unclear(self) -> set[int]:
+        """Groups with an advantage that is neither 0 nor worth a sign."""
+        return {
+            rollout.group
+            for rollout in self.rollouts.values()
+            if ROUNDING < abs(rollout.advantage) < UNCLEAR and rollout.group not in self.idle
+        }
 
     @cached_property
     def idle(self) -> set[int]:
@@ -339,7 +349,7 @@ class Watcher(contextlib.ExitStack):
         """Tags of such rollouts; the completion may be padded further than it was."""
         for end in range(len(completion), 0, -1):
             if tags := self._own_tags.get((prompt, completion[:end])):
-                exact = [tag for tag in tags if abs(self.seen.rollouts[tag].advantage - advantage) < ROUNDING]
+                exact = [tag for tag in tags if abs(self.seen.rollouts[tag].advantage - advantage) < UNCLEAR]
                 return exact or tags  # advantages that are rounding are set to 0
         raise AssertionError("a credit was given a rollout that was not sampled")
 
