@@ -612,9 +612,9 @@ def _(hidden, token_ids, gradient, head, temperature):
 def couples(draw: Draw) -> dict[str, Any]:
     size = draw.of([1.0, *([1e15, 1e-15] if draw.dtype is not torch.float16 else [100.0])])
     return {
-        "hidden_a": draw.floats(2, 3, size=size),
+        "hidden_a": draw.floats(2, 3, size=size, coarse=False),
         "errors_a": draw.floats(2, 4, size=1.0),
-        "hidden_b": draw.floats(3, 3, size=size),
+        "hidden_b": draw.floats(3, 3, size=size, coarse=False),
         "errors_b": draw.floats(3, 4, size=1.0),
     }
 
