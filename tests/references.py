@@ -107,15 +107,15 @@ def orthogonal_projection(weights, advantages):
     """Eq. 18."""
     square = sum(a * a for a in advantages)
     inner = sum(a * s for a, s in zip(advantages, weights, strict=True))
-    return [s - (inner / square * a if square else 0.0) for a, s in zip(advantages, weights, strict=True)]
+    return [s - (inner / square * a if square else 0) for a, s in zip(advantages, weights, strict=True)]
 
 
 def positive_orthogonal_projection(weights, advantages):
     """Eq. 51 by trying every set of rollouts that may be zero: the nearest of the feasible points on the faces."""
     best = None
     for zero in itertools.product([False, True], repeat=len(weights)):
-        a = [0.0 if z else value for z, value in zip(zero, advantages, strict=True)]
-        s = [0.0 if z else value for z, value in zip(zero, weights, strict=True)]
+        a = [0 if z else value for z, value in zip(zero, advantages, strict=True)]
+        s = [0 if z else value for z, value in zip(zero, weights, strict=True)]
         point = orthogonal_projection(s, a)
         if min(point) >= 0 and abs(sum(x * y for x, y in zip(point, advantages, strict=True))) < 1e-9:
             distance = sum((x - y) ** 2 for x, y in zip(point, weights, strict=True))

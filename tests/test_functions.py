@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import trl_cancel
-from tests.functions import DTYPES, ELSEWHERE, ROWS, Draw
+from tests.functions import ELSEWHERE, ROWS, Draw
 from trl_cancel import CancelGRPOConfig, batching, credit, diagnostics, evaluation
 from trl_cancel.credit import NTHR, DelTA, SignControl
 from trl_cancel.diagnostics import Variant
@@ -25,13 +25,13 @@ from trl_cancel.evaluation import EvaluationSettings
 
 INF, NAN = math.inf, math.nan
 
-FEW = settings(max_examples=max(4, settings.default.max_examples // 4))
+FEW = settings(max_examples=max(4, settings.default.max_examples // 2))
 each = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
 
 @st.composite
 def arguments_of(draw, row):
-    found = row.draw(Draw(draw, draw(st.sampled_from(DTYPES))))
+    found = row.draw(Draw(draw(st.integers(0, 2**32 - 1))))
     assume(row.fits(**found))
     return found
 

@@ -178,3 +178,9 @@ def test_a_rollout_that_is_left_out_has_no_effect_whatever_its_weight(transforma
     expected = consistent_weights(weights, advantages, active, transformation)
     weights[0, 3] = worst
     assert torch.equal(consistent_weights(weights, advantages, active, transformation), expected)
+
+
+def test_positive_projection_where_only_small_advantages_are_left():
+    """The first weight is 0 and stays it; the others balance, however small what they weigh is beside the first."""
+    weights, advantages = torch.tensor([0.0, 1.0, 0.5]), torch.tensor([1.0, 1e-30, -1e-30])
+    assert positive_orthogonal_projection(weights, advantages).tolist() == [0.0, 0.75, 0.75]

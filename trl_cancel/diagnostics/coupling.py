@@ -12,7 +12,7 @@ Shapes: N tokens, d hidden size, V vocabulary.
 
 import torch
 
-from ..arguments import finite, floats, known, not_negative, positive, shaped, single, whole_numbers, within
+from ..arguments import finite, floats, known, not_negative, positive, shaped, single, to_one, whole_numbers, within
 from ..states import LMHead
 from .forward import pieces, vocabulary_size
 
@@ -78,7 +78,9 @@ def coupling_kernel(
         hidden_a=(hidden_a, "N d"), errors_a=(errors_a, "N V"), hidden_b=(hidden_b, "M d"), errors_b=(errors_b, "M V")
     )
     finite(hidden_a=hidden_a, errors_a=errors_a, hidden_b=hidden_b, errors_b=errors_b)
-    return (hidden_a @ hidden_b.T) * (errors_a @ errors_b.T)
+    # Errors of tokens that are nearly certain are so small that their products vanish.
+    (errors_a, of_a), (errors_b, of_b) = to_one(errors_a, -1), to_one(errors_b, -1)
+    return ((of_a * hidden_a) @ (of_b * hidden_b).T) * (errors_a @ errors_b.T)
 
 
 @torch.no_grad()

@@ -29,7 +29,8 @@ def gradient_asymmetry(weights: torch.Tensor, advantages: torch.Tensor) -> torch
     (weights, of_weights), (advantages, of_advantages) = to_one(weights, -1), to_one(advantages, -1)
     coefficients, scale = to_one(weights * advantages, -1)
     variance = (coefficients - coefficients.mean(-1, keepdim=True)).square().mean(-1)
-    scale = (scale * of_weights * of_advantages).squeeze(-1)
+    # Powers of two, whose exponents are added: their product could overflow on its way to where it does not.
+    scale = (scale.log2() + of_weights.log2() + of_advantages.log2()).exp2().squeeze(-1)
     return torch.where(variance == 0, 0.0, variance * scale * scale)
 
 
@@ -131,7 +132,7 @@ def output_row_energy(weights: torch.Tensor, logps: torch.Tensor, hidden: torch.
     known(logps=logps)
     hidden, size = to_one(hidden, -1)
     surprise = -torch.expm1(logps.clamp(max=0))  # a log-probability is above 0 by rounding at most
-    return weights.abs() * surprise * hidden.norm(dim=-1) * size.squeeze(-1)
+    return weights.abs() * (hidden.norm(dim=-1) * size.squeeze(-1)) * surprise
 
 
 def jitter2(series: torch.Tensor | Sequence[float]) -> float:

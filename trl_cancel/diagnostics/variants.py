@@ -48,9 +48,7 @@ class Variant:
             if choices:
                 one_of(setting, value, choices)
         self.name, self.settings = name, {**METHODS[method].settings, **settings}
-        configured(
-            self._args(num_generations=2)
-        )  # which refuses values that make no sense, before anything is sampled
+        configured(self._args(num_generations=2))  # refuses values that make no sense, before anything is sampled
 
     def __repr__(self) -> str:
         return f"Variant({self.name!r})"
