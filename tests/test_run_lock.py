@@ -7,6 +7,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
+from filelock import FileLock
 
 from trl_cancel.run_lock import LOCK, FolderInUse, alone_in, check_free
 
@@ -51,6 +52,28 @@ def test_a_second_process_is_refused_by_name_and_a_dead_one_is_replaced(tiny_mod
         trainer.train()
     assert trainer.state.global_step == 2
     assert not (tmp_path / LOCK).exists()
+
+
+def test_what_only_orphans_of_a_dead_process_hold_is_taken_over(tmp_path):
+    """They may have inherited its lock, as a program does that is started without Python."""
+    dead = os.fork()
+    if dead == 0:
+        os._exit(0)
+    os.waitpid(dead, 0)
+    path = tmp_path / LOCK
+    for host in ("elsewhere", socket.gethostname()):
+        with FileLock(path):
+            path.write_text(f"{dead}\n{host}\n")
+            if host == "elsewhere":
+                with (
+                    pytest.raises(FolderInUse, match=f"process {dead} on elsewhere.*remove {path}"),
+                    alone_in(tmp_path),
+                ):
+                    pass
+                continue
+            with alone_in(tmp_path):
+                assert path.read_text().split()[0] == str(os.getpid())
+    assert not path.exists()
 
 
 def test_the_lock_lasts_as_long_as_the_training(tiny_model, tmp_path):
