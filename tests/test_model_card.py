@@ -245,7 +245,7 @@ def test_adapter_of_a_model_of_the_hub(tiny_model, tmp_path):
 def test_license_is_that_of_a_local_base_model(tiny_model, tmp_path):
     base = tmp_path / "base"
     load(tiny_model).save_pretrained(base)
-    for name in Path(tiny_model).glob("*token*"):
+    for name in [*Path(tiny_model).glob("*token*"), *Path(tiny_model).glob("*.jinja")]:
         (base / name.name).write_bytes(name.read_bytes())
     assert card_of(build(str(base), output_dir=str(tmp_path / "out"))).data.license is None
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")

@@ -457,7 +457,7 @@ def test_advantages_are_those_of_trl(tiny_model):
     )
     made = []
     score = trainer._score
-    trainer._score = lambda inputs: made.append(score(inputs)) or made[0]
+    trainer._score = lambda *args: made.append(score(*args)) or made[0]
     trainer.train()
     values = torch.tensor([math.nan if value is None else value for value in flat]).view(5, 4)
     torch.testing.assert_close(group_advantages(values), made[0].batch["advantages"].view(5, 4), atol=1e-3, rtol=0)
