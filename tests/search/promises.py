@@ -189,7 +189,9 @@ def multiplied_as_stated(of: Of, watched: Watched) -> Checks:
             mask = micro_batch.mask[row]
             if not mask.any() or (weights and (place, tag) not in weights):
                 continue
-            advantages = advantage_of(watched, tag) * micro_batch.coefficients[row]
+            leaves_trls = of.group_weights == "none" and not of.has_credits
+            advantage = watched.rollouts[tag].advantage if leaves_trls else advantage_of(watched, tag)
+            advantages = advantage * micro_batch.coefficients[row]
             expected = (
                 advantages * weights[place, tag]
                 if weights

@@ -329,10 +329,15 @@ class Watcher(contextlib.ExitStack):
         keys = list(zip(_tokens(batch, "prompt"), completions, rollouts.advantages.tolist(), strict=True))
         counts, rows = defaultdict(int), []
         for key, row in zip(keys, coefficients.tolist(), strict=True):
-            # Equal rollouts stand in the order in which they were sampled; the latest are meant.
-            matching = self._matching(*key)[-keys.count(key) :]
-            rows.append((matching[counts[key]], row))
+            # Equal rollouts stand in the order in which they were sampled; the latest are meant, unless a round of the
+            # same generation has sampled the same and has been kept in their place.
+            matching = self._matching(*key)
+            meant, others = matching[-keys.count(key) :], matching[: -keys.count(key)]
+            rows.append((meant[counts[key]], row))
             counts[key] += 1
+            for tag in others:
+                if self.seen.rollouts[tag].generation == self.seen.rollouts[meant[-1]].generation:
+                    self._said[tag].setdefault(type(credit).__name__, row)
         self.seen.credits.append(CreditCall(type(credit).__name__, rows))
         for tag, row in rows:
             self._said[tag][type(credit).__name__] = row
