@@ -162,10 +162,9 @@ def push_of(of: Of, micro_batch: MicroBatch, row: int) -> float | None:
 
 
 def correction_of(of: Of, micro_batch: MicroBatch, row: int) -> torch.Tensor:
-    """What corrects a rollout's tokens for the sampling: the mean of all where they share one ratio."""
+    """What corrects a rollout's tokens for the sampling: the mean of all where they share a ratio but no advantage."""
     correction, mask = micro_batch.correction[row], micro_batch.mask[row]
-    by_rollout = of.has_credits or of.group_weights != "none"
-    shared = by_rollout and of.level == "sequence" and of.loss_type in CLIPPED_LOSSES
+    shared = micro_batch.spread and of.level == "sequence" and of.loss_type in CLIPPED_LOSSES
     return correction[mask].mean().expand_as(correction) if shared else correction
 
 

@@ -35,7 +35,7 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 TAG = "search_tag"
 # An advantage that would be 0 is at most so large by rounding; one that is larger but below the second bound owes its
 # sign to what TRL adds to standard deviations.
-ROUNDING, UNCLEAR = 2e-5, 2e-3
+ROUNDING, UNCLEAR = 2e-6, 2e-3
 
 
 @dataclass
@@ -89,6 +89,8 @@ class MicroBatch:
             1 for the tokens of high entropy.
         coefficients (`torch.Tensor`):
             Product of what all credits said of each token, the last time that they were asked.
+        spread (`bool`):
+            Whether each token has an advantage of its own.
     """
 
     step: int
@@ -102,6 +104,7 @@ class MicroBatch:
     correction: torch.Tensor
     kept_tokens: torch.Tensor
     coefficients: torch.Tensor
+    spread: bool
 
 
 @dataclass
@@ -317,6 +320,7 @@ class Watcher(contextlib.ExitStack):
                 correction=(torch.ones_like(old[:, :1]) if correction is None else correction).expand_as(old).clone(),
                 kept_tokens=torch.ones_like(old) if self._kept_tokens is None else self._kept_tokens.float(),
                 coefficients=self._coefficients_of(inputs[TAG].tolist(), old.size(1)),
+                spread=inputs["advantages"].dim() == 2 and inputs["advantages"].size(1) > 1,
             )
         )
         return loss
