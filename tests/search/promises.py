@@ -162,10 +162,9 @@ def push_of(of: Of, micro_batch: MicroBatch, row: int) -> float | None:
 
 
 def correction_of(of: Of, micro_batch: MicroBatch, row: int) -> torch.Tensor:
-    """What corrects a rollout's tokens for the sampling: the mean of all where they share one ratio."""
+    """What corrects a rollout's tokens for the sampling: the mean of all where they share a ratio but no advantage."""
     correction, mask = micro_batch.correction[row], micro_batch.mask[row]
-    by_rollout = of.has_credits or of.group_weights != "none"
-    shared = by_rollout and of.level == "sequence" and of.loss_type in CLIPPED_LOSSES
+    shared = micro_batch.spread and of.level == "sequence" and of.loss_type in CLIPPED_LOSSES
     return correction[mask].mean().expand_as(correction) if shared else correction
 
 
@@ -189,7 +188,9 @@ def multiplied_as_stated(of: Of, watched: Watched) -> Checks:
             mask = micro_batch.mask[row]
             if not mask.any() or (weights and (place, tag) not in weights):
                 continue
-            advantages = advantage_of(watched, tag) * micro_batch.coefficients[row]
+            leaves_trls = of.group_weights == "none" and not of.has_credits
+            advantage = watched.rollouts[tag].advantage if leaves_trls else advantage_of(watched, tag)
+            advantages = advantage * micro_batch.coefficients[row]
             expected = (
                 advantages * weights[place, tag]
                 if weights

@@ -35,7 +35,7 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 TAG = "search_tag"
 # An advantage that would be 0 is at most so large by rounding; one that is larger but below the second bound owes its
 # sign to what TRL adds to standard deviations.
-ROUNDING, UNCLEAR = 2e-5, 2e-3
+ROUNDING, UNCLEAR = 2e-6, 2e-3
 
 
 @dataclass
@@ -89,6 +89,8 @@ class MicroBatch:
             1 for the tokens of high entropy.
         coefficients (`torch.Tensor`):
             Product of what all credits said of each token, the last time that they were asked.
+        spread (`bool`):
+            Whether each token has an advantage of its own.
     """
 
     step: int
@@ -102,6 +104,7 @@ class MicroBatch:
     correction: torch.Tensor
     kept_tokens: torch.Tensor
     coefficients: torch.Tensor
+    spread: bool
 
 
 @dataclass
@@ -317,6 +320,7 @@ class Watcher(contextlib.ExitStack):
                 correction=(torch.ones_like(old[:, :1]) if correction is None else correction).expand_as(old).clone(),
                 kept_tokens=torch.ones_like(old) if self._kept_tokens is None else self._kept_tokens.float(),
                 coefficients=self._coefficients_of(inputs[TAG].tolist(), old.size(1)),
+                spread=inputs["advantages"].dim() == 2 and inputs["advantages"].size(1) > 1,
             )
         )
         return loss
@@ -329,10 +333,15 @@ class Watcher(contextlib.ExitStack):
         keys = list(zip(_tokens(batch, "prompt"), completions, rollouts.advantages.tolist(), strict=True))
         counts, rows = defaultdict(int), []
         for key, row in zip(keys, coefficients.tolist(), strict=True):
-            # Equal rollouts stand in the order in which they were sampled; the latest are meant.
-            matching = self._matching(*key)[-keys.count(key) :]
-            rows.append((matching[counts[key]], row))
+            # Equal rollouts stand in the order in which they were sampled; the latest are meant, unless a round of the
+            # same generation has sampled the same and has been kept in their place.
+            matching = self._matching(*key)
+            meant, others = matching[-keys.count(key) :], matching[: -keys.count(key)]
+            rows.append((meant[counts[key]], row))
             counts[key] += 1
+            for tag in others:
+                if self.seen.rollouts[tag].generation == self.seen.rollouts[meant[-1]].generation:
+                    self._said[tag].setdefault(type(credit).__name__, row)
         self.seen.credits.append(CreditCall(type(credit).__name__, rows))
         for tag, row in rows:
             self._said[tag][type(credit).__name__] = row
