@@ -15,7 +15,7 @@ from accelerate.logging import MultiProcessAdapter
 from trl_cancel import CancelGRPOTrainer
 
 from .methods import FirstTokens
-from .runs import OFF_POLICY, assert_same_weights, build, noisy_reward, train
+from .runs import OFF_POLICY, assert_same_weights, build, noisy_reward, train, trained_by_trl
 
 
 class Rewards:
@@ -238,7 +238,7 @@ def test_subclass_gets_what_it_gets_from_trl(tiny_model, name, sizes):
     settings.pop("query_preserved", None)
     theirs = train(tiny_model, subclass(override, trl.GRPOTrainer), **settings)
     assert_same_weights(ours.weights, theirs.weights)
-    plain = train(tiny_model, trl.GRPOTrainer, **settings)
+    plain = trained_by_trl(tiny_model, **settings)
     same = all(torch.equal(theirs.weights[name], plain.weights[name]) for name in plain.weights)
     assert not same or name in ("OwnPreparation", "OwnLogProbs"), "the override changes something"
 
