@@ -190,6 +190,12 @@ def test_what_a_step_holds_in_training(tiny_model, sizes):
         ({**DFPO, "group_weights_trust_region": "group"}, "Group weights", "a group rests while one of its rollouts"),
         (DFPO, "Forward passes", "This package adds none."),
         ({**DFPO, **SPREAD}, "Forward passes", "This package adds one without gradients for each optimizer step but the first"),
+        (
+            {**DFPO, **SPREAD, "num_iterations": 1, "steps_per_generation": 2, "use_vllm": True,
+             "vllm_importance_sampling_correction": False, "off_policy_mask_threshold": 0.1},
+            "Forward passes",
+            "This package adds one without gradients for each generation batch: groups are spread",
+        ),
         ({**DFPO, "group_weights": "none"}, "Leaks", "Sequence-level ratios weigh the rollouts of a group differently"),
         (DFPO, "Leaks", "Nothing in these settings"),
         ({"num_iterations": 2, "beta": 0.1}, "Forward passes", "one for the old log-probs, since updates are off-policy and one for the reference"),

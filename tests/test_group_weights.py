@@ -69,7 +69,8 @@ def weights_of_groups(
         clipped = {i: clip(ratios[i], advantages[i]) for i in members}
         if region == "mask":
             members = [i for i in members if clipped[i] == ratios[i]]
-        if region == "group" and any(not low <= ratios[i] <= high for i in members):
+        top = high if callable(high) else lambda advantage: high
+        if region == "group" and any(not low <= ratios[i] <= top(advantages[i]) for i in members):
             members = []
         before = [clipped[i] * (correction[i] if correction else 1.0) for i in members]
         consistent = dict(
@@ -137,7 +138,7 @@ def test_cispo(monkeypatch, tiny_model, batch, transformation):
     [
         ({"symmetric_clip": True}, lambda s, a: min(s, 1 + HIGH), 0.0, 1 + HIGH),
         ({"delta": 1.3}, lambda s, a: two_sided(s, a, 1.3), 1 - LOW, 1 + HIGH),
-        ({"delta": 1.12}, lambda s, a: two_sided(s, a, 1.12), 1 - LOW, 1 + HIGH),
+        ({"delta": 1.12}, lambda s, a: two_sided(s, a, 1.12), 1 - LOW, lambda a: 1.12 if a >= 0 else 1 + HIGH),
         ({"loss_type": "cispo", "epsilon_high": 1.3}, lambda s, a: min(s, 1.3), 0.0, 1.3),
     ],
     ids=["symmetric", "delta", "delta within the range", "cispo"],

@@ -13,6 +13,7 @@ from tests.test_token_credit import DELTA, NTHR, Watch, delta_expected, nthr_exp
 from trl_cancel import CancelGRPOConfig
 from trl_cancel import trainers as module
 from trl_cancel.playground.data import load_prompts
+from trl_cancel.rewards import at_the_mean
 from trl_cancel.rollouts import join_rows
 from trl_cancel.rounds import GroupPool, Scored
 from trl_cancel.states import StateStore
@@ -310,6 +311,12 @@ def test_discarded_rollouts_are_released(monkeypatch, tiny_model):
     train(tiny_model, **SPLIT, **WANTED["both"], arguments=RARE)
     assert len(alive) > 2
     assert not any(reference() is not None for reference in alive)
+
+
+def test_rewards_that_differ_little_have_a_sign():
+    """Beside a large offset; only what the rounding of their mean may be has none."""
+    rewards = torch.tensor([[1000.0, 1000.0005] * 2, [0.1, 0.1, 0.1, 0.1]]).unsqueeze(-1)
+    assert at_the_mean(rewards, torch.ones(1)).tolist() == [[False] * 4, [True] * 4]
 
 
 def test_columns_of_later_rounds_are_those_of_the_first(tiny_model):

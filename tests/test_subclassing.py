@@ -374,6 +374,76 @@ def test_micro_batches_that_lost_what_methods_need(tiny_model):
     assert_same_weights(before, dict(trainer.model.state_dict()))
 
 
+class Twice:
+    """TRL's loss in two halves."""
+
+    def _compute_loss(self, model, inputs):
+        return 0.5 * super()._compute_loss(model, inputs) + 0.5 * super()._compute_loss(model, inputs)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {**SPLIT, **SEQUENCE, "group_weights": "min"},
+        {**SPLIT, "symmetric_clip": True, "symmetric_clip_gradient": "score"},
+        {**SIZES, "nthr": True},
+    ],
+    ids=str,
+)
+def test_every_loss_has_its_weights(tiny_model, settings):
+    """Also the second one that an override computes: two halves of it are the whole."""
+    settings = {**settings, "epsilon": 0.001, "learning_rate": 2e-2}
+    halves, whole = (train(tiny_model, make, **settings) for make in (subclass(Twice), CancelGRPOTrainer))
+    for name, value in whole.weights.items():
+        torch.testing.assert_close(halves.weights[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_class_that_stands_after_this_packages(tiny_model, monkeypatch):
+    """What it gives is trained on too; where methods would not see what it does, that is refused."""
+
+    class Ranked(trl.GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            batch = super()._generate_and_score_completions(inputs)
+            return {**batch, "advantages": torch.arange(len(batch["advantages"])) % 4 - 1.5}
+
+    class Halved(trl.GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return 0.5 * super()._compute_loss(model, inputs)
+
+    seen, constant = watched(monkeypatch), {"reward_funcs": constant_reward}
+    mine = type("Mine", (CancelGRPOTrainer, Ranked), {})
+    train(tiny_model, mine, **SIZES, advantage_sign="positive", arguments=constant)
+    assert set(torch.cat(seen).tolist()) == {0.0, 0.5, 1.5}
+    train(tiny_model, type("Mine", (CancelGRPOTrainer, Halved), {}), **SIZES)
+    with pytest.raises(
+        ValueError, match=r"overrides _compute_loss, but symmetric_clip=True acts there. Put it before"
+    ):
+        build(tiny_model, type("Mine", (CancelGRPOTrainer, Halved), {}), **SPLIT, symmetric_clip=True)
+
+
+def test_advantages_of_a_subclass_are_something_to_weigh(tiny_model, caplog):
+    """On policy too, where they need not sum to 0 in a group."""
+    with caplog.at_level(logging.WARNING):
+        build(tiny_model, subclass(NewBatch), **SIZES, **SEQUENCE, group_weights="orth")
+    assert "changes nothing here" not in caplog.text
+
+
+def test_super_may_be_reached_by_another_method(tiny_model):
+    class ByHelper(CancelGRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return self.loss_of(model, inputs)
+
+        def loss_of(self, model, inputs):
+            return super()._compute_loss(model, inputs)
+
+    class ByName(CancelGRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return getattr(super(), "_compute" + "_loss")(model, inputs)
+
+    for make in (ByHelper, ByName):
+        build(tiny_model, make, **SPLIT, symmetric_clip=True)
+
+
 def test_off_policy_mask_of_an_override_decides(tiny_model):
     """Which rollouts take part in a group's weights."""
 

@@ -371,6 +371,11 @@ def _own_passes(config: CancelGRPOConfig, credits: TokenCredits) -> Iterator[str
             "since groups are spread over micro-batches; a per_device_train_batch_size that is a multiple of "
             "num_generations saves it."
         )
+    elif config.group_weights != "none" and layout.spreads_groups and _mask_looks_at_the_policy(config):
+        yield (
+            "This package adds one without gradients for each generation batch: groups are spread over micro-batches, "
+            "and off_policy_mask_threshold compares the policy with what vLLM says."
+        )
     if config.token_shift_steps:
         steps = config.token_shift_steps
         which = "each optimizer step" if steps == 1 else f"one optimizer step in {steps}"
@@ -378,6 +383,12 @@ def _own_passes(config: CancelGRPOConfig, credits: TokenCredits) -> Iterator[str
             f"This package adds two without gradients over the rollouts of {which}, before it and after it, for shift/* "
             f"(token_shift_steps={steps})."
         )
+
+
+def _mask_looks_at_the_policy(config: CancelGRPOConfig) -> bool:
+    """Whether the off-policy mask needs the policy's log-probs beside the sampler's, and TRL has not made them."""
+    corrects = config.vllm_importance_sampling_correction
+    return config.off_policy_mask_threshold is not None and config.use_vllm and not corrects
 
 
 def _leaks(config: CancelGRPOConfig) -> Iterator[str]:

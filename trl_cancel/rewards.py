@@ -211,5 +211,5 @@ def at_the_mean(rewards: torch.Tensor, weights: torch.Tensor, apart: bool = Fals
     else:
         total = (exact * weights).nansum(-1).masked_fill(exact.isnan().all(-1), torch.nan)
         sums = total - total.nanmean(1, keepdim=True)
-    rounding = 8 * torch.finfo(torch.float32).eps * (largest * weights.abs()).sum(-1)
+    rounding = 2 * torch.finfo(torch.float32).eps * (largest * weights.abs()).sum(-1)
     return sums.nan_to_num().abs() <= rounding  # a rollout without a reward has no advantage

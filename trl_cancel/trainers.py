@@ -32,7 +32,7 @@ from .credit import Credit
 from .diagnostics.callbacks import TokenShiftCallback
 from .evaluation import Evaluation
 from .explanation import explain, within_generation
-from .hooks import around, is_overridden, left_out
+from .hooks import around, is_of, is_overridden, left_out
 from .inputs import PASSED, check_chat_template, check_prompt, check_rewards, check_tokens, columns_of, first_prompt
 from .model_card import datasets_of
 from .monitor import UpdateMonitor
@@ -71,13 +71,16 @@ class LossProgress:
         logps (`torch.Tensor` of shape `(B, T)`, *optional*):
             Log-probs of the latest forward pass.
         is_weighed (`bool`):
-            Whether the update-time weights are in its inputs.
+            Whether the update-time weights are in these inputs.
+        losses (`int`):
+            How often TRL's loss has been computed; a subclass may do so more than once.
     """
 
     is_measured: bool
     inputs: Rows | None = None
     logps: torch.Tensor | None = None
     is_weighed: bool = False
+    losses: int = 0
 
 
 class CancelGRPOTrainer(Published, Resumable):
@@ -292,7 +295,10 @@ class CancelGRPOTrainer(Published, Resumable):
 
     @property
     def _has_nothing_to_weigh(self) -> bool:
-        return self.args.has_nothing_to_weigh
+        # Advantages of a subclass need not sum to 0 in a group.
+        hook = "_generate_and_score_completions"
+        are_of_trl = self._is_trls(hook) and is_of(self, hook, CancelGRPOTrainer, GRPOTrainer)
+        return self.args.has_nothing_to_weigh and are_of_trl
 
     @property
     def _differentiates_weights(self) -> bool:
@@ -338,6 +344,14 @@ class CancelGRPOTrainer(Published, Resumable):
         Raises:
             `ValueError`: Names the hook, the class and the settings.
         """
+        for hook in ("compute_loss", "_compute_loss", "_prepare_inputs"):
+            asked_for = self._asked_for_in_generation if hook == "_prepare_inputs" else self._asked_for_in_loss
+            if asked_for and not is_of(self, hook, CancelGRPOTrainer, GRPOTrainer):
+                raise ValueError(
+                    f"A class that stands after CancelGRPOTrainer in {type(self).__name__}'s bases overrides {hook}, but "
+                    f"{' and '.join(asked_for)} acts there. Put it before, as in class {type(self).__name__}(Its, "
+                    "CancelGRPOTrainer)."
+                )
         for hooks, asked_for in (
             (("_prepare_inputs",), self._asked_for_in_generation),
             (("compute_loss", "_compute_loss"), self._asked_for_in_loss),
@@ -385,7 +399,9 @@ class CancelGRPOTrainer(Published, Resumable):
     def _generate_and_score_completions(self, inputs):
         self._check_rows(inputs)
         batch = super()._generate_and_score_completions(inputs)
-        self._advantages_of_trl = batch["advantages"].clone()
+        # A class of TRL's kind that stands after this one may have changed them already.
+        is_of_trl = is_of(self, "_generate_and_score_completions", CancelGRPOTrainer, GRPOTrainer)
+        self._advantages_of_trl = batch["advantages"].clone() if is_of_trl else None
         return batch
 
     def _generation(self, generate: Generate, inputs: list[dict[str, Any]]) -> Rows:
@@ -685,7 +701,7 @@ class CancelGRPOTrainer(Published, Resumable):
     def _compute_loss(self, model, inputs):
         if self._loss is None:
             return super()._compute_loss(model, inputs)
-        level, self._loss.inputs = self.importance_sampling_level, dict(inputs)
+        level, self._loss.inputs, self._loss.is_weighed = self.importance_sampling_level, dict(inputs), False
         try:
             return super()._compute_loss(model, self._loss.inputs)
         finally:
@@ -707,6 +723,7 @@ class CancelGRPOTrainer(Published, Resumable):
                 self._credit_micro_batch(inputs, progress.logps, states)
             self._weigh(inputs, progress.logps)
             progress.is_weighed = True
+            progress.losses += 1
         return result
 
     def _acts_by_weights(self, advantages: torch.Tensor) -> bool:
@@ -740,9 +757,11 @@ class CancelGRPOTrainer(Published, Resumable):
 
     def _watch(self, loss: torch.Tensor, progress: LossProgress, advantages: torch.Tensor, inputs: Rows) -> None:
         """Metrics of a loss. They never end a run."""
-        problem = "it makes no forward pass by _get_per_token_logps_and_entropies" if progress.logps is None else None
+        problem = "it computes TRL's loss more than once" if progress.losses > 1 else None
+        if progress.logps is None:
+            problem = "it makes no forward pass by _get_per_token_logps_and_entropies"
         try:
-            if progress.logps is not None:
+            if problem is None and progress.logps is not None:
                 self._monitor.watch_loss(loss, progress.logps, advantages, inputs)
         except RuntimeError as error:  # of PyTorch, for a graph that cannot be followed
             problem = str(error)

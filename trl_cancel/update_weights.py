@@ -172,7 +172,7 @@ class UpdateWeights:
         clipped = self._clip(ratios, advantages)
         cut = (clipped != ratios) & (self.args.loss_type != "cispo")  # where the clipped surrogate is flat
         followed = active & inside_trust_region(
-            cut, active & self._outside(ratios), self.args.group_weights_trust_region
+            cut, active & self._outside(ratios, advantages), self.args.group_weights_trust_region
         )
         before = clipped * correction
         weights = consistent_weights(before, advantages, followed, self.args.group_weights)
@@ -193,10 +193,13 @@ class UpdateWeights:
             return symmetric_clip(ratios, self.epsilon_high)
         return post_clip_weights(ratios, advantages, self.epsilon_low, self.epsilon_high, self.args.delta)
 
-    def _outside(self, ratios: torch.Tensor) -> torch.Tensor:
+    def _outside(self, ratios: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
         if self.args.loss_type == "cispo":
             return ratios > self.epsilon_high
-        return (ratios > 1 + self.epsilon_high) | (ratios < 1 - self.epsilon_low)
+        high = torch.full_like(ratios, 1 + self.epsilon_high)
+        if self.args.delta is not None:  # it may end the range of positive advantages earlier
+            high = torch.where(advantages >= 0, high.clamp(max=self.args.delta), high)
+        return (ratios > high) | (ratios < 1 - self.epsilon_low)
 
 
 def mean_correction(rows: Rows) -> torch.Tensor | None:

@@ -308,7 +308,8 @@ def clipped_ratio(of: Of, ratio: float, advantage: float) -> tuple[float, bool, 
     bounded = ratio if of.delta is None else min(ratio, of.delta)
     pick = min if advantage >= 0 else max
     clipped = pick(bounded, min(max(ratio, 1 - low), 1 + high))
-    return clipped, clipped != ratio, not 1 - low <= ratio <= 1 + high
+    top = 1 + high if of.delta is None or advantage < 0 else min(of.delta, 1 + high)
+    return clipped, clipped != ratio, not 1 - low <= ratio <= top
 
 
 def credits_as_stated(of: Of, watched: Watched) -> Checks:
@@ -444,7 +445,8 @@ def metrics_tell_the_truth(of: Of, run: Run) -> Checks:
     for entry in run.logs:
         for name in ("cancel/shared_prefix_residual", "cancel/positive_fraction", "nthr/selected_fraction"):
             if name in entry:
-                yield None if -1e-5 <= entry[name] <= 1 + 1e-5 or "residual" in name else f"{name} is {entry[name]}"
+                most = 2 if "residual" in name else 1
+                yield None if -1e-5 <= entry[name] <= most + 1e-5 else f"{name} is {entry[name]}"
         if weighs and of.group_weights != "min" and "group_weights/orthogonality" in entry:
             value = entry["group_weights/orthogonality"]
             yield None if value < tolerance(of) else f"group_weights/orthogonality is {value:.2g}"

@@ -17,6 +17,7 @@ from tests.distributed.engines import ROOT
 from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
 from trl_cancel.configs import _OWN_FIELDS
 from trl_cancel.credit import NTHR, DelTA
+from trl_cancel.monitor import UpdateMonitor
 
 from .report import Report, reproduction
 from .search import METRICS_CHANGE_NOTHING, OFF_IS_TRL, REFUSED_BY_NAME, TRAINS, check, smallest
@@ -94,6 +95,11 @@ def exchanged(original, trainer, batch):
     }
 
 
+def always_the_first(original, trainer, batch):
+    original(trainer, batch)
+    return trainer._buffered_inputs[0]
+
+
 def only_with_metrics(original, trainer, *args, **kwargs):
     return original(trainer, *args, **kwargs) * (1.01 if trainer.args.cancellation_metrics else 1)
 
@@ -118,6 +124,8 @@ FAULTS = [
     ("multiplied_as_stated", {"symmetric_clip": True, **OFF_POLICY}, trl.GRPOTrainer, "_compute_loss", doubled),
     ("credits_as_stated", {"delta_credit": True}, DelTA, "coefficients", lambda *args: args[0](*args[1:]) * 1.1),
     ("credits_as_stated", {"nthr": True}, NTHR, "coefficients", lambda *args: args[0](*args[1:]) * 0.9),
+    ("each_rollout_as_often", OFF_POLICY, CancelGRPOTrainer, "_prepare_inputs", always_the_first),
+    ("metrics_tell_the_truth", {}, UpdateMonitor, "end_step", lambda end, self: dict.fromkeys(end(self), 7.0)),
     (METRICS_CHANGE_NOTHING, {}, CancelGRPOTrainer, "compute_loss", only_with_metrics),
     (OFF_IS_TRL, {}, CancelGRPOTrainer, "compute_loss", not_with_trl),
     (REFUSED_BY_NAME, {"nthr": True}, CancelGRPOConfig, "check", raises(ValueError("This cannot be."))),
