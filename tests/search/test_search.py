@@ -124,7 +124,7 @@ FAULTS = [
     ("multiplied_as_stated", {"symmetric_clip": True, **OFF_POLICY}, trl.GRPOTrainer, "_compute_loss", doubled),
     ("credits_as_stated", {"delta_credit": True}, DelTA, "coefficients", lambda *args: args[0](*args[1:]) * 1.1),
     ("credits_as_stated", {"nthr": True}, NTHR, "coefficients", lambda *args: args[0](*args[1:]) * 0.9),
-    ("each_rollout_as_often", OFF_POLICY, CancelGRPOTrainer, "_prepare_inputs", always_the_first),
+    ("each_rollout_as_often", {**OFF_POLICY, "max_steps": 9}, CancelGRPOTrainer, "_prepare_inputs", always_the_first),
     ("metrics_tell_the_truth", {}, UpdateMonitor, "end_step", lambda end, self: dict.fromkeys(end(self), 7.0)),
     (METRICS_CHANGE_NOTHING, {}, CancelGRPOTrainer, "compute_loss", only_with_metrics),
     (OFF_IS_TRL, {}, CancelGRPOTrainer, "compute_loss", not_with_trl),
