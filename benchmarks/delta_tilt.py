@@ -10,12 +10,12 @@ import argparse
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_cancel.batch.rollouts import Rollouts
 from trl_cancel.credit import DelTA
 from trl_cancel.diagnostics import UpdateProbe, sample_rollouts
 from trl_cancel.playground import CHECKPOINT
 from trl_cancel.playground.data import load_prompts
 from trl_cancel.playground.reward import answer_reward
-from trl_cancel.rollouts import Rollouts
 
 
 NORMALIZATIONS = ("batch", "side")

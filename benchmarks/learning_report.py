@@ -13,9 +13,9 @@ import torch
 from runs import interval
 
 from trl_cancel.diagnostics.blame import PLACES
-from trl_cancel.diagnostics.curves import WAY, band, first_tenth, last_tenth, smoothed, summarize
-from trl_cancel.diagnostics.figures import COLOURS, new_figure
-from trl_cancel.diagnostics.runs import Run
+from trl_cancel.diagnostics.reports.curves import WAY, band, first_tenth, last_tenth, smoothed, summarize
+from trl_cancel.diagnostics.reports.figures import COLOURS, new_figure
+from trl_cancel.diagnostics.reports.runs import Run
 from trl_cancel.evaluation import mean_with_interval
 
 

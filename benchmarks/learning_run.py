@@ -27,7 +27,7 @@ from trl_cancel.playground.data import load_prompts
 from trl_cancel.playground.reward import answer_reward
 from trl_cancel.playground.tasks import Task, task_named
 from trl_cancel.playground.warm_start import warm_start
-from trl_cancel.precision import best_precision
+from trl_cancel.running.precision import best_precision
 
 
 MADE = Path(__file__).parent / "checkpoints"

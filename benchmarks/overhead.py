@@ -39,13 +39,13 @@ import trl
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer, TokenShiftCallback, trainers
+from trl_cancel.batch.states import StateStore
 from trl_cancel.cli._quiet import quiet
 from trl_cancel.playground import CHECKPOINT
 from trl_cancel.playground.data import load_prompts
 from trl_cancel.playground.reward import answer_reward
 from trl_cancel.playground.tokenizer import build_tokenizer
 from trl_cancel.playground.warm_start import build_model
-from trl_cancel.states import StateStore
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -4,8 +4,8 @@ import pytest
 import trl
 from datasets import Dataset
 
-from trl_cancel.changed_settings import changes, run_record, settings_of
 from trl_cancel.playground.data import load_prompts
+from trl_cancel.running.changed_settings import changes, run_record, settings_of
 
 from .runs import build, noisy_reward, train
 

@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from trl_cancel import CancelGRPOTrainer
-from trl_cancel.checkpoints import (
+from trl_cancel.evaluation import EvaluationCallback, EvaluationSettings
+from trl_cancel.playground.data import load_prompts
+from trl_cancel.running.checkpoints import (
     OwnCheckpoints,
     SavingError,
     find_checkpoint,
@@ -29,9 +31,7 @@ from trl_cancel.checkpoints import (
     why_broken,
     written_whole,
 )
-from trl_cancel.evaluation import EvaluationCallback, EvaluationSettings
-from trl_cancel.playground.data import load_prompts
-from trl_cancel.storage import is_storage_error, what_happened
+from trl_cancel.running.storage import is_storage_error, what_happened
 
 from .kills import PLACES, killed, status_of
 from .runs import OFF_POLICY, assert_same_weights, build, noisy_reward, train

@@ -5,9 +5,9 @@ import torch
 import trl
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from trl_cancel.fit import check_fit, why_unfit
 from trl_cancel.playground.tokenizer import build_tokenizer
 from trl_cancel.playground.warm_start import build_model
+from trl_cancel.running.fit import check_fit, why_unfit
 
 from .runs import TINY, build, load
 

@@ -10,7 +10,7 @@ import trl
 from tests import references
 from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer, DFPOConfig, DFPOTrainer, GRPOFixConfig, GRPOFixTrainer
 from trl_cancel.configs import CLIPPED_LOSSES
-from trl_cancel.credit.group_weights import TRANSFORMATIONS
+from trl_cancel.methods.named.group_weights import TRANSFORMATIONS
 from trl_cancel.playground.data import load_prompts
 
 from .loss import LossHarness

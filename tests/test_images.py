@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from trl.data_utils import prepare_multimodal_messages
 
 from trl_cancel import CancelGRPOTrainer
-from trl_cancel.prompts import FreshPrompts
+from trl_cancel.pipeline.prompts import FreshPrompts
 
 from .methods import ON_POLICY, SEQUENCE
 from .runs import OFF_POLICY, assert_same_weights, train

@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from trl_cancel import CancelGRPOTrainer
 from trl_cancel.evaluation import EvaluationCallback, EvaluationSettings, score_samples
-from trl_cancel.inputs import check_rewards
 from trl_cancel.playground.data import load_prompts
+from trl_cancel.running.inputs import check_rewards
 
 from .runs import assert_same_weights, build, load, noisy_reward, train
 

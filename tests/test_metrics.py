@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trl_cancel.metrics import StepMetrics
+from trl_cancel.batch.metrics import StepMetrics
 
 
 def _alone(tensor):

@@ -11,12 +11,12 @@ from peft import LoraConfig
 from tests.methods import FirstTokens
 from tests.runs import DEFAULTS, OFF_POLICY, build, load
 from trl_cancel import CancelGRPOConfig, NTHRConfig, NTHRTrainer, papers
-from trl_cancel.active_methods import active_methods, cited, tags_of
 from trl_cancel.evaluation import Evaluation, EvaluationCallback, EvaluationSettings
-from trl_cancel.methods import METHODS
-from trl_cancel.model_card import datasets_of, hub_id, rename_in_card
+from trl_cancel.methods.named.named import METHODS
 from trl_cancel.papers import Paper
 from trl_cancel.playground.data import load_prompts
+from trl_cancel.publishing.published.active_methods import active_methods, cited, tags_of
+from trl_cancel.publishing.published.model_card import datasets_of, hub_id, rename_in_card
 
 
 PAPERS = [paper for paper in vars(papers).values() if isinstance(paper, Paper)]

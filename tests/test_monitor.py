@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from trl_cancel.monitor import UpdateMonitor
-from trl_cancel.rollouts import Rollouts
+from trl_cancel.batch.rollouts import Rollouts
+from trl_cancel.pipeline.monitor import UpdateMonitor
 
 from .runs import train
 

@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig
 from trl_cancel import Precision, best_precision
 from trl_cancel.cli import main
 from trl_cancel.cli.settings import Parser
-from trl_cancel.precision import emulates_bfloat16, hold_trained_weights_in_float32
+from trl_cancel.running.precision import emulates_bfloat16, hold_trained_weights_in_float32
 
 from .runs import build, load
 

@@ -11,7 +11,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 
 from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer, DFPOConfig
 from trl_cancel.cli import main
-from trl_cancel.removed import ARGUMENTS, SETTINGS
+from trl_cancel.running.removed import ARGUMENTS, SETTINGS
 
 
 KNOWN = {field.name for cls in (trl.GRPOConfig, trl.ModelConfig, GRPOScriptArguments) for field in fields(cls)}

@@ -13,7 +13,7 @@ import torch
 import trl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen3Config
 
-from trl_cancel.rewards import RewardError, check_values
+from trl_cancel.running.rewards import RewardError, check_values
 
 from .runs import assert_same_weights, noisy_reward, train
 

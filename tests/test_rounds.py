@@ -12,11 +12,11 @@ import trl
 from tests.test_token_credit import DELTA, NTHR, Watch, delta_expected, nthr_expected
 from trl_cancel import CancelGRPOConfig
 from trl_cancel import trainers as module
+from trl_cancel.batch.rollouts import join_rows
+from trl_cancel.batch.states import StateStore
+from trl_cancel.pipeline.rounds import GroupPool, Scored
 from trl_cancel.playground.data import load_prompts
-from trl_cancel.rewards import at_the_mean
-from trl_cancel.rollouts import join_rows
-from trl_cancel.rounds import GroupPool, Scored
-from trl_cancel.states import StateStore
+from trl_cancel.running.rewards import at_the_mean
 
 from .runs import DEFAULTS, OFF_POLICY, assert_same_weights, build, noisy_reward, train
 

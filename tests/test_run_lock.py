@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 from filelock import FileLock
 
-from trl_cancel.run_lock import LOCK, FolderInUse, alone_in, check_free
+from trl_cancel.running.run_lock import LOCK, FolderInUse, alone_in, check_free
 
 from .runs import build, noisy_reward
 
@@ -105,5 +105,5 @@ def test_a_disk_without_locks_is_no_obstacle(tiny_model, tmp_path, monkeypatch):
     def unknown(*args, **kwargs):
         raise NotImplementedError
 
-    monkeypatch.setattr("trl_cancel.run_lock.FileLock.acquire", unknown)
+    monkeypatch.setattr("trl_cancel.running.run_lock.FileLock.acquire", unknown)
     build(tiny_model, **SAVING, output_dir=str(tmp_path)).train()

@@ -21,7 +21,7 @@ from trl_cancel import CancelGRPOConfig, DFPOConfig
 from trl_cancel.cli import main
 from trl_cancel.evaluation import EvaluationSettings
 from trl_cancel.evaluation.models import EngineSettings
-from trl_cancel.secrets import is_secret, quotable, without_secrets, without_tokens
+from trl_cancel.running.secrets import is_secret, quotable, without_secrets, without_tokens
 
 from .runs import build
 

@@ -5,8 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trl_cancel import states
-from trl_cancel.states import GIB, LMHead, StateStore, last_hidden_states
+from trl_cancel.batch import states
+from trl_cancel.batch.states import GIB, LMHead, StateStore, last_hidden_states
 
 from .runs import TINY
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from tests import references
 from trl_cancel import DelTAConfig, DelTATrainer, NTHRConfig, NTHRTrainer
 from trl_cancel import trainers as module
-from trl_cancel.credit import delta
+from trl_cancel.methods.named import delta
 from trl_cancel.playground.tokenizer import build_tokenizer
 from trl_cancel.playground.warm_start import build_model
 

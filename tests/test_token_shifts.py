@@ -7,10 +7,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 from trl_cancel import TokenShiftCallback
+from trl_cancel.batch.states import without_dropout
 from trl_cancel.playground.data import load_prompts
 from trl_cancel.playground.tokenizer import build_tokenizer
 from trl_cancel.playground.warm_start import build_model
-from trl_cancel.states import without_dropout
 
 from .methods import METHODS, SHIFT_METRICS, settings_of
 from .runs import OFF_POLICY, assert_same_weights, build, noisy_reward, repeatable, train, weights_of, without

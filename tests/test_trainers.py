@@ -12,7 +12,7 @@ from datasets import DatasetDict, IterableDataset
 from transformers import TrainerCallback
 
 from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
-from trl_cancel.credit.group_weights import TRANSFORMATIONS
+from trl_cancel.methods.named.group_weights import TRANSFORMATIONS
 from trl_cancel.playground import CHECKPOINT
 from trl_cancel.playground.data import load_prompts
 from trl_cancel.playground.reward import answer_reward

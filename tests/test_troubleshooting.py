@@ -16,12 +16,12 @@ from transformers.utils import logging
 from trl.rewards import accuracy_reward
 
 from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
-from trl_cancel._upstream import check_trl_version
-from trl_cancel.changed_settings import SAVED_AS, settings_record
 from trl_cancel.cli import main
-from trl_cancel.fit import check_fit
 from trl_cancel.playground.data import load_prompts
-from trl_cancel.run_lock import LOCK, alone_in
+from trl_cancel.running.changed_settings import SAVED_AS, settings_record
+from trl_cancel.running.fit import check_fit
+from trl_cancel.running.run_lock import LOCK, alone_in
+from trl_cancel.upstream.trl import check_trl_version
 
 from .runs import DEFAULTS, build, load, noisy_reward
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from .batch.rollouts import Rollouts
     from .configs import CancelGRPOConfig, DelTAConfig, DFPOConfig, GRPOFixConfig, NTHRConfig
     from .configs import CancelGRPOConfig as GRPOConfig
     from .credit import Credit
     from .diagnostics.callbacks import TokenShiftCallback
     from .explanation import explain
-    from .precision import Precision, best_precision
-    from .rollouts import Rollouts
+    from .running.precision import Precision, best_precision
     from .trainers import CancelGRPOTrainer, DelTATrainer, DFPOTrainer, GRPOFixTrainer, NTHRTrainer
     from .trainers import CancelGRPOTrainer as GRPOTrainer
 

@@ -10,15 +10,15 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from . import _upstream  # noqa: F401  (refuses an untested TRL before anything else happens)
 from .arguments import is_number, one_of
 from .batching import BatchLayout
-from .credit.controls import SIGNS
-from .credit.delta import ASSIGNMENTS, PROXIES, check_delta, normalization
-from .credit.group_weights import TRANSFORMATIONS, TRUST_REGIONS
-from .credit.nthr import SELECTIONS, check_nthr
-from .removed import KnowsRemoved
-from .secrets import KeepsSecrets, without_secrets
+from .methods.delta import ASSIGNMENTS, PROXIES, check_delta, normalization
+from .methods.group_weights import TRANSFORMATIONS, TRUST_REGIONS
+from .methods.nthr import SELECTIONS, check_nthr
+from .methods.sign import SIGNS
+from .running.removed import KnowsRemoved
+from .running.secrets import KeepsSecrets, without_secrets
+from .upstream import trl as _upstream  # noqa: F401  (refuses an untested TRL before anything else happens)
 
 
 # Loss types whose surrogate is TRL's clipped one, min(rA, clip(r)A).

@@ -9,7 +9,7 @@ from trl import GRPOConfig
 from .batching import BatchLayout
 from .configs import CLIPPED_LOSSES, CancelGRPOConfig
 from .credit import Credit
-from .token_credits import TokenCredits, makes_old_logps
+from .pipeline.credit import TokenCredits, makes_old_logps
 
 
 WIDTH, INDENT = 100, 16

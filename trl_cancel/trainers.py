@@ -16,7 +16,37 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import is_conversational
 
 from . import papers
-from ._upstream import (
+from .batch.rollouts import ABOUT_IMAGES, Rollouts, Rows, generator_of, loss_mask, of_rollouts, silenced, take_rows
+from .batch.states import CPU_SHARE, GIB, LMHead, StateStore
+from .batching import balanced_order, query_preserved_permutation, without_variance
+from .configs import CancelGRPOConfig, DelTAConfig, DFPOConfig, GRPOFixConfig, NTHRConfig
+from .credit import Credit
+from .diagnostics.callbacks import TokenShiftCallback
+from .evaluation import Evaluation
+from .explanation import explain, within_generation
+from .pipeline.credit import TokenCredits, credited, makes_old_logps
+from .pipeline.monitor import UpdateMonitor
+from .pipeline.prompts import FreshPrompts
+from .pipeline.rounds import Choice, GroupPool, Scored
+from .pipeline.weights import NEEDED_FOR_GROUPS, UpdateWeights, mean_correction
+from .publishing.active_methods import active_methods, tags_of
+from .publishing.model_card import datasets_of
+from .publishing.published import Published
+from .running.inputs import (
+    PASSED,
+    check_chat_template,
+    check_prompt,
+    check_rewards,
+    check_tokens,
+    columns_of,
+    first_prompt,
+)
+from .running.precision import emulates_bfloat16, hold_trained_weights_in_float32
+from .running.removed import ARGUMENTS, refuse_removed
+from .running.resuming import Resumable
+from .running.rewards import at_the_mean, check_models, checked
+from .upstream.hooks import around, is_of, is_overridden, left_out
+from .upstream.trl import (
     WAY_OF_ROWS,
     disable_gradient_checkpointing,
     get_config_model_id,
@@ -25,28 +55,6 @@ from ._upstream import (
     unsplit_pixel_values_by_grid,
     unwrap_model_for_generation,
 )
-from .active_methods import active_methods, tags_of
-from .batching import balanced_order, query_preserved_permutation, without_variance
-from .configs import CancelGRPOConfig, DelTAConfig, DFPOConfig, GRPOFixConfig, NTHRConfig
-from .credit import Credit
-from .diagnostics.callbacks import TokenShiftCallback
-from .evaluation import Evaluation
-from .explanation import explain, within_generation
-from .hooks import around, is_of, is_overridden, left_out
-from .inputs import PASSED, check_chat_template, check_prompt, check_rewards, check_tokens, columns_of, first_prompt
-from .model_card import datasets_of
-from .monitor import UpdateMonitor
-from .precision import emulates_bfloat16, hold_trained_weights_in_float32
-from .prompts import FreshPrompts
-from .publishing import Published
-from .removed import ARGUMENTS, refuse_removed
-from .resuming import Resumable
-from .rewards import at_the_mean, check_models, checked
-from .rollouts import ABOUT_IMAGES, Rollouts, Rows, generator_of, loss_mask, of_rollouts, silenced, take_rows
-from .rounds import Choice, GroupPool, Scored
-from .states import CPU_SHARE, GIB, LMHead, StateStore
-from .token_credits import TokenCredits, credited, makes_old_logps
-from .update_weights import NEEDED_FOR_GROUPS, UpdateWeights, mean_correction
 
 
 logger = get_logger(__name__)

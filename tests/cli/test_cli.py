@@ -21,8 +21,8 @@ from trl_cancel.cli.demo import SETTINGS
 from trl_cancel.cli.settings import Parser
 from trl_cancel.cli.training import Results, run_training
 from trl_cancel.evaluation import TransformersEngine
-from trl_cancel.methods import METHODS
-from trl_cancel.precision import best_precision
+from trl_cancel.methods.named.named import METHODS
+from trl_cancel.running.precision import best_precision
 
 
 QUICK = {**SETTINGS, "max_steps": 4, "logging_steps": 1, "eval_problems": 4, "eval_samples": 2}
@@ -454,7 +454,7 @@ def test_weights_that_are_cut_off(command, early, tiny_model, tmp_path, monkeypa
     shutil.copytree(tiny_model, model)
     os.truncate(model / "model.safetensors", 1000)
     if not early:
-        monkeypatch.setattr("trl_cancel.damage.weights_cut_off", lambda folder: [])
+        monkeypatch.setattr("trl_cancel.running.damage.weights_cut_off", lambda folder: [])
     settings = {**SHORT, "output_dir": tmp_path / "out"} if command == "train" else {"output": tmp_path / "out"}
     settings |= {"dataset_name": "playground", "model_name_or_path": model}
     assert main([command, *flags(**settings)]) == 2

@@ -18,9 +18,9 @@ from trl_cancel.cli import probe as probing_command
 from trl_cancel.cli.probe import MEASUREMENTS as NAMES
 from trl_cancel.cli.probing import ProbeArguments, load_model
 from trl_cancel.cli.settings import Parser
-from trl_cancel.diagnostics import measurements
-from trl_cancel.diagnostics.masking import masking_effects
-from trl_cancel.diagnostics.report import SECTIONS
+from trl_cancel.diagnostics.probing import measurements
+from trl_cancel.diagnostics.probing.masking import masking_effects
+from trl_cancel.diagnostics.probing.report import SECTIONS
 from trl_cancel.playground import CHECKPOINT
 
 

@@ -10,11 +10,11 @@ from datasets import Dataset, DatasetDict
 from huggingface_hub import constants
 
 from tests.cli.test_cli import QUICK, flags
-from trl_cancel import sources
 from trl_cancel.cli import main
 from trl_cancel.cli.settings import Parser
 from trl_cancel.cli.training import load_data
 from trl_cancel.evaluation.presets import DataSource, load_problems
+from trl_cancel.running import sources
 
 
 ROWS = [{"prompt": f"{number}+1=", "solution": str(number + 1)} for number in range(6)]

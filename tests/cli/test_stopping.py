@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.kills import status_of
-from trl_cancel.checkpoints import last_whole
 from trl_cancel.cli import UsageError, main
 from trl_cancel.cli.training import find_checkpoint
 from trl_cancel.playground import reward as graded
+from trl_cancel.running.checkpoints import last_whole
 
 
 SETTINGS = {

@@ -6,7 +6,7 @@ import trl
 from peft import LoraConfig
 
 from tests.runs import build
-from trl_cancel._upstream import split_tensor_dict
+from trl_cancel.upstream.trl import split_tensor_dict
 
 
 def seen_micro_batches(monkeypatch, model, trainer=trl.GRPOTrainer, tag=True, **settings):

@@ -10,8 +10,10 @@ import pytest
 import trl
 
 from tests.runs import build
-from trl_cancel import _upstream, resuming, trainers
+from trl_cancel import trainers
 from trl_cancel.evaluation import rewards_of
+from trl_cancel.running import resuming
+from trl_cancel.upstream import trl as _upstream
 
 
 ROOT = Path(__file__).parents[2]

@@ -5,15 +5,9 @@ import torch
 from torch import nn
 
 from tests import references
-from trl_cancel.diagnostics import (
-    coupling_kernel,
-    forward,
-    head_gradient,
-    predicted_shifts,
-    prediction_errors,
-    sign_agreement,
-)
-from trl_cancel.states import LMHead
+from trl_cancel.batch.states import LMHead
+from trl_cancel.diagnostics import coupling_kernel, head_gradient, predicted_shifts, prediction_errors, sign_agreement
+from trl_cancel.diagnostics.probing import forward
 
 
 HEADS = {

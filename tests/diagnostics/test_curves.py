@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from trl_cancel.diagnostics import jitter2
-from trl_cancel.diagnostics.comparison import compare, short_count
-from trl_cancel.diagnostics.curves import (
+from trl_cancel.diagnostics.reports.comparison import compare, short_count
+from trl_cancel.diagnostics.reports.curves import (
     band,
     default_threshold,
     default_window,
@@ -19,7 +19,7 @@ from trl_cancel.diagnostics.curves import (
     smoothed,
     summarize,
 )
-from trl_cancel.diagnostics.runs import Run, Series, distinguish, find_state, read_run
+from trl_cancel.diagnostics.reports.runs import Run, Series, distinguish, find_state, read_run
 
 
 def run(rewards=(), source="run", every=1, results=None, steps=None, **metrics):

@@ -9,10 +9,11 @@ from transformers import AutoTokenizer
 
 from tests.diagnostics.test_probe import as_reward, rollouts_of
 from tests.runs import load
-from trl_cancel.diagnostics import UpdateProbe, Variant, measurements
-from trl_cancel.diagnostics.measurements import Subject
-from trl_cancel.diagnostics.off_policy import off_policy_steps
-from trl_cancel.diagnostics.values import TokenValues
+from trl_cancel.diagnostics import UpdateProbe, Variant
+from trl_cancel.diagnostics.probing import measurements
+from trl_cancel.diagnostics.probing.measurements import Subject
+from trl_cancel.diagnostics.probing.off_policy import off_policy_steps
+from trl_cancel.diagnostics.probing.values import TokenValues
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from trl_cancel.diagnostics.figures import COLOURS, as_svg, new_figure
-from trl_cancel.diagnostics.page import Page, visible
+from trl_cancel.diagnostics.reports.figures import COLOURS, as_svg, new_figure
+from trl_cancel.diagnostics.reports.page import Page, visible
 
 
 BROWSER = next(
@@ -278,7 +278,7 @@ def test_a_name_twice():
 
 @pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])
 def test_without_the_extra(missing):
-    code = f"import sys; sys.modules[{missing!r}] = None; import trl_cancel.diagnostics.page"
+    code = f"import sys; sys.modules[{missing!r}] = None; import trl_cancel.diagnostics.reports.page"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert f"need {missing}" in run.stderr
     assert "pip install matplotlib jinja2" in run.stderr

@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, TrainerCallback
 from tests.runs import build, load, noisy_reward, weights_of
 from trl_cancel import CancelGRPOTrainer, Rollouts
 from trl_cancel.diagnostics import UpdateProbe, Variant, sample_rollouts
-from trl_cancel.diagnostics.masking import CONDITIONS, boost_rate, masking_effects
-from trl_cancel.diagnostics.off_policy import off_policy_steps
-from trl_cancel.diagnostics.sampling import group_advantages
-from trl_cancel.methods import METHODS
+from trl_cancel.diagnostics.probing.masking import CONDITIONS, boost_rate, masking_effects
+from trl_cancel.diagnostics.probing.off_policy import off_policy_steps
+from trl_cancel.diagnostics.probing.sampling import group_advantages
+from trl_cancel.methods.named.named import METHODS
 from trl_cancel.playground.data import load_prompts
 
 
@@ -77,7 +77,7 @@ def test_part_of_the_rollouts(probed):
 
 
 def test_few_logits_at_a_time(tiny_model, probed, monkeypatch):
-    from trl_cancel.diagnostics import forward
+    from trl_cancel.diagnostics.probing import forward
 
     weights = probed.weights("grpo")
     whole = probed.gradient(weights)
@@ -376,7 +376,7 @@ def test_an_unknown_variant_is_refused(probed):
 
 def test_masking_effects_against_updates_of_their_own(probed, monkeypatch):
     """Each effect is the difference of two whole updates, with and without the tokens."""
-    from trl_cancel.diagnostics import masking
+    from trl_cancel.diagnostics.probing import masking
 
     left_out, candidates, weights = [], [], probed.weights("grpo")
     shift = masking.Update.shift

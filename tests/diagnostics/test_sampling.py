@@ -8,7 +8,8 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.runs import load
-from trl_cancel.diagnostics import counterfactual_value, sample_rollouts, token_values, values
+from trl_cancel.diagnostics import counterfactual_value, sample_rollouts, token_values
+from trl_cancel.diagnostics.probing import values
 from trl_cancel.playground.data import load_prompts
 
 

@@ -11,7 +11,7 @@ import torch
 from tests.runs import assert_same_weights
 from tests.test_finished import files
 from tests.test_run_lock import another_run_in
-from trl_cancel.checkpoints import last_whole, why_broken
+from trl_cancel.running.checkpoints import last_whole, why_broken
 
 
 ROOT = Path(__file__).parents[2]

@@ -9,12 +9,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tests.runs import build, load
+from trl_cancel.batch.states import LMHead
 from trl_cancel.diagnostics import sample_rollouts
 from trl_cancel.evaluation import mean_with_interval, prompt_token_ids, score_samples
 from trl_cancel.playground import CHECKPOINT
 from trl_cancel.playground.data import load_prompts
 from trl_cancel.playground.reward import answer_reward
-from trl_cancel.states import LMHead
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from tests.runs import build, load, weights_of
 from trl_cancel import CancelGRPOTrainer
 from trl_cancel.cli import main
-from trl_cancel.hub import PushError, check_token, reason
+from trl_cancel.publishing.published.hub import PushError, check_token, reason
 
 from .conftest import READ_TOKEN, TOKEN, talk_to
 from .server import Fault, Repo, StandIn
@@ -429,7 +429,7 @@ def test_card_that_cannot_be_written_stops_nothing(tiny_model, tmp_path, monkeyp
     def broken(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trl_cancel.publishing.complete_model_card", broken)
+    monkeypatch.setattr("trl_cancel.publishing.published.complete_model_card", broken)
     trainer = build(tiny_model, output_dir=str(tmp_path), max_steps=1, save_strategy="steps", save_steps=1)
     assert isinstance(trainer, CancelGRPOTrainer)
     with caplog.at_level(logging.WARNING, "trl_cancel"):
@@ -446,7 +446,7 @@ def test_a_folder_that_cannot_be_written_is_pushed(hub, tiny_model, tmp_path, mo
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("trl_cancel.hub.rename_in_card", refuse)
+    monkeypatch.setattr("trl_cancel.publishing.hub.rename_in_card", refuse)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert main(["push", str(tmp_path), "--hub_model_id", REPO]) == 0
     assert "model.safetensors" in hub.repos[REPO].files

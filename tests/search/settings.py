@@ -4,7 +4,7 @@ import random
 from typing import Any
 
 from trl_cancel.configs import CLIPPED_LOSSES, LOSS_TYPES, CancelGRPOConfig
-from trl_cancel.credit.group_weights import TRANSFORMATIONS
+from trl_cancel.methods.named.group_weights import TRANSFORMATIONS
 
 from ..runs import DEFAULTS
 from .standins import CREDITS, MODELS, REWARDS

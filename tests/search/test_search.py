@@ -17,7 +17,7 @@ from tests.distributed.engines import ROOT
 from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
 from trl_cancel.configs import _OWN_FIELDS
 from trl_cancel.credit import NTHR, DelTA
-from trl_cancel.monitor import UpdateMonitor
+from trl_cancel.pipeline.monitor import UpdateMonitor
 
 from .report import Report, reproduction
 from .search import METRICS_CHANGE_NOTHING, OFF_IS_TRL, REFUSED_BY_NAME, TRAINS, check, smallest

@@ -7,7 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from trl_cancel.methods import METHODS
+from trl_cancel.methods.named.named import METHODS
 
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from .. import __version__
-from ..secrets import quotable, without_tokens
+from ..running.secrets import quotable, without_tokens
 from ..texts import plain
 
 

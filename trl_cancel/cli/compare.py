@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..diagnostics.comparison import Comparison, compare
-from ..diagnostics.runs import Run, distinguish, read_run
+from ..diagnostics.reports.comparison import Comparison, compare
+from ..diagnostics.reports.runs import Run, distinguish, read_run
 from ..texts import plain
 from . import OneLineErrors, UsageError
 from ._console import plain_console
@@ -76,7 +76,7 @@ def _write_page(comparison: Comparison, folder: Path) -> str:
         load_pages()
     except UsageError as error:
         return f"Numbers: {folder / 'compare.json'}. No page of curves: {error}"
-    from ..diagnostics.comparison_page import comparison_page
+    from ..diagnostics.reports.comparison_page import comparison_page
 
     return f"Curves: {comparison_page(comparison).write(folder)}"
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..methods import METHODS
+from ..methods.named import METHODS
 from . import OneLineErrors, UsageError
 from ._quiet import quiet
 

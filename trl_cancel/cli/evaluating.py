@@ -21,7 +21,7 @@ from rich.text import Text
 from safetensors import SafetensorError
 from trl import ModelConfig
 
-from .. import playground, sources
+from .. import playground
 from ..evaluation import Evaluation, answer_problems, math_verify_reward, prompt_token_ids, summarize
 from ..evaluation.engines import Engine
 from ..evaluation.models import (
@@ -38,9 +38,10 @@ from ..evaluation.result import shown
 from ..evaluation.samples import Sample, SampleLog
 from ..evaluation.scoring import chats
 from ..evaluation.settings import EvaluationSettings
-from ..inputs import check_problems, first_prompt
-from ..secrets import without_secrets, without_tokens
-from ..storage import is_storage_error
+from ..running import sources
+from ..running.inputs import check_problems, first_prompt
+from ..running.secrets import without_secrets, without_tokens
+from ..running.storage import is_storage_error
 from ..texts import plain, write_text
 from . import Failure, UsageError
 from ._console import plain_console

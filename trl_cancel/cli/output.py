@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from ..changed_settings import changes, run_record
-from ..checkpoints import AUTO, decided_by_main
-from ..finished import check_replaceable, saved_step
-from ..run_lock import check_free
+from ..running.changed_settings import changes, run_record
+from ..running.checkpoints import AUTO, decided_by_main
+from ..running.finished import check_replaceable, saved_step
+from ..running.run_lock import check_free
 from ..trainers import CancelGRPOTrainer
 from . import UsageError
 from .settings import Settings

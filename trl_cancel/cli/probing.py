@@ -14,30 +14,23 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import find_adapter_config_file
 from trl import get_peft_config, get_quantization_config
 
-from .. import playground, sources
-from ..diagnostics.measurements import MEASUREMENTS, Subject
-from ..diagnostics.probe import UpdateProbe
-from ..diagnostics.report import NOT_MEASURED, write_report
-from ..diagnostics.sampling import sample_rollouts
+from .. import playground
+from ..diagnostics.probing.measurements import MEASUREMENTS, Subject
+from ..diagnostics.probing.probe import UpdateProbe
+from ..diagnostics.probing.report import NOT_MEASURED, write_report
+from ..diagnostics.probing.sampling import sample_rollouts
 from ..diagnostics.shifts import THRESHOLD
 from ..evaluation import RewardFunction
 from ..evaluation.models import load_tokenizer
 from ..evaluation.scoring import awaited
-from ..inputs import check_prompt, check_rewards
-from ..rewards import number_of
-from ..secrets import without_secrets
+from ..running import sources
+from ..running.inputs import check_prompt, check_rewards
+from ..running.rewards import number_of
+from ..running.secrets import without_secrets
 from ..texts import write_text
 from . import UsageError
 from .settings import Parser, RunArguments, Settings
-from .training import (
-    cannot_load,
-    check_adapter,
-    check_model_path,
-    check_writable,
-    console,
-    find_rewards,
-    load_data,
-)
+from .training import cannot_load, check_adapter, check_model_path, check_writable, console, find_rewards, load_data
 
 
 @dataclass
@@ -101,7 +94,7 @@ def run_probe(settings: Settings, names: list[str], pages: Any) -> None:
         names (`list[str]`):
             Measurements. What one of several cannot measure on these rollouts is noted in its place.
         pages (`ModuleType`):
-            The module of [`~trl_cancel.diagnostics.page.Page`].
+            The module of [`~trl_cancel.diagnostics.reports.page.Page`].
     """
     run: Any = settings.run
     run.check()

@@ -26,8 +26,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _push(options: argparse.Namespace) -> int:
-    from ..damage import why_unusable
-    from ..hub import MODEL_FILES, PushError, push_folder
+    from ..publishing.hub import MODEL_FILES, PushError, push_folder
+    from ..running.damage import why_unusable
 
     folder = Path(options.folder)
     if not folder.is_dir():

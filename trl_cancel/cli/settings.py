@@ -12,10 +12,10 @@ from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
 from ..configs import CancelGRPOConfig
-from ..methods import METHODS, complete_settings
-from ..precision import Precision, best_precision
-from ..removed import SETTINGS, said_of
-from ..secrets import without_tokens
+from ..methods.named import METHODS, complete_settings
+from ..running.precision import Precision, best_precision
+from ..running.removed import SETTINGS, said_of
+from ..running.secrets import without_tokens
 from . import OneLineErrors, UsageError
 
 

@@ -26,17 +26,18 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 from trl import DatasetMixtureConfig, ModelConfig, get_dataset, get_peft_config, get_quantization_config
 
-from .. import checkpoints, damage, playground, sources
+from .. import playground
 from ..evaluation import Estimate, Evaluation, EvaluationSettings
 from ..evaluation import evaluate as evaluate_problems
 from ..evaluation.callback import record, steps_trained, trainer_engine, unchanged_random_state
 from ..evaluation.result import shown
-from ..fit import check_fit
-from ..hub import PushError, check_token
-from ..inputs import check_rewards, columns_of
-from ..outcome import remark_on
-from ..rewards import RewardError
-from ..run_lock import FolderInUse
+from ..publishing.hub import PushError, check_token
+from ..running import checkpoints, damage, sources
+from ..running.fit import check_fit
+from ..running.inputs import check_rewards, columns_of
+from ..running.outcome import remark_on
+from ..running.rewards import RewardError
+from ..running.run_lock import FolderInUse
 from ..trainers import CancelGRPOTrainer
 from . import Failure, UsageError
 from ._console import plain_console

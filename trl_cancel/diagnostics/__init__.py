@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from .coupling import coupling_kernel, head_gradient, predicted_shifts, prediction_errors, sign_agreement
     from .displacement import gwhes, likelihood_displacement, top_k_overlap
     from .energy import energy_by_frequency, gradient_asymmetry, jitter2, output_row_energy
-    from .probe import UpdateProbe
+    from .probing.probe import UpdateProbe
+    from .probing.sampling import sample_rollouts
+    from .probing.values import TokenValues, counterfactual_value, token_values
+    from .probing.variants import Variant
     from .residual import shared_contexts, shared_prefix_residual
-    from .sampling import sample_rollouts
     from .shifts import Ratios, TokenShifts, token_shifts
-    from .values import TokenValues, counterfactual_value, token_values
-    from .variants import Variant
 
 # Where each public name lives. Loaded on first use: the trainer takes a few functions, the probe takes the trainer's.
 _HOME = {

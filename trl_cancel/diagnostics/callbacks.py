@@ -6,9 +6,9 @@ import torch
 from transformers import TrainerCallback
 
 from ..arguments import not_negative, whole
-from ..metrics import StepMetrics
-from ..rollouts import Rows, loss_mask
-from ..states import without_dropout
+from ..batch.metrics import StepMetrics
+from ..batch.rollouts import Rows, loss_mask
+from ..batch.states import without_dropout
 from .shifts import THRESHOLD, TokenShifts, token_shifts
 
 

@@ -13,8 +13,8 @@ Shapes: N tokens, d hidden size, V vocabulary.
 import torch
 
 from ..arguments import finite, floats, known, not_negative, positive, shaped, single, to_one, whole_numbers, within
-from ..states import LMHead
-from .forward import pieces, vocabulary_size
+from ..batch.states import LMHead
+from .probing.forward import pieces, vocabulary_size
 
 
 def prediction_errors(
@@ -29,7 +29,7 @@ def prediction_errors(
             Hidden states that predict the tokens.
         token_ids (`torch.Tensor` of shape `(N,)`):
             The tokens.
-        head ([`~trl_cancel.states.LMHead`] or `torch.Tensor` of shape `(V, d)`):
+        head ([`~trl_cancel.batch.states.LMHead`] or `torch.Tensor` of shape `(V, d)`):
             Output layer, or its bare weight.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the policy.
@@ -102,7 +102,7 @@ def head_gradient(
             The tokens.
         weights (`torch.Tensor` of shape `(N,)`):
             \\( w \\).
-        head ([`~trl_cancel.states.LMHead`] or `torch.Tensor` of shape `(V, d)`):
+        head ([`~trl_cancel.batch.states.LMHead`] or `torch.Tensor` of shape `(V, d)`):
             Output layer, or its bare weight.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the policy.
@@ -146,7 +146,7 @@ def predicted_shifts(
             The tokens.
         gradient (`torch.Tensor` of shape `(V, d)`):
             Change of the weight: learning rate times [`head_gradient`].
-        head ([`~trl_cancel.states.LMHead`] or `torch.Tensor` of shape `(V, d)`):
+        head ([`~trl_cancel.batch.states.LMHead`] or `torch.Tensor` of shape `(V, d)`):
             Output layer, or its bare weight.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the policy.

@@ -72,7 +72,7 @@ def gwhes(
             1 for the tokens that count.
         positive (`torch.Tensor` of shape `(G,)` and type `bool`):
             The right responses.
-        head ([`~trl_cancel.states.LMHead`] or `torch.Tensor` of shape `(V, d)`):
+        head ([`~trl_cancel.batch.states.LMHead`] or `torch.Tensor` of shape `(V, d)`):
             Output layer, or its bare weight.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the policy.

@@ -12,9 +12,9 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, ProcessorMixin, Trainer, TrainerCallback
 
-from .._upstream import unwrap_model_for_generation
-from ..inputs import check_problems, columns_of, first_prompt
+from ..running.inputs import check_problems, columns_of, first_prompt
 from ..texts import plain
+from ..upstream.trl import unwrap_model_for_generation
 from .engines import TransformersEngine
 from .evaluate import answer_problems, summarize
 from .result import Evaluation

@@ -11,10 +11,10 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .._upstream import get_callable_name
-from ..inputs import check_problems
 from ..intervals import mean_with_interval
+from ..running.inputs import check_problems
 from ..texts import plain
+from ..upstream.trl import get_callable_name
 from .engines import Answer, Engine, Request, seed_of
 from .metrics import avg_at_k, pass_at_k
 from .result import Estimate, Evaluation

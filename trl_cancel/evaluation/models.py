@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash, find_adapter_config_file
 from trl import ModelConfig, get_quantization_config
 
-from ..precision import best_precision
+from ..running.precision import best_precision
 from .engines import ContinuousEngine, Engine, TransformersEngine, VllmEngine
 from .scoring import declared_end_tokens
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets, load_dataset
 
-from .. import sources
 from ..arguments import whole
+from ..running import sources
 from .settings import EvaluationSettings
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..secrets import without_secrets
+from ..running.secrets import without_secrets
 from ..texts import write_text
 
 

@@ -17,11 +17,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.tokenization_mistral_common import MistralCommonBackend
 from trl.data_utils import is_conversational
 
-from .._upstream import get_callable_name
-from ..inputs import check_problems
-from ..intervals import mean_with_interval as mean_with_interval
-from ..rewards import listed, number_of
-from ..states import without_dropout
+from ..batch.states import without_dropout
+from ..running.inputs import check_problems
+from ..running.rewards import listed, number_of
+from ..upstream.trl import get_callable_name
 
 
 Scores = list[float | None]

@@ -1,0 +1,34 @@
+"""Credit: how much of a rollout's advantage each token carries, as pure functions of tensors."""
+
+from .batch.clipping import post_clip_weights, surrogate_weight, symmetric_clip
+from .batch.protocol import Credit
+from .batch.ratios import sequence_ratios, token_ratios
+from .methods.delta import DelTA, delta_coefficients
+from .methods.group_weights import (
+    min_replace,
+    orthogonal_projection,
+    positive_orthogonal_projection,
+    truncate_and_rebalance,
+)
+from .methods.nthr import NTHR, nthr_eta, nthr_scores
+from .methods.sign import SignControl
+
+
+__all__ = [
+    "NTHR",
+    "Credit",
+    "DelTA",
+    "SignControl",
+    "delta_coefficients",
+    "min_replace",
+    "nthr_eta",
+    "nthr_scores",
+    "orthogonal_projection",
+    "positive_orthogonal_projection",
+    "post_clip_weights",
+    "sequence_ratios",
+    "surrogate_weight",
+    "symmetric_clip",
+    "token_ratios",
+    "truncate_and_rebalance",
+]

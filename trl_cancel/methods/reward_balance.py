@@ -1,0 +1,260 @@
+r"""
+Reward-balanced batching (section 4 of 2605.08666): an update must hold enough rollouts of either sign of the advantage
+for their pushes to cancel, \\( \min(N_+, N_-) / |B| \ge \rho \\).
+
+Choosing whole groups that meet the target is a knapsack with two constraints, which is solved exactly (`choosing.py`):
+first how much of the target any choice reaches, then with how few exchanges between the groups that came first and the
+others. Spreading the groups over steps is `spreading.py`.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..arguments import floats, shaped, single
+from ..knapsack.choosing import Pool, bound, choose, exchanged
+from ..knapsack.spreading import fill_steps
+
+
+def select_balanced_groups(
+    positives: torch.Tensor, negatives: torch.Tensor, num_groups: int, group_size: int, min_fraction: float
+) -> tuple[torch.Tensor, bool]:
+    r"""
+    Chooses groups that hold enough rollouts of either sign together.
+
+    The first groups are taken if they do. Otherwise as few as possible of them are exchanged for later ones, rather
+    the one-sided than the mixed; if no choice meets the target, the one that comes nearest is taken.
+
+    Args:
+        positives (`torch.Tensor` of shape `(M,)`):
+            Rollouts of positive advantage in each group, in the order in which the groups came.
+        negatives (`torch.Tensor` of shape `(M,)`):
+            Rollouts of negative advantage in each group.
+        num_groups (`int`):
+            Groups to choose.
+        group_size (`int`):
+            Rollouts of each group.
+        min_fraction (`float`):
+            \\( \rho \\), the least share of all rollouts of the chosen groups that each sign must have.
+
+    Returns:
+        `tuple`: Indices of the chosen groups, a `torch.Tensor` of shape `(num_groups,)` in ascending order; and whether
+        they meet the target, which they do if and only if some choice does.
+
+    Raises:
+        `ValueError`: If there are too few groups, counts do not fit into a group, or a number makes no sense.
+
+    Example:
+
+    ```python
+    >>> positives, negatives = torch.tensor([0, 4, 4, 2]), torch.tensor([4, 0, 0, 2])
+    >>> select_balanced_groups(positives, negatives, num_groups=2, group_size=4, min_fraction=0.5)
+    (tensor([0, 1]), True)
+    >>> select_balanced_groups(positives[1:], negatives[1:], num_groups=2, group_size=4, min_fraction=0.25)
+    (tensor([0, 2]), True)
+    ```
+    """
+    counts = _counts(positives, negatives, group_size)
+    num_groups = _whole("num_groups", num_groups)
+    if len(counts) < num_groups:
+        raise ValueError(f"num_groups={num_groups} cannot be chosen among {len(counts)} groups.")
+    target = _target(min_fraction, num_groups * group_size)
+    if counts[:num_groups].sum(0).min() >= target:
+        return torch.arange(num_groups), True
+    exchanges = _Exchanges(counts, num_groups)
+    reached, chosen = exchanges.nearest(target)
+    return torch.from_numpy(exchanges.fewest(reached, chosen)), reached == target
+
+
+def balanced_order(
+    order: torch.Tensor,
+    positives: torch.Tensor,
+    negatives: torch.Tensor,
+    num_steps: int,
+    group_size: int,
+    min_fraction: float,
+) -> tuple[torch.Tensor, int]:
+    r"""
+    Spreads groups over optimizer steps so that each holds enough rollouts of either sign.
+
+    The given order is kept if it does. Otherwise as many steps as possible are filled, and come first. That is the most
+    there is for up to 12 groups, and wherever as many steps are filled as the groups hold enough for when they are taken
+    together; for large pools with little to spare a search of bounded size may miss a step or two.
+
+    Args:
+        order (`torch.Tensor` of shape `(M,)`):
+            Groups in the order in which they fill the steps.
+        positives (`torch.Tensor` of shape `(M,)`):
+            Rollouts of positive advantage in each group.
+        negatives (`torch.Tensor` of shape `(M,)`):
+            Rollouts of negative advantage in each group.
+        num_steps (`int`):
+            Optimizer steps, each of M / `num_steps` groups.
+        group_size (`int`):
+            Rollouts of each group.
+        min_fraction (`float`):
+            Least share of the rollouts of a step that each sign must have.
+
+    Returns:
+        `tuple`: The order, a `torch.Tensor` of shape `(M,)`, and in how many steps it leaves both signs enough.
+
+    Raises:
+        `ValueError`: If the groups do not fill the steps, `order` does not hold each once, or a number makes no sense.
+    """
+    counts = _counts(positives, negatives, group_size)
+    num_steps = _whole("num_steps", num_steps)
+    _check_order(order, len(counts), num_steps)
+    room = len(order) // num_steps
+    target = _target(min_fraction, room * group_size)
+    given = order.cpu().numpy()
+    enough = int((counts[given].reshape(num_steps, room, 2).sum(1).min(1) >= target).sum())
+    if enough == num_steps:
+        return order, enough
+    steps = fill_steps(counts[given], num_steps, target)
+    if len(steps) <= enough:
+        return order, enough
+    filled = [place for step in steps for place in step]
+    left_over = np.setdiff1d(np.arange(len(given)), filled)
+    return order[torch.as_tensor([*filled, *left_over], device=order.device)], len(steps)
+
+
+def without_variance(rewards: torch.Tensor, weights: torch.Tensor, apart: bool = False) -> torch.Tensor:
+    """
+    The groups whose rollouts all earn the same, so that none of them has an advantage.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(M, G, F)`):
+            Values of F reward functions; `nan` where a function gave none.
+        weights (`torch.Tensor` of shape `(F,)`):
+            Weights of the functions.
+        apart (`bool`, *optional*, defaults to `False`):
+            Whether advantages are normalised for each function on its own, so that two functions that differ by
+            opposite amounts do not make up for each other.
+
+    Returns:
+        `torch.Tensor` of shape `(M,)` and type `bool`.
+
+    Raises:
+        `ValueError`: If the shapes do not fit.
+    """
+    rewards, weights = single(*floats(rewards=rewards, weights=weights))
+    shaped(rewards=(rewards, "M G F"), weights=(weights, "F"))
+    if apart:
+        rewards = rewards[..., weights != 0]
+    else:
+        unknown = rewards.isnan().all(-1, keepdim=True)
+        rewards = (rewards * weights).nansum(-1, keepdim=True).masked_fill(unknown, torch.nan)
+    lowest = rewards.nan_to_num(torch.inf, torch.inf, -torch.inf).amin(1)
+    highest = rewards.nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(1)
+    return (lowest >= highest).all(-1)
+
+
+def _counts(positives: torch.Tensor, negatives: torch.Tensor, group_size: int) -> np.ndarray:
+    """Rollouts of either sign in each group, of shape `(M, 2)`."""
+    for name, given in (("positives", positives), ("negatives", negatives)):
+        if not isinstance(given, torch.Tensor) or given.dim() != 1 or given.is_floating_point():
+            what = f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, torch.Tensor) else repr(given)
+            raise ValueError(f"{name} ({what}): must be a tensor of one whole number for each group.")
+    if len(positives) != len(negatives):
+        raise ValueError(
+            f"positives are of {len(positives)} groups and negatives of {len(negatives)}: must be the same."
+        )
+    group_size = _whole("group_size", group_size)
+    counts = torch.stack([positives, negatives], dim=1).long().cpu().numpy()
+    if (counts < 0).any() or (counts.sum(1) > group_size).any():
+        raise ValueError(f"Counts of positives and negatives must fit into groups of group_size={group_size}.")
+    return counts
+
+
+def _target(min_fraction: float, rollouts: int) -> int:
+    """The rollouts of either sign that a share of all stands for."""
+    if isinstance(min_fraction, bool) or not isinstance(min_fraction, (int, float)) or not 0 <= min_fraction <= 1:
+        raise ValueError(f"min_fraction={min_fraction!r}: must be a number between 0 and 1; more than 0.5 never fits.")
+    return math.ceil(min_fraction * rollouts - 1e-9)
+
+
+def _whole(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: must be a whole number of at least 1.")
+    return value
+
+
+def _check_order(order: torch.Tensor, num_groups: int, num_steps: int) -> None:
+    if not isinstance(order, torch.Tensor) or order.is_floating_point() or order.dim() != 1:
+        raise ValueError("order: must be a tensor of the groups' numbers.")
+    if sorted(order.tolist()) != list(range(num_groups)):
+        raise ValueError(f"order must hold each of the {num_groups} groups once.")
+    if num_groups % num_steps:
+        raise ValueError(f"{num_groups} groups cannot be dealt to num_steps={num_steps} steps of equal size.")
+
+
+class _Exchanges:
+    """
+    The exchanges between the first `num_groups` groups and the others.
+
+    Args:
+        counts (`np.ndarray` of shape `(M, 2)`):
+            Rollouts of either sign in each group.
+        num_groups (`int`):
+            Groups that are chosen.
+    """
+
+    def __init__(self, counts: np.ndarray, num_groups: int):
+        self.kinds, kind_of = np.unique(counts, axis=0, return_inverse=True)
+        self.kind_of = kind_of.reshape(-1)
+        self.num_groups = num_groups
+        self.first, self.later = (
+            np.bincount(part, minlength=len(self.kinds)) for part in np.split(self.kind_of, [num_groups])
+        )
+
+    def nearest(self, target: int) -> tuple[int, np.ndarray]:
+        """The highest number of rollouts of either sign, up to `target`, and how many of each kind have it."""
+        everything = [Pool(self.kinds, self.first + self.later, self.num_groups)]
+        reached = min(target, bound(everything, (0, 0)).height)
+        while (chosen := choose(everything, (reached, reached))) is None:
+            reached -= 1
+        return reached, chosen[0]
+
+    def fewest(self, target: int, chosen: np.ndarray) -> np.ndarray:
+        """
+        The groups that reach a target with the fewest exchanges, rather the one-sided for the mixed.
+
+        Args:
+            target (`int`):
+                Rollouts of either sign.
+            chosen (`np.ndarray` of shape `(K,)`):
+                How many of each kind reach it.
+        """
+        kept = np.minimum(chosen, self.first)
+        found = [kept, chosen - kept]
+        most = int(found[1].sum())
+        # What divisible groups could reach rises with the exchanges up to where it suffices, so there is a first place.
+        least = bisect_left(
+            range(most), True, key=lambda number: bound(self._pools(number), (target, target)).slack >= 0
+        )
+        for number in range(least, most):
+            fewer = choose(self._pools(number), (target, target))
+            if fewer is not None:
+                found = fewer
+                break
+        pools = self._pools(int(found[1].sum()))
+        smaller, larger = self.kinds.min(1), self.kinds.max(1)
+        exchanged(pools, found, smaller * (self.kinds.max() + 1) + larger, (target, target))
+        return self._earliest(found)
+
+    def _pools(self, number: int) -> list[Pool]:
+        """What is kept of the first groups, and what comes of the others, for a number of exchanges."""
+        kept = self.num_groups - number
+        return [Pool(self.kinds, self.first, kept), Pool(self.kinds, self.later, number)]
+
+    def _earliest(self, chosen: Sequence[np.ndarray]) -> np.ndarray:
+        """The groups that come first of each kind, in ascending order."""
+        kind_of = self.kind_of + len(self.kinds) * (np.arange(len(self.kind_of)) >= self.num_groups)
+        order = np.argsort(kind_of, kind="stable")
+        available = np.concatenate([self.first, self.later])
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order)) - (np.cumsum(available) - available)[kind_of[order]]
+        return np.flatnonzero(rank < np.concatenate(chosen)[kind_of])

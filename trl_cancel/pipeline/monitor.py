@@ -1,0 +1,120 @@
+"""What one optimizer step does, collected over its micro-batches and turned into metrics at its end."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..batch.metrics import StepMetrics
+from ..batch.rollouts import Rollouts, Rows
+from ..diagnostics.energy import asymmetry_by_group
+from ..diagnostics.pushes import policy_pushes
+from ..diagnostics.residual import same_prompt, shared_contexts, shared_prefix_residual
+
+
+class UpdateMonitor:
+    """
+    Follows the rollouts of one optimizer step through its micro-batches.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Gathers over processes.
+        groups_are_local (`bool`):
+            Whether each group lies on one process; otherwise what belongs to a group is gathered first.
+    """
+
+    def __init__(self, accelerator: Accelerator, groups_are_local: bool):
+        self.accelerator, self.groups_are_local = accelerator, groups_are_local
+        self.metrics = StepMetrics()
+        # Told the pushes (B, T) of each micro-batch, as `policy_pushes` reads them, and the micro-batch.
+        self.observers: list[Callable[[torch.Tensor, Rows], None]] = []
+        self._shared: list[tuple[torch.Tensor, ...]] = []
+        self._coefficients: list[tuple[torch.Tensor, ...]] = []
+
+    def mark_shared(self, batch: Rows, rollouts: Rollouts, pad_token_id: int) -> Rows:
+        """
+        The contexts that good and bad rollouts of a group share, as rows to be carried along with the rollouts.
+
+        Args:
+            batch (`dict`):
+                The scored generation batch.
+            rollouts ([`~trl_cancel.batch.rollouts.Rollouts`]):
+                The same, as the methods see it.
+            pad_token_id (`int`):
+                Token that pads the completions.
+        """
+        ids = batch["completion_ids"]
+        # A completion that is masked for being truncated is missing from the update but not from its group.
+        present = (ids != pad_token_id) | batch["completion_mask"].bool()
+        prompts = same_prompt(rollouts.group_ids, rollouts.prompt_ids, rollouts.prompt_mask)
+        marks = shared_contexts(*self.whole_groups(ids, present.long(), prompts, rollouts.advantages))
+        contexts, deserved = (self.own_rows(mark)[:, : ids.size(1)] for mark in marks)
+        return {"shared_contexts": contexts * rollouts.mask, "deserved": deserved}
+
+    def watch_loss(self, loss: torch.Tensor, logps: torch.Tensor, advantages: torch.Tensor, inputs: Rows) -> None:
+        """Reads off the loss of a micro-batch what it does to each token."""
+        pushes = policy_pushes(loss, logps, advantages if advantages.requires_grad else None)
+        for observe in self.observers:
+            observe(pushes, inputs)
+        self._shared.append((pushes.flatten(), inputs["shared_contexts"].flatten(), inputs["deserved"].flatten()))
+        counted = inputs["completion_mask"].any(1).float()
+        sign = advantages.detach() if advantages.dim() == 1 else advantages.detach().sum(1)
+        sign = sign * inputs["rollout_advantages"].abs()  # 0 where rewards are equal but for rounding
+        self.metrics.add("cancel/positive_fraction", (sign > 0).float(), counted)
+        self.metrics.add("cancel/negative_fraction", (sign < 0).float(), counted)
+
+    def watch_weights(self, weights: torch.Tensor | None, inputs: Rows, mask: torch.Tensor) -> None:
+        """
+        Notes how heavily the rollouts of a micro-batch weigh.
+
+        Args:
+            weights (`torch.Tensor` of shape `(B, T)` or `(B, 1)`, *optional*):
+                Weights; those of tokens are averaged over each rollout. `None` where the loss has none.
+            inputs (`dict`):
+                The micro-batch.
+            mask (`torch.Tensor` of shape `(B, T)`):
+                1 for the tokens that the loss counts.
+        """
+        if weights is not None:
+            weight = (weights.detach() * mask).sum(1) / mask.sum(1).clamp(min=1)
+            self._coefficients.append((weight * inputs["rollout_advantages"], inputs["group_ids"]))
+
+    def end_step(self) -> dict[str, float]:
+        """The metrics of the optimizer step, the same on all processes."""
+        if self._shared:
+            residual, count = shared_prefix_residual(*self.whole_groups(*_joined(self._shared)))
+            self.metrics.add("cancel/shared_prefix_residual", residual, count.float())
+            self._shared.clear()
+        if self._coefficients:
+            asymmetries = asymmetry_by_group(*self.whole_groups(*_joined(self._coefficients)))
+            self.metrics.add("cancel/asymmetry", asymmetries)
+            self._coefficients.clear()
+        return self.metrics.flush(self.accelerator.gather)
+
+    def forget_step(self) -> None:
+        """Drops what there is of an optimizer step that failed."""
+        self.metrics = StepMetrics()
+        self._shared.clear()
+        self._coefficients.clear()
+
+    def whole_groups(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """The rows of all processes where groups straddle them, otherwise those of this one."""
+        return list(tensors) if self.groups_are_local else [self._gather(tensor) for tensor in tensors]
+
+    def own_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows of this process out of what [`UpdateMonitor.whole_groups`] made of them, if all hold equally many."""
+        if self.groups_are_local:
+            return tensor
+        rows = tensor.size(0) // self.accelerator.num_processes
+        return tensor.narrow(0, self.accelerator.process_index * rows, rows)
+
+    def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rows of all processes; rows and columns that some of them lack are 0."""
+        for dim in range(tensor.dim()):
+            tensor = self.accelerator.pad_across_processes(tensor, dim=dim)
+        return self.accelerator.gather(tensor)
+
+
+def _joined(rows: list[tuple[Any, ...]]) -> list[torch.Tensor]:
+    return [torch.cat(column) for column in zip(*rows, strict=True)]

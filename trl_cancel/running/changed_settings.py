@@ -1,0 +1,185 @@
+"""In what a run differs from the one that has left a checkpoint or a model behind."""
+
+import hashlib
+import json
+import uuid
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from ..configs import CancelGRPOConfig
+from .damage import STATE
+from .secrets import without_secrets, without_tokens
+
+
+SAVED_AS = "trl_cancel.Run"  # among the states of callbacks, which transformers keeps in `trainer_state.json`
+SAMPLED_ROWS = 64
+# What says where, when and how loudly, not what is trained.
+ASIDE_PREFIXES = (
+    *("logging_", "log_", "eval_", "save_", "push_to_hub", "hub_", "report_", "dataloader_", "ddp_", "torch_compile"),
+    *("vllm_server_", "per_device_eval", "per_gpu_eval", "include_", "trackio", "load_best", "metric_for", "greater"),
+)
+ASIDE = {
+    *("output_dir", "logging_dir", "run_name", "project", "disable_tqdm", "resume_from_checkpoint", "debug"),
+    *("num_completions_to_print", "cancellation_metrics", "token_shift_steps", "use_cpu", "do_train", "do_eval"),
+    *("do_predict", "num_generations_eval", "skip_memory_metrics", "gradient_checkpointing", "local_rank"),
+    *("gradient_checkpointing_kwargs", "activation_checkpointing", "activation_checkpointing_kwargs"),
+    *("enable_jit_checkpoint", "restore_callback_states_from_checkpoint", "state_cache_gib", "accelerator_config"),
+    *("generation_batch_size", "model_init_kwargs", "deepspeed", "fsdp", "fsdp_config", "remove_unused_columns"),
+}
+# What the optimizer's state holds, and brings along.
+OF_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
+CONSTANT = ("constant", "constant_with_warmup")
+PLAIN = (bool, int, float, str, type(None))
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """
+    The settings that a checkpoint, or the `trainer_state.json` of a finished run, says it was trained with; none if it
+    is of TRL's own trainer. `training_args.bin` has them too, but is pickled, and could run what it likes.
+
+    Args:
+        folder (`Path`):
+            Folder of the checkpoint or the model.
+    """
+    settings = _saved_record(folder).get("settings")
+    return settings if isinstance(settings, dict) else {}
+
+
+def run_record(trainer: Any, run: str | None = None) -> dict[str, Any]:
+    """
+    What checkpoints hold of a run: its settings, processes, rewards and data, and a name of its own.
+
+    Args:
+        trainer ([`CancelGRPOTrainer`]):
+            The trainer.
+        run (`str`, *optional*):
+            The name of the run, if it goes on; a new one if not given.
+    """
+    record = {
+        "settings": _settings(trainer.args),
+        "processes": trainer.accelerator.num_processes,
+        "reward functions": list(trainer.reward_func_names),
+        "train_dataset": _data(trainer.train_dataset),
+        "run": run or uuid.uuid4().hex,
+    }
+    return {"args": {}, "attributes": record}
+
+
+def settings_record(args: CancelGRPOConfig) -> dict[str, Any]:
+    """
+    What is known of a run before its trainer is made, for [`changes`].
+
+    Args:
+        args ([`CancelGRPOConfig`]):
+            Its settings.
+    """
+    return {"args": {}, "attributes": {"settings": _settings(args)}}
+
+
+def run_of(states: Any) -> str | None:
+    """
+    Name of the run among the states of callbacks that a checkpoint holds, `None` if it is one of TRL's own trainer.
+
+    Args:
+        states (`dict`):
+            `stateful_callbacks` of a `trainer_state.json`.
+    """
+    try:
+        return states[SAVED_AS]["attributes"]["run"]
+    except (KeyError, TypeError):
+        return None
+
+
+def changes(folder: Path, record: dict[str, Any]) -> list[str]:
+    """
+    In what a run differs from that of a checkpoint or a model, each as `name: then -> now`; as far as is known.
+
+    Args:
+        folder (`Path`):
+            Folder of the checkpoint or the model.
+        record (`dict`):
+            The [`run_record`] of the run, or what is known of it yet.
+    """
+    then, now = _saved_record(folder), record["attributes"]
+    found = list(_changed_settings(settings_of(folder), now["settings"]))
+    for name in ("processes", "reward functions"):
+        if None not in (then.get(name), now.get(name)) and then[name] != now[name]:
+            found.append(f"{name}: {then[name]} -> {now[name]}")
+    if then.get("train_dataset") and now.get("train_dataset"):
+        found += _changed_data(then["train_dataset"], now["train_dataset"])
+    return sorted(found)
+
+
+def held_by_optimizer(changed: list[str]) -> list[str]:
+    """
+    Names among changes whose old values stay in force, with the optimizer's state.
+
+    Args:
+        changed (`list[str]`):
+            What [`changes`] returns.
+    """
+    return [name for name in OF_OPTIMIZER if any(change.startswith(f"{name}:") for change in changed)]
+
+
+def _changed_settings(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    aside = {"optim"}  # another one is refused
+    if now.get("symmetric_clip") and then.get("symmetric_clip"):  # which sets TRL's bound on the other side itself
+        aside.add("delta")
+    by_steps = max(now.get("max_steps", -1), then.get("max_steps", -1)) > 0
+    aside.add("num_train_epochs" if by_steps else "max_steps")
+    if now.get("lr_scheduler_type") in CONSTANT:  # and more steps are no other schedule
+        aside |= {"max_steps", "num_train_epochs"}
+    for name in now.keys() & then.keys() - aside:
+        if then[name] != now[name]:
+            yield without_tokens(f"{name}: {then[name]} -> {now[name]}")
+
+
+def _saved_record(folder: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        record = state["stateful_callbacks"][SAVED_AS]["attributes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _changed_data(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    if was["rows"] != now["rows"]:
+        yield f"train_dataset: {was['rows']} rows -> {now['rows']} rows"
+    elif None not in (was["digest"], now["digest"]) and was["digest"] != now["digest"]:
+        yield f"train_dataset: {was['rows']} rows -> as many others"
+
+
+def _data(dataset: Any) -> dict[str, Any] | None:
+    """Number of rows and a digest of some; of the raw rows, so that no transformation of the user's is called."""
+    try:
+        rows = len(dataset)
+    except TypeError:  # a stream
+        return None
+    if not isinstance(dataset, Dataset) or not rows:
+        return {"rows": rows, "digest": None}
+    chosen = sorted({rows * number // SAMPLED_ROWS for number in range(SAMPLED_ROWS)})
+    columns = dataset.with_format("arrow")[chosen].to_pydict()
+    digest = hashlib.sha256(repr(sorted(columns.items())).encode("utf-8", "surrogatepass")).hexdigest()
+    return {"rows": rows, "digest": digest[:16]}
+
+
+def _settings(args: CancelGRPOConfig) -> dict[str, Any]:
+    """What of the settings can be written as JSON, as it is then read, without what does not touch the training."""
+    names = [field.name for field in fields(args) if field.name not in ASIDE]
+    names = [name for name in names if not name.startswith(ASIDE_PREFIXES)]
+    values = without_secrets({name: getattr(args, name) for name in names})
+    plain = {name: getattr(value, "value", value) for name, value in values.items()}  # of enumerations
+    return {name: json.loads(json.dumps(value)) for name, value in plain.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(_is_plain(part) for part in value)
+    if isinstance(value, dict):
+        return all(_is_plain(part) for pair in value.items() for part in pair)
+    return isinstance(value, PLAIN)

@@ -1,0 +1,229 @@
+"""What a run is given, checked before anything is generated: rows, reward functions and tokenizer must fit together."""
+
+import inspect
+from collections.abc import Collection, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from trl.data_utils import is_conversational
+
+from ..upstream.trl import get_callable_name
+
+
+# What TRL passes to every reward function by name, beside the columns of the data set; tests/contract/ looks.
+PASSED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+# Columns that TRL does not pass on, and parameters that are often taken for what it passes instead.
+KEPT = {"prompt": "prompts", "completion": "completions", "completion_ids": "completion_ids"}
+
+
+def columns_of(dataset: Any) -> list[str] | None:
+    """
+    The columns that the rows of a data set will have, where that is certain without looking at one: to look could take
+    a row from a stream, or a random number from a transform.
+
+    Args:
+        dataset (`Any`):
+            Data set.
+
+    Returns:
+        `list[str]`, *optional*: `None` for rows that are made on the fly, streams that do not know theirs, and whatever
+        is no data set of the `datasets` library itself.
+    """
+    if type(dataset) is IterableDataset:
+        return dataset.column_names
+    if type(dataset) is not Dataset or dataset.format["type"] == "custom":
+        return None
+    return dataset.column_names if dataset.format["output_all_columns"] else list(dataset.format["columns"])
+
+
+def first_prompt(dataset: Any) -> Any:
+    """The first prompt of a data set, if it can be looked at without consequences; `None` otherwise."""
+    if type(dataset) is not Dataset or "prompt" not in (columns_of(dataset) or ()) or not len(dataset):
+        return None
+    return dataset.with_format(None, columns=["prompt"])[0]["prompt"]
+
+
+def check_prompt(source: str, columns: Iterable[str]) -> None:
+    """
+    Refuses rows without a prompt.
+
+    Args:
+        source (`str`):
+            What the rows are of.
+        columns (`Iterable[str]`):
+            Their columns.
+
+    Raises:
+        `ValueError`: If there is no `prompt`.
+    """
+    if "prompt" not in columns:
+        raise ValueError(
+            f"{source} has the columns {list(columns)} but no 'prompt'. Rename or map the column that holds the "
+            "prompts, e.g. dataset.rename_column('question', 'prompt')."
+        )
+
+
+def check_rewards(
+    functions: Any,
+    columns: Iterable[str],
+    source: str,
+    *,
+    passed: Collection[str] = PASSED,
+    may_grow: bool = False,
+) -> None:
+    """
+    Refuses reward functions that cannot be called as TRL calls them, by name, with what it passes and with the columns
+    of the data set. Functions whose parameters cannot be known are left to the call.
+
+    Args:
+        functions (`Callable` or `list`):
+            Reward functions; models and their names are passed over.
+        columns (`Iterable[str]`):
+            Columns of the data set.
+        source (`str`):
+            What these are the columns of.
+        passed (`Collection[str]`, *optional*):
+            Names that are passed whatever the columns are.
+        may_grow (`bool`, *optional*, defaults to `False`):
+            Whether further values may be passed that are not known yet.
+
+    Raises:
+        `ValueError`: Names the function, its parameters and the columns.
+    """
+    columns = list(columns)
+    for function in functions if isinstance(functions, list) else [functions]:
+        if callable(function) and not isinstance(function, torch.nn.Module):
+            _check_reward(function, columns, source, passed, may_grow)
+
+
+def _check_reward(function: Any, columns: list[str], source: str, passed: Collection[str], may_grow: bool) -> None:
+    name = get_callable_name(function)
+    for twice in ("prompts", "completions"):
+        if twice in columns:
+            raise ValueError(
+                f"{source} has a column {twice!r}, which is what TRL calls the {twice} that it passes to reward "
+                "functions. Rename the column."
+            )
+    parameters = _parameters(function)
+    if parameters is None:
+        return
+    given = {*passed, *(column for column in columns if column not in KEPT)}
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    by_place = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+    if by_place:
+        raise ValueError(
+            f"The reward function {name!r} takes {_listed(by_place)} by position only, but TRL passes everything by "
+            "name. Take the / out of its parameters."
+        )
+    needed = [p.name for p in named.values() if p.default is p.empty and p.name not in given]
+    if needed and not may_grow:
+        meant = "".join(f" TRL passes {KEPT[n]!r}, all at once." for n in needed if n in KEPT)
+        raise ValueError(
+            f"The reward function {name!r} needs {_listed(needed)}, but {source} has the columns {', '.join(columns)}."
+            f"{meant} Rename a column or the parameter, or give the parameter a default."
+        )
+    unknown = [n for n in [*passed, *columns] if n in given and n not in named]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        raise ValueError(
+            f"The reward function {name!r} does not take {_listed(dict.fromkeys(unknown))}, which TRL passes by name "
+            "to every reward function. Add **kwargs to its parameters."
+        )
+
+
+def _parameters(function: Any) -> list[inspect.Parameter] | None:
+    """
+    The parameters with which a function is really called: those of a decorator's own function, not of the decorated
+    one, which may be called otherwise. `None` where they are not known, or only claimed (`__signature__`).
+    """
+    called = function
+    while isinstance(called, partial):
+        called = called.func
+    if hasattr(called, "__signature__") or hasattr(type(called).__call__, "__signature__"):
+        return None
+    try:
+        return list(inspect.signature(function, follow_wrapped=False).parameters.values())
+    except (TypeError, ValueError):  # of a built-in function, say
+        return None
+
+
+def _listed(names: Iterable[str]) -> str:
+    *others, last = map(repr, names)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def check_problems(source: str, columns: Iterable[str], prompt: Any, reward: Any, tokenizer: Any) -> None:
+    """
+    Refuses problems of an evaluation that cannot be answered or scored.
+
+    Args:
+        source (`str`):
+            What they are called.
+        columns (`Iterable[str]`):
+            Their columns.
+        prompt (`Any`):
+            One of the prompts; `None` if it is not known.
+        reward (`Callable`):
+            Reward function.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The model's tokenizer.
+
+    Raises:
+        `ValueError`: If there are no prompts, the reward function cannot be called, or the chat template is missing.
+    """
+    check_prompt(source, columns)
+    check_rewards(reward, columns, source)
+    if prompt is not None and is_conversational({"prompt": prompt}):
+        check_chat_template(source, tokenizer)
+
+
+def check_chat_template(source: str, processing_class: Any, whose: str = "the tokenizer") -> None:
+    """
+    Refuses a tokenizer that cannot write conversations.
+
+    Args:
+        source (`str`):
+            What holds the conversations.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            The tokenizer, or the processor that has it.
+        whose (`str`, *optional*):
+            What it is called.
+
+    Raises:
+        `ValueError`: If it has no chat template and needs one.
+    """
+    if getattr(processing_class, "chat_template", None) is not None:
+        return
+    try:  # some write conversations without a template, Mistral's own for one
+        processing_class.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    except Exception as error:
+        raise ValueError(
+            f"{source} holds conversations, but {whose} has no chat template. Set its chat_template, take a model that "
+            "was tuned on conversations, or make the prompts texts."
+        ) from error
+
+
+def check_tokens(tokenizer: Any, *, ends_answers: bool) -> None:
+    """
+    Refuses a tokenizer that cannot pad, or end an answer; TRL lets it pad with the token that ends one.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer, as TRL has completed it.
+        ends_answers (`bool`):
+            Whether its own token is needed to end an answer, as it is where transformers generates.
+
+    Raises:
+        `ValueError`: If it lacks the token.
+    """
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            "The tokenizer has neither a pad_token nor an eos_token, so rollouts can be neither ended nor padded. Set "
+            "tokenizer.eos_token to the token that ends an answer, and pass the tokenizer as processing_class."
+        )
+    if ends_answers and tokenizer.eos_token_id is None:
+        raise ValueError(
+            "The tokenizer has no eos_token, so TRL cannot tell where a rollout ends. Set tokenizer.eos_token to the "
+            "token that ends an answer, and pass the tokenizer as processing_class."
+        )
