@@ -25,7 +25,7 @@ from rich.table import Table
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer, best_precision
-from trl_cancel.methods.named.named import METHODS
+from trl_cancel.methods.named import METHODS
 from trl_cancel.playground.data import load_prompts
 from trl_cancel.playground.tokenizer import build_tokenizer
 from trl_cancel.playground.warm_start import build_model

@@ -137,8 +137,12 @@ GPU_SIZES = {
 }
 
 # Where this package spends time of its own; the overridden methods spend TRL's.
-OWN = ("_view", "_with_states", "_whole_group_batches", "_credit_micro_batch", "_weigh", "_weigh_groups_ahead")
-OWN_OF_MONITOR = ("mark_shared", "watch_loss", "end_step")
+OWN = {
+    "_scoring": ("view",),
+    "_credit": ("_with_states", "of_micro_batch"),
+    "_weights": ("apply", "ahead"),
+    "_monitor": ("mark_shared", "watch_loss", "end_step"),
+}
 
 
 class Stopwatch:
@@ -262,8 +266,9 @@ def run(name: str, variant: str) -> dict[str, float]:
         trainer.add_callback(step)  # after the trainer's own, so that their time counts
         trainer.log = lambda logs, *args, **kwargs: trainer._metrics["train"].clear()
         if settings is not None:
-            own.watch(trainer, *OWN)
-            own.watch(trainer._monitor, *OWN_OF_MONITOR)
+            for stage, names in OWN.items():
+                own.watch(getattr(trainer, stage), *names)
+            own.watch(trainer_module, "whole_group_batches")
             own.watch(trainers, "credited")
             own.watch(StateStore, "add")
             for callback in trainer.callback_handler.callbacks:

@@ -10,7 +10,7 @@ from trl_cancel import DFPOConfig, GRPOFixConfig, explain
 from trl_cancel.batching import BatchLayout
 from trl_cancel.cli.demo import SETTINGS
 from trl_cancel.cli.settings import Parser
-from trl_cancel.configs import _OWN_FIELDS, CancelGRPOConfig
+from trl_cancel.config import _OWN_FIELDS, CancelGRPOConfig
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -5,8 +5,8 @@ import torch
 
 from tests import references
 from trl_cancel import Rollouts
+from trl_cancel.batch.clipping import CLIPPED_LOSSES
 from trl_cancel.batch.protocol import combine
-from trl_cancel.configs import CLIPPED_LOSSES
 from trl_cancel.credit import SignControl
 
 from .loss import LossHarness
@@ -209,7 +209,7 @@ def test_level_is_restored_after_an_error(monkeypatch, tiny_model):
     with pytest.raises(ValueError, match=r"mask of shape \(4, 2\) does not fit logps of shape \(4, 3\)"):
         loss_of(values, values, values, torch.ones(4, 3, dtype=torch.long), completion_mask=torch.ones(4, 2))
     assert loss_of.trainer.importance_sampling_level == "sequence"
-    assert loss_of.trainer._loss is None
+    assert loss_of.trainer._losses.progress is None
 
 
 def test_sapo_cannot_spread_token_credit(tiny_model):

@@ -8,9 +8,10 @@ import torch
 import trl
 
 from tests import references
-from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer, DFPOConfig, DFPOTrainer, GRPOFixConfig, GRPOFixTrainer
-from trl_cancel.configs import CLIPPED_LOSSES
-from trl_cancel.methods.named.group_weights import TRANSFORMATIONS
+from trl_cancel import CancelGRPOConfig, DFPOConfig, DFPOTrainer, GRPOFixConfig, GRPOFixTrainer
+from trl_cancel.batch.clipping import CLIPPED_LOSSES
+from trl_cancel.methods.group_weights import TRANSFORMATIONS
+from trl_cancel.pipeline.weights import OF_GROUPS, WeightStage
 from trl_cancel.playground.data import load_prompts
 
 from .loss import LossHarness
@@ -546,15 +547,16 @@ def test_forward_passes(tiny_model, monkeypatch, sizes, extra):
 
 def test_weights_ahead_are_those_of_the_loss(tiny_model, monkeypatch):
     """The pass before the step and the loss's own forward pass see the same ratios."""
-    seen, weigh = [], CancelGRPOTrainer._weigh_groups
+    seen, weigh = [], WeightStage._of_groups
 
-    def compared(self, inputs, logps):
-        ahead = weigh(self, dict(inputs), logps)
-        rows = {name: value for name, value in inputs.items() if name != "group_weights"}
-        seen.append((ahead.squeeze(1), self._update_weights.ratios(rows, logps.detach()).squeeze(1)))
+    def compared(self, weigher, inputs, logps):
+        assert OF_GROUPS in inputs
+        ahead = weigh(self, weigher, dict(inputs), logps)
+        rows = {name: value for name, value in inputs.items() if name != OF_GROUPS}
+        seen.append((ahead.squeeze(1), self.update.ratios(rows, logps.detach()).squeeze(1)))
         return ahead
 
-    monkeypatch.setattr(CancelGRPOTrainer, "_weigh_groups", compared)
+    monkeypatch.setattr(WeightStage, "_of_groups", compared)
     settings = {**MOVED, **CUTS["four micro-batches"], "loss_type": "grpo", "epsilon": 0.5}
     train(tiny_model, **settings, group_weights="identity", group_weights_trust_region="none")
     weights, ratios = (torch.cat(column) for column in zip(*seen, strict=True))
@@ -601,13 +603,13 @@ TORN = {**SEQUENCE, **ACCUMULATED, "per_device_train_batch_size": 4, "max_steps"
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
 def test_torn_groups_on_policy(tiny_model, monkeypatch, transformation):
     """TRL's own micro-batches hold parts of groups there, and the weights are those of the true groups: all 1."""
-    seen, freeze = [], CancelGRPOTrainer._freeze_ratios
+    seen, freeze = [], WeightStage._freeze_ratios
 
     def watched(self, inputs, logps, weighted_advantages):
         seen.append((inputs["group_ids"].clone(), weighted_advantages / inputs["advantages"].view(-1, 1)))
         freeze(self, inputs, logps, weighted_advantages)
 
-    monkeypatch.setattr(CancelGRPOTrainer, "_freeze_ratios", watched)
+    monkeypatch.setattr(WeightStage, "_freeze_ratios", watched)
     run = train(tiny_model, **TORN, group_weights=transformation)
     assert any(len(ids.unique()) > 1 for ids, _ in seen), "the micro-batches hold parts of groups"
     weights = torch.cat([weight for _, weight in seen])

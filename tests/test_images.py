@@ -9,8 +9,9 @@ from peft import LoraConfig
 from torch.nn.functional import pad
 from trl.data_utils import prepare_multimodal_messages
 
-from trl_cancel import CancelGRPOTrainer
 from trl_cancel.pipeline.prompts import FreshPrompts
+from trl_cancel.pipeline.scoring import Scoring
+from trl_cancel.pipeline.weights import WeightStage
 
 from .methods import ON_POLICY, SEQUENCE
 from .runs import OFF_POLICY, assert_same_weights, train
@@ -73,21 +74,21 @@ class Watch:
 
     def __init__(self, monkeypatch):
         self.examples, self.rounds, self.losses, self.seen = {}, 0, 0, set()
-        score, weigh = CancelGRPOTrainer._score, CancelGRPOTrainer._weigh
+        score, weigh = Scoring.score, WeightStage.apply
 
-        def watched_score(trainer, generate, inputs):
-            scored = score(trainer, generate, inputs)
+        def watched_score(scoring, generate, inputs):
+            scored = score(scoring, generate, inputs)
             self.rounds += 1
             self.examples |= dict(zip(scored.group_ids.tolist(), scored.examples, strict=True))
             return scored
 
-        def watched_weigh(trainer, inputs, logps):
+        def watched_weigh(stage, inputs, logps, is_measured):
             self.losses += 1
-            self.compare(trainer, inputs, logps.detach())
-            return weigh(trainer, inputs, logps)
+            self.compare(stage.trainer, inputs, logps.detach())
+            return weigh(stage, inputs, logps, is_measured)
 
-        monkeypatch.setattr(CancelGRPOTrainer, "_score", watched_score)
-        monkeypatch.setattr(CancelGRPOTrainer, "_weigh", watched_weigh)
+        monkeypatch.setattr(Scoring, "score", watched_score)
+        monkeypatch.setattr(WeightStage, "apply", watched_weigh)
 
     def compare(self, trainer, inputs, logps):
         self.seen |= set(inputs["group_ids"].tolist())

@@ -5,7 +5,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoModelForCausalLM
 
-from trl_cancel.configs import _OWN_FIELDS
+from trl_cancel.config import _OWN_FIELDS
 
 from .methods import METHODS, settings_of
 from .runs import assert_same_weights, build, train, trained_by_trl

@@ -12,11 +12,11 @@ from tests.methods import FirstTokens
 from tests.runs import DEFAULTS, OFF_POLICY, build, load
 from trl_cancel import CancelGRPOConfig, NTHRConfig, NTHRTrainer, papers
 from trl_cancel.evaluation import Evaluation, EvaluationCallback, EvaluationSettings
-from trl_cancel.methods.named.named import METHODS
+from trl_cancel.methods import NAMED
 from trl_cancel.papers import Paper
 from trl_cancel.playground.data import load_prompts
-from trl_cancel.publishing.published.active_methods import active_methods, cited, tags_of
-from trl_cancel.publishing.published.model_card import datasets_of, hub_id, rename_in_card
+from trl_cancel.publishing.active_methods import active_methods, cited, tags_of
+from trl_cancel.publishing.model_card import datasets_of, hub_id, rename_in_card
 
 
 PAPERS = [paper for paper in vars(papers).values() if isinstance(paper, Paper)]
@@ -35,11 +35,11 @@ def card_of(trainer, **arguments):
 # Which methods are on
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMED)
 def test_named_methods_are_tagged_and_cited(name):
-    methods = active_methods(config(**METHODS[name].settings))
+    methods = active_methods(config(**NAMED[name].settings))
     assert (name in tags_of(methods)) == (name != "grpo")  # that tag is on every model
-    assert METHODS[name].paper in {None, *(paper.id for paper in cited(methods))}
+    assert NAMED[name].paper in {None, *(paper.id for paper in cited(methods))}
     assert papers.GRPO in cited(methods)
 
 

@@ -11,10 +11,10 @@ import trl
 
 from tests.test_token_credit import DELTA, NTHR, Watch, delta_expected, nthr_expected
 from trl_cancel import CancelGRPOConfig
-from trl_cancel import trainers as module
 from trl_cancel.batch.rollouts import join_rows
 from trl_cancel.batch.states import StateStore
-from trl_cancel.pipeline.rounds import GroupPool, Scored
+from trl_cancel.pipeline.rounds import GroupPool, Rounds, Scored
+from trl_cancel.pipeline.scoring import Scoring
 from trl_cancel.playground.data import load_prompts
 from trl_cancel.running.rewards import at_the_mean
 
@@ -48,28 +48,28 @@ class Steps:
 
     def __init__(self, monkeypatch):
         self.batches, self.generated = [], []
-        loss, score = trl.GRPOTrainer.compute_loss, module.CancelGRPOTrainer._score
+        loss, score = trl.GRPOTrainer.compute_loss, Scoring.score
 
         def watched_loss(trainer, model, inputs, *args, **kwargs):
             self.batches.append(dict(inputs))
             return loss(trainer, model, inputs, *args, **kwargs)
 
-        def watched_score(trainer, generate, inputs):
-            scored = score(trainer, generate, inputs)
+        def watched_score(scoring, generate, inputs):
+            scored = score(scoring, generate, inputs)
             self.generated[-1].append(scored)
             ids = torch.cat([scored.batch["prompt_ids"], scored.batch["completion_ids"]], dim=1)
             assert len(ids) == len(scored)
             return scored
 
-        chosen = module.CancelGRPOTrainer._chosen
+        chosen = Rounds.chosen
 
-        def watched_chosen(trainer, generate, inputs):
+        def watched_chosen(rounds, score, inputs):
             self.generated.append([])
-            return chosen(trainer, generate, inputs)
+            return chosen(rounds, score, inputs)
 
         monkeypatch.setattr(trl.GRPOTrainer, "compute_loss", watched_loss)
-        monkeypatch.setattr(module.CancelGRPOTrainer, "_score", watched_score)
-        monkeypatch.setattr(module.CancelGRPOTrainer, "_chosen", watched_chosen)
+        monkeypatch.setattr(Scoring, "score", watched_score)
+        monkeypatch.setattr(Rounds, "chosen", watched_chosen)
 
 
 class RoundsOfLengths:
@@ -300,14 +300,14 @@ def test_table_of_completions_with_evaluation_in_between(tiny_model, tmp_path):
 
 def test_discarded_rollouts_are_released(monkeypatch, tiny_model):
     alive = []
-    score = module.CancelGRPOTrainer._score
+    score = Scoring.score
 
-    def watched(trainer, generate, inputs):
-        scored = score(trainer, generate, inputs)
+    def watched(scoring, generate, inputs):
+        scored = score(scoring, generate, inputs)
         alive.append(weakref.ref(scored.batch["completion_ids"]))
         return scored
 
-    monkeypatch.setattr(module.CancelGRPOTrainer, "_score", watched)
+    monkeypatch.setattr(Scoring, "score", watched)
     train(tiny_model, **SPLIT, **WANTED["both"], arguments=RARE)
     assert len(alive) > 2
     assert not any(reference() is not None for reference in alive)

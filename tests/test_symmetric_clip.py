@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests import references
-from trl_cancel.configs import CLIPPED_LOSSES
+from trl_cancel.batch.clipping import CLIPPED_LOSSES
 
 from .loss import LossHarness
 from .runs import OFF_POLICY, train

@@ -18,7 +18,7 @@ from trl_cancel.cli import main
 from trl_cancel.cli._console import plain_console
 from trl_cancel.evaluation import Evaluation
 from trl_cancel.evaluation.samples import SampleLog
-from trl_cancel.publishing.published.model_card import rename_in_card
+from trl_cancel.publishing.model_card import rename_in_card
 from trl_cancel.texts import markdown, plain, python_string, write_text
 
 from .cli.test_compare import rising, write_run

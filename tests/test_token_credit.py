@@ -9,9 +9,10 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests import references
-from trl_cancel import DelTAConfig, DelTATrainer, NTHRConfig, NTHRTrainer
-from trl_cancel import trainers as module
-from trl_cancel.methods.named import delta
+from trl_cancel import CancelGRPOTrainer, DelTAConfig, DelTATrainer, NTHRConfig, NTHRTrainer
+from trl_cancel.batch.states import LMHead, StateStore
+from trl_cancel.methods import delta
+from trl_cancel.pipeline import credit as stage
 from trl_cancel.playground.tokenizer import build_tokenizer
 from trl_cancel.playground.warm_start import build_model
 
@@ -42,7 +43,7 @@ class Watch:
     def __init__(self, monkeypatch, expected, sees_all=False):
         self.expected, self.applied, self.sees_all = expected, 0, sees_all
         self.trainer, self.most = None, 0.0
-        credited = module.credited
+        credited = stage.credited
 
         def watched(advantages, used, rollouts):
             result = credited(advantages, used, rollouts)
@@ -50,7 +51,7 @@ class Watch:
                 self.compare(advantages, result, rollouts)
             return result
 
-        monkeypatch.setattr(module, "credited", watched)
+        monkeypatch.setattr(stage, "credited", watched)
 
     @torch.no_grad()
     def compare(self, advantages, result, rollouts):
@@ -156,13 +157,13 @@ def test_applied_coefficients_are_those_of_full_logits(monkeypatch, tiny_model, 
 )
 def test_memory_for_states(monkeypatch, tiny_model, method, expected, layout, gib):
     stores = []
-    reserve = module.StateStore.reserve
+    reserve = StateStore.reserve
 
     def watched(store, size):
         reserve(store, size)
         stores.append((store.keeps, store.offloads))
 
-    monkeypatch.setattr(module.StateStore, "reserve", watched)
+    monkeypatch.setattr(StateStore, "reserve", watched)
     watch = Watch(monkeypatch, expected)
     watch.train(tiny_model, **{**LAYOUTS[layout], **method, "max_steps": 9, "state_cache_gib": gib})
     assert set(stores) == {(gib > 0, gib < 1)}
@@ -217,7 +218,7 @@ def test_forward_passes(monkeypatch, tiny_model, layout, method, extra):
     beta = method.get("beta", 0.0)
     arguments = LORA if beta else {}  # so that policy and reference are one model
     theirs = passes_of(monkeypatch, tiny_model, trl.GRPOTrainer, **settings, beta=beta, arguments=arguments)
-    ours = passes_of(monkeypatch, tiny_model, module.CancelGRPOTrainer, **{**settings, **method}, arguments=arguments)
+    ours = passes_of(monkeypatch, tiny_model, CancelGRPOTrainer, **{**settings, **method}, arguments=arguments)
     rows = settings.get("per_device_train_batch_size", 4) * settings["steps_per_generation"]
     assert ours - theirs == extra * rows
 
@@ -225,14 +226,14 @@ def test_forward_passes(monkeypatch, tiny_model, layout, method, extra):
 @pytest.mark.parametrize("selection", ["score", "random"])
 def test_nthr_selects_among_wrong_rollouts_of_mixed_groups(monkeypatch, tiny_model, selection):
     seen = []
-    credited = module.credited
+    credited = stage.credited
 
     def watched(advantages, used, rollouts):
         result = credited(advantages, used, rollouts)
         seen.append((rollouts, result))
         return result
 
-    monkeypatch.setattr(module, "credited", watched)
+    monkeypatch.setattr(stage, "credited", watched)
     settings = {**OFF_POLICY, "nthr": True, "nthr_eta": 0.25, "nthr_beta": 0.1, "nthr_selection": selection}
     run = train(tiny_model, **{**settings, "max_steps": 24})
     selected = counted = 0
@@ -298,7 +299,7 @@ def test_delta_assignments(tiny_model, assignment):
 
 def test_top_fraction_keeps_the_tokens_of_highest_credit(monkeypatch, tiny_model):
     found = {}
-    credited = module.credited
+    credited = stage.credited
 
     def watched(advantages, used, rollouts):
         result = credited(advantages, used, rollouts)
@@ -307,7 +308,7 @@ def test_top_fraction_keeps_the_tokens_of_highest_credit(monkeypatch, tiny_model
         found[fraction] = factor.expand_as(active)[active]
         return result
 
-    monkeypatch.setattr(module, "credited", watched)
+    monkeypatch.setattr(stage, "credited", watched)
     for fraction in (None, 0.3):
         settings = {**OFF_POLICY, **DELTA, "delta_normalize": "none", "delta_top_fraction": fraction, "max_steps": 1}
         train(tiny_model, **settings)
@@ -352,7 +353,7 @@ def test_cold_start_of_a_model_whose_logits_are_not_linear_is_refused(monkeypatc
     def refuse(model):
         raise ValueError("not linear")
 
-    monkeypatch.setattr(module.LMHead, "of", refuse)
+    monkeypatch.setattr(LMHead, "of", refuse)
     with pytest.raises(ValueError, match="not linear"):
         build(tiny_model, **OFF_POLICY, **DELTA)
 

@@ -12,7 +12,9 @@ from datasets import DatasetDict, IterableDataset
 from transformers import TrainerCallback
 
 from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
-from trl_cancel.methods.named.group_weights import TRANSFORMATIONS
+from trl_cancel.batch.clipping import Clipping
+from trl_cancel.methods.group_weights import TRANSFORMATIONS
+from trl_cancel.pipeline.split import whole_group_batches
 from trl_cancel.playground import CHECKPOINT
 from trl_cancel.playground.data import load_prompts
 from trl_cancel.playground.reward import answer_reward
@@ -153,7 +155,9 @@ def test_symmetric_clipping_leaves_the_configuration_alone(tiny_model):
     args = CancelGRPOConfig(output_dir="unused", **DEFAULTS, symmetric_clip=True)
     trainer = CancelGRPOTrainer(tiny_model, noisy_reward, args, load_prompts("train", 8))
     assert (args.delta, trainer.args.delta) == (None, 1.2)
-    assert CancelGRPOConfig(output_dir="unused", **DEFAULTS, symmetric_clip=True, delta=1.2).clip_range == (1.0, 0.2)
+    assert CancelGRPOConfig(output_dir="unused", **DEFAULTS, symmetric_clip=True, delta=1.2).clipping == Clipping(
+        "dapo", 1.0, 0.2, 1.2
+    )
 
 
 def test_a_configuration_changed_after_it_was_made(tiny_model):
@@ -327,7 +331,7 @@ def test_images_stay_with_their_rollouts(tiny_model):
         "image_grid_thw": torch.cat(grids),
         "num_images": num_images,
     }
-    parts = trainer._whole_group_batches(batch)
+    parts = whole_group_batches(batch, trainer.args)
     assert len(parts) == 4
     for part in parts:
         rollouts = part["prompt_ids"].flatten().tolist()

@@ -8,33 +8,33 @@ get opposite pushes that should cancel, leaving credit for what made the differe
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__ as __version__
+
 
 if TYPE_CHECKING:
+    from .batch.protocol import Credit
     from .batch.rollouts import Rollouts
     from .configs import CancelGRPOConfig, DelTAConfig, DFPOConfig, GRPOFixConfig, NTHRConfig
     from .configs import CancelGRPOConfig as GRPOConfig
-    from .credit import Credit
     from .diagnostics.callbacks import TokenShiftCallback
     from .explanation import explain
     from .running.precision import Precision, best_precision
     from .trainers import CancelGRPOTrainer, DelTATrainer, DFPOTrainer, GRPOFixTrainer, NTHRTrainer
     from .trainers import CancelGRPOTrainer as GRPOTrainer
 
-__version__ = "0.1.0"
-
 # Where each public name lives. Loaded on first use: the command line and the pure functions do not wait for TRL.
 _HOME = {
-    "CancelGRPOConfig": ("configs", "CancelGRPOConfig"),
-    "CancelGRPOTrainer": ("trainers", "CancelGRPOTrainer"),
-    "Credit": ("credit", "Credit"),
+    "CancelGRPOConfig": ("config", "CancelGRPOConfig"),
+    "CancelGRPOTrainer": ("trainer", "CancelGRPOTrainer"),
+    "Credit": ("batch.protocol", "Credit"),
     "DelTAConfig": ("configs", "DelTAConfig"),
     "DelTATrainer": ("trainers", "DelTATrainer"),
     "DFPOConfig": ("configs", "DFPOConfig"),
     "DFPOTrainer": ("trainers", "DFPOTrainer"),
-    "GRPOConfig": ("configs", "CancelGRPOConfig"),
+    "GRPOConfig": ("config", "CancelGRPOConfig"),
     "GRPOFixConfig": ("configs", "GRPOFixConfig"),
     "GRPOFixTrainer": ("trainers", "GRPOFixTrainer"),
-    "GRPOTrainer": ("trainers", "CancelGRPOTrainer"),
+    "GRPOTrainer": ("trainer", "CancelGRPOTrainer"),
     "NTHRConfig": ("configs", "NTHRConfig"),
     "NTHRTrainer": ("trainers", "NTHRTrainer"),
     "Precision": ("precision", "Precision"),

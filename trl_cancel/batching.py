@@ -1,8 +1,9 @@
 """Batching: which rollouts go into one optimizer step, as pure functions."""
 
 from .batch.layout import BatchLayout
+from .methods.dynamic_sampling import without_variance
 from .methods.query_preserved import query_preserved_permutation
-from .methods.reward_balance import balanced_order, select_balanced_groups, without_variance
+from .methods.reward_balance import balanced_order, select_balanced_groups
 
 
 __all__ = [

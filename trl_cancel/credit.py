@@ -1,6 +1,6 @@
 """Credit: how much of a rollout's advantage each token carries, as pure functions of tensors."""
 
-from .batch.clipping import post_clip_weights, surrogate_weight, symmetric_clip
+from .batch.clipping import post_clip_weights, surrogate_weight
 from .batch.protocol import Credit
 from .batch.ratios import sequence_ratios, token_ratios
 from .methods.delta import DelTA, delta_coefficients
@@ -12,6 +12,7 @@ from .methods.group_weights import (
 )
 from .methods.nthr import NTHR, nthr_eta, nthr_scores
 from .methods.sign import SignControl
+from .methods.symmetric_clip import symmetric_clip
 
 
 __all__ = [

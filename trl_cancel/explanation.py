@@ -1,14 +1,16 @@
 """What a configuration does, in words: sizes, how far off policy, what is kept together, what is added and why."""
 
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 from trl import GRPOConfig
 
-from .batching import BatchLayout
-from .configs import CLIPPED_LOSSES, CancelGRPOConfig
-from .credit import Credit
+from .batch.clipping import CLIPPED_LOSSES
+from .batch.layout import BatchLayout
+from .batch.protocol import Credit
+from .config import CancelGRPOConfig
+from .methods import METHODS
 from .pipeline.credit import TokenCredits, makes_old_logps
 
 
@@ -30,16 +32,20 @@ def explain(config: GRPOConfig, credits: Sequence[Credit] = ()) -> str:
     """
     config = CancelGRPOConfig.adopt(config)
     token_credits = TokenCredits(config, credits)
+    said: dict[str, list[str]] = defaultdict(list)
+    for method in METHODS:
+        for topic, line in method.explain(config):
+            said[topic].append(line)
     topics = {
         "Generation": list(_generation(config)),
         "Sampling": list(_sampling(config)),
         "Completions": [_completions(config)],
         "Optimizer step": [_optimizer_step(config)],
         "Off-policy": [_off_policy(config)],
-        "Groups": [_groups(config)],
-        "Clipping": [_clipping(config)],
-        "Group weights": list(_group_weights(config)),
-        "Credit": list(_credit(config, token_credits)),
+        "Groups": said["Groups"],
+        "Clipping": said["Clipping"] or [_clipping(config)],
+        "Group weights": said["Group weights"],
+        "Credit": [*said["Credit"], *_own_credit(token_credits)],
         "Loss": list(_loss(config, token_credits)),
         "Precision": list(_precision(config)),
         "Forward passes": [_passes(config, token_credits)],
@@ -70,12 +76,9 @@ def _generation(config: CancelGRPOConfig) -> Iterator[str]:
     where += "" if layout.num_processes == 1 else f"{layout.num_processes} processes"
     total = layout.prompts_per_generation * layout.num_generations
     yield f"{_count(layout.prompts_per_generation, 'prompt')} x {layout.num_generations} rollouts = {total} rollouts{where}."
-    if not config.chooses_groups:
+    wanted = [selector.wants for selector in config.selectors]
+    if not wanted:
         return
-    wanted = [
-        *(["groups whose rewards differ"] if config.filter_zero_variance else []),
-        *([f"{config.reward_balance:.0%} of either sign in each optimizer step"] if config.reward_balance else []),
-    ]
     yield (
         f"Up to {config.max_generation_rounds} rounds of as many, from fresh prompts, until there are "
         f"{' and '.join(wanted)}; then the groups that came first are kept, as far as that will do. Each round costs a "
@@ -156,7 +159,7 @@ def _optimizer_step(config: CancelGRPOConfig) -> str:
     rollouts = [len(uses) * size for uses in steps]
     times = [number for uses in steps for number in uses.values()]
     used = f", each used {_range(times, 'time')}" if max(times) > 1 else ""
-    if _tears_groups(config):
+    if config.tears_groups:
         prompts = f"of up to {_count(max(_most_prompts(layout, uses) for uses in steps), 'prompt')}"
     else:
         prompts = _range([number // layout.num_generations for number in rollouts], "prompt")
@@ -170,10 +173,6 @@ def _most_prompts(layout: BatchLayout, uses: Counter[tuple[int, int]]) -> int:
     size = layout.per_device_train_batch_size * layout.num_processes
     rollouts = Counter(batch for batch, _ in uses)
     return sum(min(number * size, layout.prompts_per_generation) for number in rollouts.values())
-
-
-def _tears_groups(config: CancelGRPOConfig) -> bool:
-    return config.layout.is_split and not config.query_preserved
 
 
 def _range(numbers: Sequence[int], noun: str) -> str:
@@ -197,56 +196,9 @@ def _off_policy(config: CancelGRPOConfig) -> str:
     )
 
 
-def _groups(config: CancelGRPOConfig) -> str:
-    layout = config.layout
-    if not layout.is_split:
-        return (
-            "Whole in every optimizer step, which holds all of each of its generation batches; batches are TRL's own."
-        )
-    if not config.query_preserved:
-        return (
-            "Torn: TRL shuffles single rollouts and spreads them over several optimizer steps. Set "
-            "query_preserved=True to keep the rollouts of a prompt together."
-        )
-    also = "and every micro-batch" if layout.groups_fit_micro_batches else "but spread over its micro-batches"
-    return f"Whole in every optimizer step {also}: query_preserved=True shuffles prompts, not single rollouts."
-
-
-def _group_weights(config: CancelGRPOConfig) -> Iterator[str]:
-    if config.group_weights == "none":
-        return
-    weights = {
-        "identity": "the clipped ratios as constants, which cancel no better",
-        "min": "the smallest of the group for all",
-        "orth": "the nearest that are orthogonal to the advantages",
-        "positive_orth": "the nearest that are orthogonal to the advantages and not negative",
-        "rebalance": "the heavier side scaled down until both balance",
-    }[config.group_weights]
-    region = config.group_weights_trust_region
-    region = "none" if region == "mask" and config.loss_type == "cispo" else region  # nothing is cut off there
-    region = {
-        "none": "nothing stops the push on a rollout outside the clipping range",
-        "mask": "a rollout whose gradient clipping would cut off rests, and the others balance without it",
-        "group": "a group rests while one of its rollouts is outside the clipping range",
-    }[region]
-    scale = "" if config.group_weights_scale == 1 else f", times {config.group_weights_scale:g}"
-    through = "" if config.group_weights_stop_gradient else ", differentiated through"
-    yield f"{config.group_weights}: {weights}{scale}{through}; {region}."
-
-
 def _clipping(config: CancelGRPOConfig) -> str:
-    low, high = config.clip_range
+    low, high = config.clipping.low, config.clipping.high
     level = f"{config.importance_sampling_level}-level ratio"
-    if config.group_weights != "none":
-        bounds = f"at most {high:g}" if config.loss_type == "cispo" else f"by {1 - low:g} and {1 + high:g}"
-        bounds = f"into [0, {1 + high:g}]" if config.symmetric_clip else bounds
-        return f"Inside the group weights, which hold the {level}s clipped {bounds}; TRL's clip_ratio/* reads 0."
-    if config.symmetric_clip:
-        above = {"surrogate": "stops", "score": "goes on with constant weight"}[config.symmetric_clip_gradient]
-        return (
-            f"Symmetric: {level} in [0, {1 + high:g}] for both signs; above it the push {above}. See "
-            "symmetric_clip/* for what is clipped; TRL's clip_ratio/* reads 0."
-        )
     if config.loss_type not in CLIPPED_LOSSES:
         return f"That of loss_type={config.loss_type!r}, {level}."
     loose = config.importance_sampling_level == "sequence" and high >= 0.1
@@ -260,36 +212,9 @@ def _clipping(config: CancelGRPOConfig) -> str:
     )
 
 
-def _credit(config: CancelGRPOConfig, credits: TokenCredits) -> Iterator[str]:
-    yield {
-        "both": "Every token carries the advantage of its rollout.",
-        "positive": "Rollouts of negative advantage are left out, so nothing cancels.",
-        "negative": "Rollouts of positive advantage are left out, so nothing cancels.",
-    }[config.advantage_sign]
-    if config.nthr:
-        tokens = {
-            "score": "tokens of wrong rollouts that would take the right ones down with them",
-            "random": "as many tokens of wrong rollouts as it would select, drawn at random,",
-        }[config.nthr_selection]
-        eta = {"balanced": "2|0.5 - p|", "p": "p", "1-p": "1 - p"}.get(config.nthr_eta, config.nthr_eta)
-        share = ", where p is the share of right rollouts in the group" if "p" in str(eta) else ""
-        yield f"NTHR: {tokens} carry {eta} of it{share}."
-    if config.delta_credit:
-        yield f"DelTA: {_delta(config)}."
+def _own_credit(credits: TokenCredits) -> Iterator[str]:
     if credits.own:
         yield f"Times the coefficients of {', '.join(type(credit).__name__ for credit in credits.own)}."
-
-
-def _delta(config: CancelGRPOConfig) -> str:
-    if config.delta_top_fraction is not None:
-        return f"only the {config.delta_top_fraction:.0%} of tokens that tell good rollouts from bad ones best count"
-    how = {
-        "soft": "by how well it tells good rollouts from bad ones",
-        "hard": "the higher if it looks like its own side, the lower if it looks like the other",
-        "random": "as DelTA would, but dealt out at random",
-    }[config.delta_assignment]
-    mean = {"batch": ", over their mean", "side": ", over the mean of its side", "none": ""}[config.delta_normalize]
-    return f"each token carries {config.delta_lambda_min:g} to {config.delta_lambda_max:g} of it{mean}, {how}"
 
 
 def _loss(config: CancelGRPOConfig, credits: TokenCredits) -> Iterator[str]:
@@ -314,8 +239,7 @@ def _first_loss_is_zero(config: CancelGRPOConfig, credits: TokenCredits) -> bool
         or config.off_policy_mask_threshold is not None
         or config.top_entropy_quantile < 1
         or (config.use_vllm and config.vllm_importance_sampling_correction)
-        or config.advantage_sign != "both"
-        or _tears_groups(config)
+        or config.tears_groups
         # A step that begins with the rest of one generation batch and goes on with the next is new only in part.
         or not (config.layout.is_on_policy or config.layout.updates_per_generation.is_integer())
     )
@@ -365,13 +289,13 @@ def _own_passes(config: CancelGRPOConfig, credits: TokenCredits) -> Iterator[str
         yield "Token credit takes its hidden states from the one for the log-probs."
     elif credits.states_when_scored:
         yield "This package adds one without gradients for each generation batch, for the hidden states of token credit."
-    if config.group_weights != "none" and layout.spreads_groups and not layout.is_on_policy:
+    if config.weigher is not None and layout.spreads_groups and not layout.is_on_policy:
         yield (
             "This package adds one without gradients for each optimizer step but the first of a generation batch, "
             "since groups are spread over micro-batches; a per_device_train_batch_size that is a multiple of "
             "num_generations saves it."
         )
-    elif config.group_weights != "none" and layout.spreads_groups and _mask_looks_at_the_policy(config):
+    elif config.weigher is not None and layout.spreads_groups and _mask_looks_at_the_policy(config):
         yield (
             "This package adds one without gradients for each generation batch: groups are spread over micro-batches, "
             "and off_policy_mask_threshold compares the policy with what vLLM says."
@@ -392,37 +316,14 @@ def _mask_looks_at_the_policy(config: CancelGRPOConfig) -> bool:
 
 
 def _leaks(config: CancelGRPOConfig) -> Iterator[str]:
-    if config.advantage_sign != "both":
-        yield f"advantage_sign={config.advantage_sign!r} leaves no opposite pushes to cancel."
-    if _tears_groups(config):
-        yield "Groups are torn between optimizer steps (query_preserved=False)."
-    if (
-        not config.layout.is_on_policy
-        and not config.symmetric_clip
-        and config.loss_type != "cispo"
-        and (config.group_weights == "none")
-    ):
-        yield f"loss_type={config.loss_type!r} treats one ratio differently by sign (symmetric_clip=False)."
-    if (
-        not config.layout.is_on_policy
-        and config.importance_sampling_level == "sequence"
-        and (config.group_weights in ("none", "identity"))
-    ):
-        yield "Sequence-level ratios weigh the rollouts of a group differently."
-    if config.group_weights in ("orth", "positive_orth", "rebalance"):
-        yield f"group_weights={config.group_weights!r} balances whole groups, not what only a part of a group shares."
-    if config.group_weights != "none" and config.top_entropy_quantile < 1:
-        yield "top_entropy_quantile masks tokens after the group weights are made, so rollouts weigh what is left of them."
+    for method in METHODS:
+        yield from method.leaks(config)
     if config.loss_type in ("grpo", "sapo"):
         yield f"loss_type={config.loss_type!r} divides by each rollout's length, so short rollouts push harder."
-    if config.nthr:
-        yield "nthr=True pushes tokens of wrong rollouts less, also those that right ones share."
-    if config.delta_credit:
-        yield "delta_credit=True weighs a token by its side, so what both sides share keeps a little of the push."
     if config.mask_truncated_completions:
         yield "mask_truncated_completions=True drops members of a group after its advantages are computed."
     if config.off_policy_mask_threshold is not None:
         yield "off_policy_mask_threshold drops negative members of a group."
-    is_transformed = config.group_weights != "none" and config.group_weights_include_sampling_ratio
+    is_transformed = config.weigher is not None and config.weigher.takes_correction
     if config.use_vllm and config.vllm_importance_sampling_correction and not is_transformed:
         yield f"vllm_importance_sampling_mode={config.vllm_importance_sampling_mode!r} weighs rollouts or tokens apart."

@@ -45,7 +45,7 @@ class Paper:
         return {"title": self.title, "id": self.id, "citation": self.bibtex}
 
 
-# Methods of this package.
+# Of several methods of this package; those of one stand with it.
 CANCELLATION = Paper(
     "2605.08666",
     "cheng2026cancellation",
@@ -58,18 +58,6 @@ DESIGN_CONDITIONS = Paper(
     "ding2026design",
     "Design Conditions for Intra-Group Learning of Sequence-Level Rewards: Token Gradient Cancellation",
     "Fei Ding and Yongkang Zhang and Youwei Wang and Zijian Zeng",
-)
-NEGATIVE_GRADIENT = Paper(
-    "2505.18830",
-    "deng2025negative",
-    "On the Effect of Negative Gradient in Group Relative Deep Reinforcement Optimization",
-    "Wenlong Deng and Yi Ren and Muchen Li and Danica J. Sutherland and Xiaoxiao Li and Christos Thrampoulidis",
-)
-DISCRIMINATIVE_CREDIT = Paper(
-    "2605.21467",
-    "zhang2026delta",
-    "DelTA: Discriminative Token Credit Assignment for Reinforcement Learning from Verifiable Rewards",
-    "Kaiyi Zhang and Wei Wu and Yankai Lin",
 )
 
 # Methods of TRL's.

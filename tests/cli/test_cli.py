@@ -21,7 +21,7 @@ from trl_cancel.cli.demo import SETTINGS
 from trl_cancel.cli.settings import Parser
 from trl_cancel.cli.training import Results, run_training
 from trl_cancel.evaluation import TransformersEngine
-from trl_cancel.methods.named.named import METHODS
+from trl_cancel.methods import NAMED
 from trl_cancel.running.precision import best_precision
 
 
@@ -120,7 +120,7 @@ def test_threads(model, expected, tiny_model, tmp_path, monkeypatch):
     assert found == [expected]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMED)
 def test_every_method_trains(method, tmp_path):
     settings = {**QUICK, "eval_problems": 0, "output_dir": tmp_path, "method": method}
     assert main(["train", *flags(**settings)]) == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 import trl
 
 from tests.runs import build
-from trl_cancel.publishing.published.model_card import _last_block, _sections, _versions
+from trl_cancel.publishing.model_card import _last_block, _sections, _versions
 
 
 def test_parts_of_trls_card(tiny_model, tmp_path):

@@ -11,7 +11,7 @@ from tests import references
 from trl_cancel.batch.rollouts import Rollouts, generator_of
 from trl_cancel.batch.states import LMHead
 from trl_cancel.credit import delta_coefficients
-from trl_cancel.methods.named import delta
+from trl_cancel.methods import delta
 
 
 def batch(seed, tokens=30, size=4, zeros=True):

@@ -13,7 +13,7 @@ from trl_cancel.credit import (
     post_clip_weights,
     truncate_and_rebalance,
 )
-from trl_cancel.methods.named.group_weights import consistent_weights
+from trl_cancel.methods.group_weights import consistent_weights
 
 
 FINITE = st.floats(-3, 3).map(lambda x: 0.0 if abs(x) < 1e-3 else x)

@@ -6,7 +6,7 @@ import torch
 from tests import references
 from trl_cancel.batch.states import LMHead
 from trl_cancel.credit import nthr_eta, nthr_scores
-from trl_cancel.methods.named import nthr
+from trl_cancel.methods import nthr
 
 
 def group(seed, rollouts=4, length=5, size=3, vocabulary=7, temperature=1.0, **head):

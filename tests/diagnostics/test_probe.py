@@ -17,7 +17,7 @@ from trl_cancel.diagnostics import UpdateProbe, Variant, sample_rollouts
 from trl_cancel.diagnostics.probing.masking import CONDITIONS, boost_rate, masking_effects
 from trl_cancel.diagnostics.probing.off_policy import off_policy_steps
 from trl_cancel.diagnostics.probing.sampling import group_advantages
-from trl_cancel.methods.named.named import METHODS
+from trl_cancel.methods import NAMED
 from trl_cancel.playground.data import load_prompts
 
 
@@ -158,10 +158,10 @@ def _model_of(trainer, path):
     return model
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("reward-balanced", "dynamic-sampling")])
+@pytest.mark.parametrize("name", [name for name in NAMED if name not in ("reward-balanced", "dynamic-sampling")])
 def test_gradient_is_that_of_the_trainer(tiny_model, name):
     """Off policy, with each group in a micro-batch, and the token-level normalisation that the probe has."""
-    settings = {**METHODS[name].settings, "loss_type": "dapo"}
+    settings = {**NAMED[name].settings, "loss_type": "dapo"}
     level = settings.get("importance_sampling_level", "token")
     trainer = build(
         load(tiny_model).double(),
@@ -207,7 +207,7 @@ def test_token_credit_is_that_of_the_trainer(tiny_model):
             gradient_accumulation_steps=2,
             num_iterations=2,
             max_steps=1,
-            **METHODS[name].settings,
+            **NAMED[name].settings,
         )
         trainer.train()
         rows = {

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from tests.runs import build, load, weights_of
 from trl_cancel import CancelGRPOTrainer
 from trl_cancel.cli import main
-from trl_cancel.publishing.published.hub import PushError, check_token, reason
+from trl_cancel.publishing.hub import PushError, check_token, reason
 
 from .conftest import READ_TOKEN, TOKEN, talk_to
 from .server import Fault, Repo, StandIn

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import trl
 
-from trl_cancel.configs import CLIPPED_LOSSES
+from trl_cancel.batch.clipping import CLIPPED_LOSSES
 
 from ..references import consistent
 from .runs import PROCESSES, ROUNDING, MicroBatch, Run, Watched, value_of

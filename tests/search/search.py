@@ -10,7 +10,7 @@ import torch
 import trl
 from accelerate.utils import gather_object
 
-from trl_cancel.configs import _OWN_FIELDS
+from trl_cancel.config import _OWN_FIELDS
 
 from ..runs import without
 from .promises import OF_A_RUN, Of

@@ -3,8 +3,9 @@
 import random
 from typing import Any
 
-from trl_cancel.configs import CLIPPED_LOSSES, LOSS_TYPES, CancelGRPOConfig
-from trl_cancel.methods.named.group_weights import TRANSFORMATIONS
+from trl_cancel.batch.clipping import CLIPPED_LOSSES, LOSS_TYPES
+from trl_cancel.config import CancelGRPOConfig
+from trl_cancel.methods.group_weights import TRANSFORMATIONS
 
 from ..runs import DEFAULTS
 from .standins import CREDITS, MODELS, REWARDS

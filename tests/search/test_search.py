@@ -15,7 +15,7 @@ from trl import GRPOConfig
 
 from tests.distributed.engines import ROOT
 from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
-from trl_cancel.configs import _OWN_FIELDS
+from trl_cancel.config import _OWN_FIELDS
 from trl_cancel.credit import NTHR, DelTA
 from trl_cancel.pipeline.monitor import UpdateMonitor
 

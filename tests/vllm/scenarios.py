@@ -7,7 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from trl_cancel.methods.named.named import METHODS
+from trl_cancel.methods import NAMED
 
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
@@ -22,7 +22,7 @@ SCENARIOS = {
     "grpo-fix": {"symmetric_clip": True},
     "grpo-fix-score": {"symmetric_clip": True, "symmetric_clip_gradient": "score"},
     "delta-top-fraction": {"delta_credit": True, "delta_top_fraction": 0.5},
-    **{name: METHODS[name].settings for name in OTHERS},
+    **{name: NAMED[name].settings for name in OTHERS},
     "no sync": {},
 }
 

@@ -1,39 +1,20 @@
 """
-Symmetric clipping, and the weight that a clipped surrogate puts on a token or rollout.
+Clipping of the ratio as TRL's losses do it: the weight that the clipped surrogate puts on a token or rollout.
 
-Stock clipping, min(rA, clip(r)A), treats one ratio r differently for positive and negative advantages, so tokens that
-good and bad rollouts share no longer cancel outside the clipping range (Appendix F of 2604.13088). Symmetric clipping
-(Appendix H) uses one function of r for both signs.
+Stock clipping, min(rA, clip(r)A), treats one ratio r differently for positive and negative advantages.
 """
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from ..arguments import floats, not_negative, shaped, stretch
 
 
-def symmetric_clip(ratios: torch.Tensor, epsilon: float) -> torch.Tensor:
-    r"""
-    The sign-independent weight of Eq. 79 of [2604.13088](https://huggingface.co/papers/2604.13088):
-    \\( \phi(r) = \mathrm{clip}(r, 0, 1+\varepsilon) \\).
-
-    The surrogate \\( A\,\phi(r) \\) (Eq. 80) has gradient zero above the bound. The score form (Eq. 81) takes
-    \\( \phi(r) \\) as a constant, so its gradient \\( A\,\phi(r)\nabla\log\pi \\) goes on above the bound.
-
-    Args:
-        ratios (`torch.Tensor`):
-            Importance ratios of tokens or sequences, of any shape.
-        epsilon (`float`):
-            Distance of the upper bound from 1.
-
-    Returns:
-        `torch.Tensor` of the same shape: The weights; `nan` where the ratio is.
-
-    Raises:
-        `ValueError`: If `epsilon` is negative or not a number.
-    """
-    (ratios,) = floats(ratios=ratios)
-    not_negative("epsilon", epsilon, "0.2")
-    return ratios.clamp(0.0, 1.0 + epsilon)
+# Loss types whose surrogate is TRL's clipped one, min(rA, clip(r)A).
+CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+LOSS_TYPES = (*CLIPPED_LOSSES, "cispo", "sapo", "vespo")
 
 
 def post_clip_weights(
@@ -131,3 +112,72 @@ def check_clip_range(epsilon_low: float, epsilon_high: float, delta: float | Non
     not_negative("epsilon_high", epsilon_high, "0.2")
     if delta is not None:
         not_negative("delta", delta, "4.0")
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """
+    How a loss clips the ratios r of tokens or rollouts.
+
+    Args:
+        loss_type (`str`):
+            TRL's loss.
+        low, high (`float`):
+            Distances of the bounds from 1. With `loss_type="cispo"` `high` itself is the bound.
+        delta (`float`, *optional*):
+            Bound on the ratio itself (two-sided clipping).
+
+    Attributes:
+        is_constant (`bool`):
+            Whether the clipped ratio is a constant weight of the score, whose push goes on outside of the bounds.
+    """
+
+    is_constant: ClassVar[bool] = False
+
+    loss_type: str
+    low: float
+    high: float
+    delta: float | None = None
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether one range holds for both signs of the advantage."""
+        return self.low >= 1 and self.delta == 1 + self.high
+
+    def clipped(self, ratios: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        """The clipped ratios: what multiplies the advantages in the value of the loss."""
+        if self.loss_type == "cispo":
+            return ratios.clamp(max=self.high)
+        return post_clip_weights(ratios, advantages.expand_as(ratios), self.low, self.high, self.delta)
+
+    def weights(self, ratios: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor | None:
+        """
+        The weight with which the loss puts a token's score into the gradient; `None` for losses that have no clipped
+        surrogate.
+
+        Args:
+            ratios (`torch.Tensor` of shape `(B, T)` or `(B, 1)`):
+                Importance ratios.
+            advantages (`torch.Tensor` of shape `(B, T)` or `(B, 1)`):
+                Advantages.
+        """
+        if self.loss_type == "cispo":
+            return ratios.clamp(max=self.high)
+        if self.loss_type not in CLIPPED_LOSSES:
+            return None
+        return surrogate_weight(ratios, advantages, self.low, self.high, self.delta)
+
+    def cuts(self, ratios: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        """Where the clipped surrogate is flat, so that its gradient is 0."""
+        if self.loss_type == "cispo":
+            return torch.zeros_like(ratios, dtype=torch.bool)
+        return self.clipped(ratios, advantages) != ratios
+
+    def is_outside(self, ratios: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        """Ratios outside of the range, on either side."""
+        if self.loss_type == "cispo":
+            return ratios > self.high
+        high = torch.full_like(ratios, 1 + self.high)
+        if self.delta is not None:  # it may end the range of positive advantages earlier
+            high = torch.where(advantages >= 0, high.clamp(max=self.delta), high)
+        return (ratios > high) | (ratios < 1 - self.low)

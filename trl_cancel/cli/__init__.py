@@ -5,9 +5,9 @@ import traceback
 from importlib import import_module
 from typing import NoReturn
 
-from .. import __version__
 from ..running.secrets import quotable, without_tokens
 from ..texts import plain
+from ..version import __version__
 
 
 COMMANDS = {

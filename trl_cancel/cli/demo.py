@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..methods.named import METHODS
+from ..methods import NAMED
 from . import OneLineErrors, UsageError
 from ._quiet import quiet
 
@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
     parser = DemoParser(prog="trl-cancel demo", description=__doc__)
     parser.add_argument("--output", default=FOLDER, help="folder for the trained model (default: %(default)s)")
     parser.add_argument(
-        "--method", default="query-preserved", help=f"one of {', '.join(METHODS)} (default: %(default)s)"
+        "--method", default="query-preserved", help=f"one of {', '.join(NAMED)} (default: %(default)s)"
     )
     parser.add_argument(
         "--steps", type=int, default=SETTINGS["max_steps"], help="optimizer steps (default: %(default)s)"
@@ -71,7 +71,7 @@ def _train(options: argparse.Namespace) -> int:
                 *(part for name, value in chosen.items() for part in (f"--{name}", str(value))),
             ]
         )
-        console.print(INTRODUCTION.format(method=options.method, summary=METHODS[options.method].summary))
+        console.print(INTRODUCTION.format(method=options.method, summary=NAMED[options.method].summary))
         run_training(settings)
         other = "query-preserved" if options.method == "grpo" else "grpo"
         console.print(NEXT_STEPS.format(output=options.output, other=other), markup=False)

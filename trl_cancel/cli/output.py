@@ -6,7 +6,7 @@ from ..running.changed_settings import changes, run_record
 from ..running.checkpoints import AUTO, decided_by_main
 from ..running.finished import check_replaceable, saved_step
 from ..running.run_lock import check_free
-from ..trainers import CancelGRPOTrainer
+from ..trainer import CancelGRPOTrainer
 from . import UsageError
 from .settings import Settings
 

@@ -11,8 +11,8 @@ import yaml
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
-from ..configs import CancelGRPOConfig
-from ..methods.named import METHODS, complete_settings
+from ..config import CancelGRPOConfig
+from ..methods import NAMED, complete_settings
 from ..running.precision import Precision, best_precision
 from ..running.removed import SETTINGS, said_of
 from ..running.secrets import without_tokens
@@ -38,7 +38,7 @@ class RunArguments(GRPOScriptArguments):
 
     method: str | None = field(
         default=None,
-        metadata={"help": f"Method whose settings become the defaults of this run: {', '.join(METHODS)}."},
+        metadata={"help": f"Method whose settings become the defaults of this run: {', '.join(NAMED)}."},
     )
     eval_problems: int = field(
         default=0,
@@ -127,9 +127,9 @@ class Parser(StrictParser):
         flag = _value_of("--method", arguments)
         method = flag or yaml_settings.get("method")
         if method is not None:
-            if not isinstance(method, str) or method not in METHODS:
-                raise UsageError(f"method={method}: unknown; use one of {', '.join(METHODS)}.")
-            self.set_defaults(**METHODS[method].settings)
+            if not isinstance(method, str) or method not in NAMED:
+                raise UsageError(f"method={method}: unknown; use one of {', '.join(NAMED)}.")
+            self.set_defaults(**NAMED[method].settings)
         if flag:  # like any flag it beats the file, and what the file says of other methods
             given = {name.removeprefix("no_") for name in _flag_names(arguments)}
             chosen = {name: value for name, value in complete_settings(flag).items() if name not in given}

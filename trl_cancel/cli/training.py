@@ -38,7 +38,7 @@ from ..running.inputs import check_rewards, columns_of
 from ..running.outcome import remark_on
 from ..running.rewards import RewardError
 from ..running.run_lock import FolderInUse
-from ..trainers import CancelGRPOTrainer
+from ..trainer import CancelGRPOTrainer
 from . import Failure, UsageError
 from ._console import plain_console
 from .output import check_output, says_finished

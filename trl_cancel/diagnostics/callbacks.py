@@ -1,6 +1,6 @@
 """Callbacks that measure during training and change nothing in it."""
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from transformers import TrainerCallback
@@ -10,10 +10,6 @@ from ..batch.metrics import StepMetrics
 from ..batch.rollouts import Rows, loss_mask
 from ..batch.states import without_dropout
 from .shifts import THRESHOLD, TokenShifts, token_shifts
-
-
-if TYPE_CHECKING:
-    from ..trainers import CancelGRPOTrainer
 
 
 class TokenShiftCallback(TrainerCallback):
@@ -44,10 +40,8 @@ class TokenShiftCallback(TrainerCallback):
         `ValueError`: If it has such a callback already, or `steps` or `threshold` make no sense.
     """
 
-    def __init__(self, trainer: "CancelGRPOTrainer", steps: int, threshold: float = THRESHOLD):
-        from ..trainers import CancelGRPOTrainer  # which imports this module
-
-        if not isinstance(trainer, CancelGRPOTrainer):
+    def __init__(self, trainer: Any, steps: int, threshold: float = THRESHOLD):
+        if not _measures(trainer):
             raise TypeError(f"trainer is a {type(trainer).__name__}; pass a trainer of trl_cancel.")
         if any(isinstance(callback, TokenShiftCallback) for callback in trainer.callback_handler.callbacks):
             raise ValueError(
@@ -95,3 +89,8 @@ class TokenShiftCallback(TrainerCallback):
             for kind in ("boosted", "suppressed", "mean"):
                 add(f"shift/{sign}{kind}", getattr(ratios, kind), ratios.tokens)
         add("shift/mean_magnitude", found.all.mean_magnitude, found.all.tokens)
+
+
+def _measures(trainer: Any) -> bool:
+    """Whether a trainer is one of this package's, which imports this module."""
+    return hasattr(trainer, "_current_logps")

@@ -6,6 +6,7 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets, load_dataset
 
 from ..arguments import whole
+from ..methods import METHODS
 from ..running import sources
 from .settings import EvaluationSettings
 
@@ -74,32 +75,12 @@ SOURCES = {
 
 
 def _presets() -> dict[str, Preset]:
-    cancellation: dict[str, Any] = {"greedy": False, "temperature": 0.6, "top_p": 0.95, "max_completion_length": 8192}
-    avg32 = EvaluationSettings(num_samples=32, **cancellation)
-    pass1 = EvaluationSettings(num_samples=1, **cancellation)
-    delta = EvaluationSettings(num_samples=16, greedy=False, max_completion_length=30000)
-    # 32k tokens of context, of which 1k are left to the prompt.
-    dfpo: dict[str, Any] = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_completion_length": 31 * 1024}
-    nthr = EvaluationSettings(num_samples=0, greedy=True, max_completion_length=4000)
-    papers = {
-        ("cancellation", "2605.08666"): {
-            **dict.fromkeys(["aime24", "aime25", "amc23"], avg32),
-            **dict.fromkeys(["math500", "minerva", "olympiad"], pass1),
-        },
-        ("delta", "2605.21467"): dict.fromkeys(
-            ["aime24", "aime25", "aime26", "hmmt25-feb", "hmmt25-nov", "hmmt26-feb", "brumo25"], delta
-        ),
-        ("dfpo", "2604.13088"): dict.fromkeys(
-            ["aime25", "hmmt25-feb"], EvaluationSettings(num_samples=32, greedy=False, **dfpo)
-        ),
-        ("nthr", "2505.18830"): dict.fromkeys(["aime24", "amc23", "math500", "minerva", "olympiad"], nthr),
-    }
     presets: dict[str, Preset] = {}
-    for (label, paper), settings in papers.items():
-        for name, how in settings.items():
-            preset = Preset(SOURCES[name], paper, how)
+    for evaluation in (evaluation for method in METHODS for evaluation in method.evaluations):
+        for name in evaluation.data:
+            preset = Preset(SOURCES[name], evaluation.paper, EvaluationSettings(**evaluation.settings))
             presets.setdefault(name, preset)  # the short name is the first paper's
-            presets[f"{name}-{label}"] = preset
+            presets[f"{name}-{evaluation.label}"] = preset
     return presets
 
 

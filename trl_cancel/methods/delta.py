@@ -13,7 +13,8 @@ Shapes: N active tokens of the generation batch, d the size of a proxy.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +23,16 @@ from ..arguments import finite, floats, is_number, one_of, shaped, single, whole
 from ..batch.protocol import Scope
 from ..batch.rollouts import Rollouts, generator_of
 from ..batch.states import HELD_LOGITS, LMHead
+from ..papers import Paper
+from .method import ActiveMethod, Config, Method, Named, PaperConfiguration, PaperEvaluation, documented
 
 
+PAPER = Paper(
+    "2605.21467",
+    "zhang2026delta",
+    "DelTA: Discriminative Token Credit Assignment for Reinforcement Learning from Verifiable Rewards",
+    "Kaiyi Zhang and Wei Wu and Yankai Lin",
+)
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 Proxies = Callable[[], Iterable[torch.Tensor]]  # gives the proxies anew at each call, some tokens at a time
 PROXIES = ("lm_head_row", "hidden_gradient")
@@ -464,3 +473,148 @@ def _quantile(values: torch.Tensor, fraction: float, reduce: Reduce) -> torch.Te
         enough = reduce((values >= middle).sum()) >= fraction * count
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
     return low
+
+
+@documented
+@dataclass
+class Settings:
+    """
+    delta_credit (`bool`, *optional*, defaults to `False`):
+        Let tokens that tell good rollouts from bad ones carry more of the advantage (DelTA). Source:
+        [2605.21467](https://huggingface.co/papers/2605.21467).
+    delta_lambda_min (`float`, *optional*, defaults to `0.8`):
+        DelTA's credit of a token that looks like the other side.
+    delta_lambda_max (`float`, *optional*, defaults to `1.2`):
+        DelTA's credit of a token that looks like its own side.
+    delta_refinements (`int`, *optional*, defaults to `1`):
+        How often DelTA's centroids of both sides are taken again with the tokens weighted.
+    delta_gamma (`float`, *optional*):
+        Scale of DelTA's margins. By default, the standard deviation of each side's.
+    delta_proxy (`str`, *optional*, defaults to `"lm_head_row"`):
+        What stands for a token's gradient in DelTA. One of:
+
+        - `"lm_head_row"`: (1 - π)h, one minus its probability times the hidden state.
+        - `"hidden_gradient"`: the gradient by the hidden state.
+    delta_assignment (`str`, *optional*, defaults to `"soft"`):
+        How DelTA assigns tokens to sides. One of:
+
+        - `"soft"`: by the sigmoid of their margin.
+        - `"hard"`: one side or the other.
+        - `"random"`: the soft ones dealt out at random, a control.
+    delta_normalize (`str`, *optional*, defaults to `"batch"`):
+        What DelTA's credits are divided by: `batch`, their mean over the generation batch, as the authors have it,
+        which pushes one side harder than the other; `side`, the mean of their own side, which does not; or
+        `none`. `True` and `False` mean `batch` and `none`.
+    delta_top_fraction (`float`, *optional*):
+        Instead of weighing tokens, keep this fraction of them, those with DelTA's highest credit.
+    """
+
+    delta_credit: bool = False
+    delta_lambda_min: float = 0.8
+    delta_lambda_max: float = 1.2
+    delta_refinements: int = 1
+    delta_gamma: float | None = None
+    delta_proxy: str = "lm_head_row"
+    delta_assignment: str = "soft"
+    delta_normalize: str = "batch"
+    delta_top_fraction: float | None = None
+
+
+class DiscriminativeCredit(Method):
+    """Gives tokens credit by how well they tell the two sides of the batch apart."""
+
+    Settings = Settings
+    switch = "delta_credit"
+    named = {
+        "delta": Named({"delta_credit": True}, "more credit to tokens that tell good from bad", PAPER.id),
+        "delta-random": Named(
+            {"delta_credit": True, "delta_assignment": "random"},
+            "control: the same credits, dealt out at random",
+            PAPER.id,
+        ),
+    }
+    configurations = (
+        PaperConfiguration(
+            "DelTA",
+            "DelTA",
+            "delta",
+            PAPER,
+            {
+                "delta_credit": True,
+                "epsilon_high": 0.28,
+                "num_generations": 16,
+                "per_device_train_batch_size": 16,
+                "learning_rate": 1e-6,
+            },
+            "tokens that tell good rollouts from bad ones carry more of the advantage (DelTA)",
+            "DelTA.",
+        ),
+    )
+    evaluations = (
+        PaperEvaluation(
+            "delta",
+            PAPER.id,
+            ("aime24", "aime25", "aime26", "hmmt25-feb", "hmmt25-nov", "hmmt26-feb", "brumo25"),
+            {"num_samples": 16, "greedy": False, "max_completion_length": 30000},
+        ),
+    )
+    logs = ("delta/",)
+
+    def check(self, args: Config) -> None:
+        if isinstance(args.delta, bool):
+            raise ValueError(
+                f"delta={args.delta}: delta is TRL's name for a bound on the ratio, a number. Did you mean "
+                f"delta_credit={args.delta}?"
+            )
+        try:
+            args.delta_normalize = normalization(args.delta_normalize)
+        except ValueError as error:
+            raise ValueError(f"delta_{error}") from None
+        if not args.delta_credit:
+            return
+        check_delta(
+            args.delta_refinements,
+            args.delta_lambda_min,
+            args.delta_lambda_max,
+            args.delta_gamma,
+            args.delta_proxy,
+            args.delta_assignment,
+            args.delta_top_fraction,
+            "delta_",
+        )
+
+    def active(self, args: Config) -> ActiveMethod:
+        does = "tokens that tell good rollouts from bad ones carry more of the advantage"
+        control = ", as a control dealt out at random" if args.delta_assignment == "random" else ""
+        return ActiveMethod("DelTA", does + control, ("delta", "delta-random") if control else ("delta",), (PAPER,))
+
+    def explain(self, args: Config) -> Iterator[tuple[str, str]]:
+        if args.delta_credit:
+            yield "Credit", f"DelTA: {self._shares(args)}."
+
+    def _shares(self, args: Config) -> str:
+        if args.delta_top_fraction is not None:
+            return f"only the {args.delta_top_fraction:.0%} of tokens that tell good rollouts from bad ones best count"
+        how = {
+            "soft": "by how well it tells good rollouts from bad ones",
+            "hard": "the higher if it looks like its own side, the lower if it looks like the other",
+            "random": "as DelTA would, but dealt out at random",
+        }[args.delta_assignment]
+        mean = {"batch": ", over their mean", "side": ", over the mean of its side", "none": ""}[args.delta_normalize]
+        return f"each token carries {args.delta_lambda_min:g} to {args.delta_lambda_max:g} of it{mean}, {how}"
+
+    def leaks(self, args: Config) -> Iterator[str]:
+        if args.delta_credit:
+            yield "delta_credit=True weighs a token by its side, so what both sides share keeps a little of the push."
+
+    def credit(self, args: Config) -> DelTA:
+        return DelTA(
+            refinements=args.delta_refinements,
+            lambda_min=args.delta_lambda_min,
+            lambda_max=args.delta_lambda_max,
+            gamma=args.delta_gamma,
+            normalize=args.delta_normalize,
+            proxy=args.delta_proxy,
+            assignment=args.delta_assignment,
+            top_fraction=args.delta_top_fraction,
+        )

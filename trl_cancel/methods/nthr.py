@@ -17,6 +17,8 @@ Shapes: G rollouts of one prompt, T completion tokens, N active tokens, V* restr
 """
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -27,8 +29,16 @@ from ..arguments import positive as positive_number
 from ..batch.protocol import Scope
 from ..batch.rollouts import Rollouts, generator_of
 from ..batch.states import HELD_LOGITS, LMHead
+from ..papers import Paper
+from .method import ActiveMethod, Config, Method, Named, PaperConfiguration, PaperEvaluation, documented
 
 
+PAPER = Paper(
+    "2505.18830",
+    "deng2025negative",
+    "On the Effect of Negative Gradient in Group Relative Deep Reinforcement Optimization",
+    "Wenlong Deng and Yi Ren and Muchen Li and Danica J. Sutherland and Xiaoxiao Li and Christos Thrampoulidis",
+)
 ETAS = ("balanced", "p", "1-p")
 SELECTIONS = ("score", "random")
 
@@ -251,3 +261,97 @@ def _as_many(selected: torch.Tensor, among: torch.Tensor, generator: torch.Gener
     drawn = torch.zeros_like(selected).flatten()
     drawn[order.argsort()[: int(selected.sum())]] = True
     return drawn.view_as(selected)
+
+
+@documented
+@dataclass
+class Settings:
+    """
+    nthr (`bool`, *optional*, defaults to `False`):
+        Push those tokens of wrong rollouts down less that would take the likelihood of the right ones down with
+        them. Source: section 5 of [2505.18830](https://huggingface.co/papers/2505.18830).
+    nthr_beta (`float`, *optional*, defaults to `1.0`):
+        Factor on NTHR's threshold, above which tokens are selected; `-inf` selects all tokens of wrong rollouts.
+    nthr_eta (`str`, *optional*, defaults to `"balanced"`):
+        What the advantage of a token that NTHR selects is multiplied with: `balanced`, 2|0.5-p| with the share p of
+        right rollouts in the group; `p`; `1-p`; or a number.
+    nthr_selection (`str`, *optional*, defaults to `"score"`):
+        Which tokens NTHR selects. One of:
+
+        - `"score"`: those whose score is above the threshold.
+        - `"random"`: as many tokens of each group at random, the paper's control.
+    """
+
+    nthr: bool = False
+    nthr_beta: float = 1.0
+    nthr_eta: str = "balanced"
+    nthr_selection: str = "score"
+
+
+class NegativeTokenHiddenReward(Method):
+    """Gives selected tokens of wrong rollouts less credit."""
+
+    Settings = Settings
+    switch = "nthr"
+    named = {
+        "nthr": Named({"nthr": True}, "wrong rollouts' tokens that right ones need pushed less", PAPER.id),
+        "nthr-random": Named(
+            {"nthr": True, "nthr_selection": "random"}, "control: as many tokens, drawn at random", PAPER.id
+        ),
+    }
+    configurations = (
+        PaperConfiguration(
+            "NTHR",
+            "NTHR",
+            "nthr",
+            PAPER,
+            {"nthr": True, "filter_zero_variance": True, "beta": 1e-4, "num_generations": 8, "learning_rate": 1e-6},
+            "tokens of wrong rollouts that look like those of right ones are pushed down less (NTHR)",
+            "NTHR (section 5.4 and Appendix 7.3). The paper takes a learning rate of 5e-7 for its model of 0.5B "
+            "parameters.",
+        ),
+    )
+    evaluations = (
+        PaperEvaluation(
+            "nthr",
+            PAPER.id,
+            ("aime24", "amc23", "math500", "minerva", "olympiad"),
+            {"num_samples": 0, "greedy": True, "max_completion_length": 4000},
+        ),
+    )
+    logs = ("nthr/",)
+
+    def check(self, args: Config) -> None:
+        if not args.nthr:
+            return
+        check_nthr(args.nthr_beta, args.nthr_eta, args.nthr_selection, "nthr_")
+        layout = args.layout
+        if not layout.groups_are_local:
+            raise ValueError(
+                f"nthr=True compares the rollouts of a group, but groups of num_generations={args.num_generations} "
+                f"straddle processes that generate {layout.generation_batch_per_process} rollouts each "
+                "(per_device_train_batch_size x steps_per_generation). Make that a multiple of num_generations."
+            )
+
+    def active(self, args: Config) -> ActiveMethod:
+        does = "tokens of wrong rollouts that right ones need are pushed down less"
+        control = ", as a control drawn at random" if args.nthr_selection == "random" else ""
+        return ActiveMethod("NTHR", does + control, ("nthr", "nthr-random") if control else ("nthr",), (PAPER,))
+
+    def explain(self, args: Config) -> Iterator[tuple[str, str]]:
+        if not args.nthr:
+            return
+        tokens = {
+            "score": "tokens of wrong rollouts that would take the right ones down with them",
+            "random": "as many tokens of wrong rollouts as it would select, drawn at random,",
+        }[args.nthr_selection]
+        eta = {"balanced": "2|0.5 - p|", "p": "p", "1-p": "1 - p"}.get(args.nthr_eta, args.nthr_eta)
+        share = ", where p is the share of right rollouts in the group" if "p" in str(eta) else ""
+        yield "Credit", f"NTHR: {tokens} carry {eta} of it{share}."
+
+    def leaks(self, args: Config) -> Iterator[str]:
+        if args.nthr:
+            yield "nthr=True pushes tokens of wrong rollouts less, also those that right ones share."
+
+    def credit(self, args: Config) -> NTHR:
+        return NTHR(args.nthr_beta, args.nthr_eta, args.nthr_selection)

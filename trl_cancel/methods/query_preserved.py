@@ -6,9 +6,14 @@ that is there no longer sum to zero, and the rest arrives after the weights have
 cancel (Eq. 14).
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 
 from ..arguments import whole
+from ..papers import CANCELLATION
+from .method import ActiveMethod, Config, Method, Named, PaperEvaluation, documented
 
 
 def query_preserved_permutation(
@@ -44,3 +49,99 @@ def query_preserved_permutation(
     whole("group_size", group_size, 1)
     groups = torch.randperm(num_groups, generator=generator)
     return (groups.unsqueeze(1) * group_size + torch.arange(group_size)).flatten()
+
+
+@documented
+@dataclass
+class Settings:
+    """
+    > Parameters that control which rollouts meet in one optimizer step
+
+    query_preserved (`bool`, *optional*, defaults to `True`):
+        Put all rollouts of a prompt into the same optimizer step, instead of shuffling single rollouts. Acts where
+        a generation batch is spread over several optimizer steps (`steps_per_generation` greater than
+        `gradient_accumulation_steps`); otherwise batches are TRL's. Source: section 4 of
+        [2605.08666](https://huggingface.co/papers/2605.08666).
+    """
+
+    query_preserved: bool = True
+
+
+_SAMPLED = {"greedy": False, "temperature": 0.6, "top_p": 0.95, "max_completion_length": 8192}
+
+
+class QueryPreserved(Method):
+    """Cuts generation batches group by group."""
+
+    Settings = Settings
+    switch = "query_preserved"
+    named = {
+        "grpo": Named({"query_preserved": False}, "TRL's GRPO, unchanged"),
+        "query-preserved": Named(
+            {"query_preserved": True}, "rollouts of a prompt share an optimizer step", CANCELLATION.id
+        ),
+    }
+    evaluations = (
+        PaperEvaluation(
+            "cancellation", CANCELLATION.id, ("aime24", "aime25", "amc23"), {**_SAMPLED, "num_samples": 32}
+        ),
+        PaperEvaluation(
+            "cancellation", CANCELLATION.id, ("math500", "minerva", "olympiad"), {**_SAMPLED, "num_samples": 1}
+        ),
+    )
+
+    def acts(self, args: Config) -> bool:
+        return args.layout.is_split  # elsewhere batches are TRL's
+
+    def check(self, args: Config) -> None:
+        layout = args.layout
+        if not self.is_on(args) or not layout.is_split or (layout.groups_are_local and layout.groups_fit_steps):
+            return
+        if layout.groups_are_local:
+            problem = (
+                f"per_device_train_batch_size={args.per_device_train_batch_size} with gradient_accumulation_steps="
+                f"{args.gradient_accumulation_steps} and steps_per_generation={args.steps_per_generation} keeps "
+                f"{layout.rollouts_together} rollouts of a process together in an optimizer step, which is not a "
+                f"multiple of num_generations={args.num_generations}"
+            )
+        else:
+            problem = (
+                f"per_device_train_batch_size={args.per_device_train_batch_size} x steps_per_generation="
+                f"{args.steps_per_generation} rollouts a process is not a multiple of num_generations="
+                f"{args.num_generations}, so groups straddle the {layout.num_processes} processes"
+            )
+        ways_out = [*layout.sizes_that_fit(), *(["query_preserved=False"] if args.weigher is None else [])]
+        raise ValueError(
+            f"query_preserved=True cannot keep groups whole: {problem}. Set one of {', '.join(ways_out)}."
+        )
+
+    def active(self, args: Config) -> ActiveMethod:
+        does = "all rollouts of a prompt are in the same optimizer step"
+        return ActiveMethod(
+            "Query-preserved mini-batching", does, ("query-preserved",), (CANCELLATION,), self.acts(args)
+        )
+
+    def explain(self, args: Config) -> Iterator[tuple[str, str]]:
+        yield "Groups", self._groups(args)
+
+    def _groups(self, args: Config) -> str:
+        layout = args.layout
+        if not layout.is_split:
+            return (
+                "Whole in every optimizer step, which holds all of each of its generation batches; batches are TRL's "
+                "own."
+            )
+        if not args.query_preserved:
+            return (
+                "Torn: TRL shuffles single rollouts and spreads them over several optimizer steps. Set "
+                "query_preserved=True to keep the rollouts of a prompt together."
+            )
+        also = "and every micro-batch" if layout.groups_fit_micro_batches else "but spread over its micro-batches"
+        return f"Whole in every optimizer step {also}: query_preserved=True shuffles prompts, not single rollouts."
+
+    def leaks(self, args: Config) -> Iterator[str]:
+        if args.tears_groups:
+            yield "Groups are torn between optimizer steps (query_preserved=False)."
+
+    def cuts(self, args: Config) -> bool:
+        return args.layout.is_split

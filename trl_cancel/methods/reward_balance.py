@@ -2,21 +2,26 @@ r"""
 Reward-balanced batching (section 4 of 2605.08666): an update must hold enough rollouts of either sign of the advantage
 for their pushes to cancel, \\( \min(N_+, N_-) / |B| \ge \rho \\).
 
-Choosing whole groups that meet the target is a knapsack with two constraints, which is solved exactly (`choosing.py`):
+Choosing whole groups that meet the target is a knapsack with two constraints, which is solved exactly (`knapsack/choosing.py`):
 first how much of the target any choice reaches, then with how few exchanges between the groups that came first and the
-others. Spreading the groups over steps is `spreading.py`.
+others. Spreading the groups over steps is `knapsack/spreading.py`.
 """
 
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from ..arguments import floats, shaped, single
+from ..arguments import is_number
+from ..batch.groups import Choice, Groups
 from ..knapsack.choosing import Pool, bound, choose, exchanged
 from ..knapsack.spreading import fill_steps
+from ..papers import CANCELLATION
+from .dynamic_sampling import check_whole_groups
+from .method import ActiveMethod, Config, Method, Named, documented
 
 
 def select_balanced_groups(
@@ -119,37 +124,6 @@ def balanced_order(
     filled = [place for step in steps for place in step]
     left_over = np.setdiff1d(np.arange(len(given)), filled)
     return order[torch.as_tensor([*filled, *left_over], device=order.device)], len(steps)
-
-
-def without_variance(rewards: torch.Tensor, weights: torch.Tensor, apart: bool = False) -> torch.Tensor:
-    """
-    The groups whose rollouts all earn the same, so that none of them has an advantage.
-
-    Args:
-        rewards (`torch.Tensor` of shape `(M, G, F)`):
-            Values of F reward functions; `nan` where a function gave none.
-        weights (`torch.Tensor` of shape `(F,)`):
-            Weights of the functions.
-        apart (`bool`, *optional*, defaults to `False`):
-            Whether advantages are normalised for each function on its own, so that two functions that differ by
-            opposite amounts do not make up for each other.
-
-    Returns:
-        `torch.Tensor` of shape `(M,)` and type `bool`.
-
-    Raises:
-        `ValueError`: If the shapes do not fit.
-    """
-    rewards, weights = single(*floats(rewards=rewards, weights=weights))
-    shaped(rewards=(rewards, "M G F"), weights=(weights, "F"))
-    if apart:
-        rewards = rewards[..., weights != 0]
-    else:
-        unknown = rewards.isnan().all(-1, keepdim=True)
-        rewards = (rewards * weights).nansum(-1, keepdim=True).masked_fill(unknown, torch.nan)
-    lowest = rewards.nan_to_num(torch.inf, torch.inf, -torch.inf).amin(1)
-    highest = rewards.nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(1)
-    return (lowest >= highest).all(-1)
 
 
 def _counts(positives: torch.Tensor, negatives: torch.Tensor, group_size: int) -> np.ndarray:
@@ -258,3 +232,101 @@ class _Exchanges:
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order)) - (np.cumsum(available) - available)[kind_of[order]]
         return np.flatnonzero(rank < np.concatenate(chosen)[kind_of])
+
+
+@documented
+@dataclass
+class Settings:
+    """
+    reward_balance (`float`, *optional*, defaults to `0.0`):
+        Least share, up to 0.5, of the rollouts of an optimizer step that must have positive and that must have
+        negative advantages. Where the rollouts of a generation do not allow it, further rounds are generated from
+        fresh prompts and groups are exchanged. Source: section 4 of
+        [2605.08666](https://huggingface.co/papers/2605.08666).
+    """
+
+    reward_balance: float = 0.0
+
+
+class BothSigns:
+    """
+    Takes groups that can fill each optimizer step with enough rollouts of both signs.
+
+    Args:
+        share (`float`):
+            The least share of each.
+    """
+
+    def __init__(self, share: float):
+        self.share = share
+        self.wants = f"{share:.0%} of either sign in each optimizer step"
+
+    def rejects(self, groups: Groups) -> torch.Tensor:
+        return torch.zeros_like(groups.idle)
+
+    def choose(self, groups: Groups, wanted: int) -> Choice:
+        best, enough = self._spread(groups, wanted, self.share)
+        steps = groups.layout.steps_apart
+        if enough < steps:  # enough of both signs in all, but not for each step
+            other, more = self._spread(groups, wanted, 0.5)
+            best, enough = (other, more) if more > enough else (best, enough)
+        chosen, order = best
+        return Choice(chosen, enough / steps, order)
+
+    def _spread(self, groups: Groups, wanted: int, share: float) -> tuple[tuple[torch.Tensor, torch.Tensor], int]:
+        """
+        Groups that hold at least a share of both signs, or as much as there is, with an order of them; and how many
+        steps that fills.
+        """
+        size, steps = groups.layout.num_generations, groups.layout.steps_apart
+        chosen, _ = select_balanced_groups(groups.positives, groups.negatives, wanted, size, share)
+        counts = (groups.positives.cpu()[chosen], groups.negatives.cpu()[chosen])
+        order, enough = balanced_order(torch.arange(wanted), *counts, steps, size, self.share)
+        return (chosen, order), enough
+
+    def arranged(self, order: torch.Tensor, groups: Groups, choice: Choice) -> torch.Tensor:
+        size, steps = groups.layout.num_generations, groups.layout.steps_apart
+        arranged, enough = balanced_order(order, groups.positives, groups.negatives, steps, size, self.share)
+        return arranged if enough >= steps * choice.satisfied else choice.order
+
+
+class RewardBalance(Method):
+    """Chooses groups by the signs of their advantages, and spreads them over the optimizer steps."""
+
+    Settings = Settings
+    switch = "reward_balance"
+    off = 0.0
+    named = {
+        "reward-balanced": Named(
+            {"query_preserved": True, "reward_balance": 0.25}, "a quarter of either sign in each step", CANCELLATION.id
+        )
+    }
+    logs = ("balance/",)
+    acts_in_generation = True
+
+    def check(self, args: Config) -> None:
+        share = args.reward_balance
+        if not (is_number(share) and 0 <= share <= 0.5):
+            raise ValueError(f"reward_balance={share!r} must be between 0 and 0.5, e.g. 0.25.")
+        if not share:
+            return
+        check_whole_groups(self.chosen(args), args)
+        rollouts = args.layout.rollouts_together
+        if 2 * math.ceil(share * rollouts - 1e-9) > rollouts:
+            raise ValueError(
+                f"reward_balance={share} asks for {math.ceil(share * rollouts - 1e-9)} rollouts of either sign among "
+                f"the {rollouts} of an optimizer step, which cannot be. Set reward_balance to "
+                f"{rollouts // 2 / rollouts:.3g} or less."
+            )
+        if args.tears_groups:
+            raise ValueError(
+                f"reward_balance={share} needs whole groups in each optimizer step. Set query_preserved=True, or "
+                f"steps_per_generation={args.gradient_accumulation_steps} (= gradient_accumulation_steps)."
+            )
+
+    def active(self, args: Config) -> ActiveMethod:
+        does = f"at least {args.reward_balance:.0%} of either sign of the advantage in each optimizer step"
+        return ActiveMethod("Reward-balanced batching", does, ("reward-balanced",), (CANCELLATION,))
+
+    def selector(self, args: Config) -> BothSigns:
+        return BothSigns(args.reward_balance)

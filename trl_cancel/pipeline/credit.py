@@ -1,14 +1,17 @@
-"""The token credits of a run: which there are, when each is computed, and what they make of the advantages."""
+"""Token credit: which credits a run has, when each is computed, and what they make of the advantages."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..batch.protocol import SCOPES, combine
-from ..batch.rollouts import Rollouts
-from ..configs import CLIPPED_LOSSES, CancelGRPOConfig
-from ..credit import NTHR, Credit, DelTA, SignControl
+from ..batch.clipping import CLIPPED_LOSSES
+from ..batch.protocol import SCOPES, Credit
+from ..batch.rollouts import Rollouts, Rows
+from ..batch.states import StateStore
+from .forward import Passes
+from .rounds import Scored
 
 
 class TokenCredits:
@@ -19,7 +22,7 @@ class TokenCredits:
     the loss, and so cost no pass of their own, where that sees the weights that sampled and the groups whole.
 
     Args:
-        args ([`CancelGRPOConfig`]):
+        args ([`~trl_cancel.CancelGRPOConfig`]):
             Configuration.
         own (`Sequence` of [`~trl_cancel.credit.Credit`]):
             The user's credits.
@@ -30,13 +33,13 @@ class TokenCredits:
         `ValueError`: If a credit is none, or cannot be honoured with these settings.
     """
 
-    def __init__(self, args: CancelGRPOConfig, own: Sequence[Credit] = (), may_wait: bool = True):
+    def __init__(self, args: Any, own: Sequence[Credit] = (), may_wait: bool = True):
         if not isinstance(own, Sequence):
             raise ValueError(f"credits={own!r} must be a list, e.g. credits=[{type(own).__name__}(...)].")
         self.own = list(own)
         self.args, self.layout = args, args.layout
         self._check()
-        self.all = [*configured(args), *self.own]
+        self.all = [*args.token_credits, *self.own]
         self.of_states = [credit for credit in self.all if getattr(credit, "needs_states", False)]
         self.in_loss = self.of_states if may_wait and self._fits_loss(self.of_states) else []
         self.when_scored = [credit for credit in self.all if credit not in self.in_loss]
@@ -66,7 +69,7 @@ class TokenCredits:
                     f"{self.layout.generation_batch_per_process} rollouts each (per_device_train_batch_size x "
                     "steps_per_generation). Make that a multiple of num_generations."
                 )
-        if self.own or configured(self.args):
+        if self.own or self.args.token_credits:
             self._check_loss()
 
     def _check_loss(self) -> None:
@@ -98,29 +101,6 @@ class TokenCredits:
         )
 
 
-def configured(args: CancelGRPOConfig) -> list[Credit]:
-    """The credits that the configuration asks for."""
-    credits: list[Credit] = []
-    if args.advantage_sign != "both":
-        credits.append(SignControl(args.advantage_sign))
-    if args.nthr:
-        credits.append(NTHR(args.nthr_beta, args.nthr_eta, args.nthr_selection))
-    if args.delta_credit:
-        credits.append(
-            DelTA(
-                refinements=args.delta_refinements,
-                lambda_min=args.delta_lambda_min,
-                lambda_max=args.delta_lambda_max,
-                gamma=args.delta_gamma,
-                normalize=args.delta_normalize,
-                proxy=args.delta_proxy,
-                assignment=args.delta_assignment,
-                top_fraction=args.delta_top_fraction,
-            )
-        )
-    return credits
-
-
 def makes_old_logps(args: Any) -> bool:
     """Whether TRL passes over each generation batch for the log-probs under the policy that sampled it."""
     return not args.layout.is_on_policy or (args.use_vllm and args.vllm_importance_sampling_correction)
@@ -150,3 +130,133 @@ def credited(advantages: torch.Tensor, credits: Sequence[Credit], rollouts: Roll
             advantages * coefficients.squeeze(1) if coefficients.size(1) == 1 else advantages[:, None] * coefficients
         )
     return advantages * coefficients
+
+
+def combine(credits: list[Credit], rollouts: Rollouts) -> torch.Tensor:
+    """
+    Product of the coefficients of several credits.
+
+    Args:
+        credits (`list` of [`Credit`]):
+            Credits to combine.
+        rollouts ([`~trl_cancel.batch.rollouts.Rollouts`]):
+            The scored generation batch.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)` or `(B, 1)`: The coefficients.
+
+    Raises:
+        `ValueError`: If a credit returns something else than finite, non-negative coefficients of a right shape, or
+            the model's log-probabilities are `nan`.
+    """
+    if credits:
+        _check_model(rollouts)
+    product = rollouts.advantages.new_ones(rollouts.advantages.size(0), 1)
+    for credit in credits:
+        product = product * _checked(credit, rollouts).to(product)
+    return product
+
+
+def _check_model(rollouts: Rollouts) -> None:
+    """Credit of a model that computes nothing would be blamed on the credit, or come out as 1."""
+    if rollouts.old_logps is not None and rollouts.old_logps[rollouts.mask.bool()].isnan().any():
+        raise ValueError(
+            "The log-probabilities of the rollouts are nan, so there is no credit to compute: it is the model whose "
+            "weights hold nan, or whose outputs overflow in their precision. Look at loss and grad_norm of earlier steps; "
+            "go on from a checkpoint before, with a smaller learning_rate or in another precision."
+        )
+
+
+def _checked(credit: Credit, rollouts: Rollouts) -> torch.Tensor:
+    """The coefficients of one credit, 1 where the loss counts nothing."""
+    coefficients = credit.coefficients(rollouts)
+    name, (rows, length) = type(credit).__name__, rollouts.mask.shape
+    if not isinstance(coefficients, torch.Tensor) or coefficients.shape not in {(rows, length), (rows, 1)}:
+        found = tuple(coefficients.shape) if isinstance(coefficients, torch.Tensor) else type(coefficients).__name__
+        raise ValueError(
+            f"{name}.coefficients returned {found}; return a tensor of shape {(rows, length)}, one coefficient a "
+            f"token, or {(rows, 1)}, one a rollout."
+        )
+    counted = rollouts.mask.bool() if coefficients.size(1) == length else rollouts.mask.any(1, keepdim=True)
+    values = coefficients[counted]
+    if not (torch.isfinite(values).all() and (values >= 0).all()):
+        raise ValueError(
+            f"{name}.coefficients returned values from {values.min().item()} to {values.max().item()}; coefficients "
+            "multiply the advantages inside the clipped loss and must be finite and not negative."
+        )
+    return coefficients.where(counted, 1.0)
+
+
+class CreditStage:
+    """
+    Puts the credits into the advantages: of a generation batch, and of a micro-batch for those that wait for the loss.
+
+    Args:
+        args ([`~trl_cancel.CancelGRPOConfig`]):
+            Configuration.
+        credits ([`TokenCredits`]):
+            The credits.
+        passes ([`~trl_cancel.pipeline.forward.Passes`]):
+            Makes passes for those that need hidden states, where TRL has made none.
+    """
+
+    def __init__(self, args: Any, credits: TokenCredits, passes: Passes):
+        self.args, self.credits, self.passes = args, credits, passes
+        self.rollouts: Rollouts | None = None  # of the generation batch, for credits that wait for the loss
+
+    def of_batch(self, scored: Scored, rollouts: Rollouts) -> Rows:
+        """
+        The entries of a scored generation batch that carry its credit.
+
+        Args:
+            scored ([`~trl_cancel.pipeline.rounds.Scored`]):
+                The batch.
+            rollouts ([`~trl_cancel.batch.rollouts.Rollouts`]):
+                The same, as the methods see it.
+        """
+        waiting: Rows = {}
+        if self.credits.in_loss:
+            _ = self.passes.head  # while all processes are here, in case the model is sharded
+            waiting = {"rollout_rows": torch.arange(len(scored), device=rollouts.mask.device)}
+            self.rollouts = rollouts
+        if self.credits.states_when_scored:
+            rollouts = self._with_states(rollouts, scored)
+        return {**waiting, "advantages": credited(scored.batch["advantages"], self.credits.when_scored, rollouts)}
+
+    def of_micro_batch(self, inputs: Rows, logps: torch.Tensor, states: StateStore) -> torch.Tensor:
+        """
+        The advantages of a micro-batch with the credits that have waited for the loss's own forward pass.
+
+        Args:
+            inputs (`dict`):
+                The micro-batch.
+            logps (`torch.Tensor` of shape `(B, T)`):
+                Log-probs of that pass.
+            states ([`~trl_cancel.batch.states.StateStore`]):
+                Its hidden states.
+        """
+        assert self.rollouts is not None
+        order = inputs["rollout_rows"].argsort()  # TRL may have shuffled the rollouts within the micro-batch
+        rollouts = self.rollouts.take(
+            inputs["rollout_rows"][order],
+            states=states[:][order],
+            old_logps=logps.detach()[order],
+            head=self.passes.head,
+        )
+        back = order.argsort()
+        return credited(inputs["advantages"][order], self.credits.in_loss, rollouts)[back]
+
+    def _with_states(self, rollouts: Rollouts, scored: Scored) -> Rollouts:
+        """The rollouts with their states and log-probs: of TRL's own pass if it has made one, otherwise of another."""
+        states, logps, batch = scored.states, rollouts.old_logps, scored.batch
+        if states is None:
+            states = StateStore(self.args.state_cache_gib)
+            logps = self.passes.over(batch, torch.arange(len(scored)), states)
+
+        def recompute(rows: slice) -> torch.Tensor:
+            again = StateStore()
+            self.passes.over(batch, torch.arange(len(rollouts.mask))[rows], again)
+            return again[:]
+
+        states.recompute = recompute
+        return replace(rollouts, states=states, old_logps=logps, head=self.passes.head)

@@ -1,11 +1,12 @@
-"""Fresh prompts for further rounds of generation."""
+"""The order of the prompts, and fresh ones for further rounds of generation."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sized
 from itertools import count, islice
 from typing import Any
 
 from datasets import IterableDataset
+from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
 
@@ -66,3 +67,33 @@ class FreshPrompts(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.stateful_callbacks[self.SAVED_AS] = {"args": {}, "attributes": {"drawn": self.drawn}}
+
+
+class PromptSampler(Sampler[int]):
+    """
+    The order of the prompts of each epoch, as TRL's sampler draws it, beside a stream of fresh ones. Unlike TRL's it is
+    a function of the number of the epoch, so that a run that resumes in a later epoch goes on with that epoch's order.
+
+    Args:
+        of_trl (`Callable`):
+            Makes TRL's sampler anew, which draws the same orders each time.
+        fresh ([`FreshPrompts`]):
+            The other stream, whose position checkpoints hold.
+    """
+
+    def __init__(self, of_trl: Callable[[], Any], fresh: FreshPrompts):
+        self.of_trl, self.fresh, self.epoch = of_trl, fresh, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch with its number."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        sampler = self.of_trl()
+        for _ in range(self.epoch):
+            next(iter(sampler), None)  # draws the order of an epoch before
+        yield from sampler
+
+    def __len__(self) -> int:
+        sampler: Sized = self.of_trl()
+        return len(sampler)

@@ -1,15 +1,24 @@
 """Rounds of generation: what each has scored, and the groups that are kept of all of them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 
+from ..batch.groups import Choice, Groups
 from ..batch.rollouts import Rows, join_rows, loss_mask, of_rollouts, take_rows
 from ..batch.states import StateStore
-from ..batching import balanced_order, select_balanced_groups
-from ..configs import CancelGRPOConfig
+from ..upstream.trl import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
+from .monitor import UpdateMonitor
+from .prompts import FreshPrompts
+
+
+logger = get_logger(__name__)
+Score = Callable[[list[dict[str, Any]]], "Scored"]
 
 
 @dataclass
@@ -32,6 +41,8 @@ class Scored:
             The data set's row behind each rollout.
         states ([`~trl_cancel.batch.states.StateStore`], *optional*):
             Their hidden states, if a pass over all of them was caught.
+        chosen ([`Chosen`], *optional*):
+            How their groups were chosen, if they were.
     """
 
     batch: Rows
@@ -41,6 +52,7 @@ class Scored:
     group_ids: torch.Tensor
     examples: list[dict[str, Any]]
     states: StateStore | None = None
+    chosen: "Chosen | None" = None
 
     def __len__(self) -> int:
         return len(self.group_ids)
@@ -48,7 +60,9 @@ class Scored:
     def take(self, index: torch.Tensor) -> "Scored":
         """Some of the rollouts."""
         states = None if self.states is None else self.states.take(index)
-        rows = take_rows({name: value for name, value in vars(self).items() if name != "states"}, index)
+        rows = take_rows(
+            {name: value for name, value in vars(self).items() if name not in ("states", "chosen")}, index
+        )
         return Scored(**{**rows, "batch": take_rows(self.batch, index)}, states=states)
 
     @classmethod
@@ -67,23 +81,20 @@ class Scored:
         )
 
 
-@dataclass
-class Choice:
+@dataclass(frozen=True)
+class Chosen:
     """
-    Groups that are kept.
+    How groups were chosen.
 
     Args:
-        groups (`torch.Tensor` of shape `(M,)`):
-            Their numbers, counted over all rounds.
-        satisfied (`float`):
-            Share of the optimizer steps that they can fill as asked for.
-        order (`torch.Tensor` of shape `(M,)`):
-            An order of `groups` in which they do.
+        choice ([`~trl_cancel.batch.groups.Choice`]):
+            The choice.
+        groups ([`~trl_cancel.batch.groups.Groups`]):
+            The chosen groups.
     """
 
-    groups: torch.Tensor
-    satisfied: float
-    order: torch.Tensor
+    choice: Choice
+    groups: Groups
 
 
 class GroupPool:
@@ -91,61 +102,43 @@ class GroupPool:
     The groups that one process has generated in several rounds, of which one generation batch is kept.
 
     Args:
-        args ([`CancelGRPOConfig`]):
+        args ([`~trl_cancel.CancelGRPOConfig`]):
             Configuration.
     """
 
-    def __init__(self, args: CancelGRPOConfig):
-        self.args, self.layout = args, args.layout
+    def __init__(self, args: Any):
+        self.layout, self.selectors = args.layout, args.selectors
         self.rounds: list[Scored] = []
 
     def add(self, scored: Scored) -> None:
         """Another round."""
         self.rounds.append(scored)
 
-    def counts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """
-        Rollouts of positive and of negative advantage in each group, as far as the loss counts any of their tokens, and
-        whether its rewards are all equal.
-        """
+    def groups(self) -> Groups:
+        """All groups of the rounds, in the order in which they came."""
         size = self.layout.num_generations
         counted = torch.cat([loss_mask(part.batch).any(1) & ~part.even for part in self.rounds])
         advantages = (torch.cat([of_rollouts(part.batch) for part in self.rounds]) * counted).view(-1, size)
         idle = torch.cat([part.idle for part in self.rounds])[::size]
         positives, negatives = ((sign * advantages > 0).sum(1).masked_fill(idle, 0) for sign in (1, -1))
-        return positives, negatives, idle
+        return Groups(positives, negatives, idle, self.layout)
 
     def choose(self) -> Choice:
         """The groups to keep, as things are."""
-        positives, negatives, idle = self.counts()
+        groups = self.groups()
         wanted = self.layout.generation_batch_per_process // self.layout.num_generations
-        candidates = torch.arange(len(idle), device=idle.device)
-        if self.args.filter_zero_variance:
-            candidates = candidates[~idle]
+        rejected = torch.zeros_like(groups.idle)
+        for selector in self.selectors:
+            rejected = rejected | selector.rejects(groups)
+        (candidates,) = (~rejected).nonzero(as_tuple=True)
         if len(candidates) < wanted:  # filled up with groups that push nothing
-            filler = idle.nonzero().squeeze(1)[: wanted - len(candidates)]
+            filler = rejected.nonzero().squeeze(1)[: wanted - len(candidates)]
             return Choice(torch.cat([candidates, filler]).sort().values, 0.0, torch.arange(wanted))
-        if not self.args.reward_balance:  # then steps need not hold whole groups either
-            return Choice(candidates[:wanted], 1.0, torch.arange(wanted))
-        positives, negatives = positives[candidates], negatives[candidates]
-        chosen, order, enough = self._spread(positives, negatives, wanted, self.args.reward_balance)
-        if enough < self.layout.steps_apart:  # enough of both signs in all, but not for each step
-            best = self._spread(positives, negatives, wanted, 0.5)
-            chosen, order, enough = best if best[-1] > enough else (chosen, order, enough)
-        return Choice(candidates[chosen.to(candidates.device)], enough / self.layout.steps_apart, order)
-
-    def _spread(
-        self, positives: torch.Tensor, negatives: torch.Tensor, wanted: int, share: float
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """
-        Groups that hold at least a share of both signs, or as much as there is; an order of them; and how many steps
-        that fills.
-        """
-        size, steps = self.layout.num_generations, self.layout.steps_apart
-        chosen, _ = select_balanced_groups(positives, negatives, wanted, size, share)
-        counts = (positives.cpu()[chosen], negatives.cpu()[chosen])
-        order, enough = balanced_order(torch.arange(wanted), *counts, steps, size, self.args.reward_balance)
-        return chosen, order, enough
+        for selector in self.selectors:
+            choice = selector.choose(groups.take(candidates), wanted)
+            if choice is not None:
+                return replace(choice, groups=candidates[choice.groups.to(candidates.device)])
+        return Choice(candidates[:wanted], 1.0, torch.arange(wanted))  # then steps need not hold whole groups either
 
     def take(self, groups: torch.Tensor, pad_token_id: int) -> Scored:
         """The rollouts of some groups, in the order of the groups."""
@@ -173,3 +166,103 @@ class GroupPool:
         flags[groups] = True
         parts = flags.repeat_interleave(size).split([len(part) for part in self.rounds])
         return [part.tolist() for part in parts]
+
+
+class Rounds:
+    """
+    Generates until there are the groups that the methods ask for.
+
+    Args:
+        trainer ([`~trl_cancel.CancelGRPOTrainer`]):
+            The trainer.
+        prompts ([`~trl_cancel.pipeline.prompts.FreshPrompts`]):
+            Prompts of further rounds.
+        monitor ([`~trl_cancel.pipeline.monitor.UpdateMonitor`]):
+            Takes `balance/*`.
+    """
+
+    def __init__(self, trainer: Any, prompts: FreshPrompts, monitor: UpdateMonitor):
+        self.trainer, self.prompts, self.monitor = trainer, prompts, monitor
+        self.args, self.layout = trainer.args, trainer.args.layout
+        self._make_room()
+
+    def chosen(self, score: Score, inputs: list[dict[str, Any]]) -> Scored:
+        """
+        The groups that are kept of as many rounds as it takes.
+
+        Args:
+            score (`Callable`):
+                Generates and scores rollouts of some rows.
+            inputs (`list[dict]`):
+                The rows of the first round.
+        """
+        pool, gather = GroupPool(self.args), self.trainer.accelerator.gather
+        for log in _columns(self.trainer._logs):
+            log.clear()
+        while True:
+            scored = score(inputs)
+            pool.add(replace(scored, batch=split_pixel_values_by_grid(scored.batch)))
+            choice = pool.choose()
+            satisfied = gather(torch.tensor([choice.satisfied], device=self.trainer.accelerator.device))
+            if satisfied.min() == 1 or len(pool.rounds) == self.args.max_generation_rounds:
+                break
+            inputs = self._fresh_inputs(inputs[0].keys())
+        chosen = self._note(pool, choice)
+        scored = pool.take(choice.groups, self.trainer._tokenizer.pad_token_id)
+        tokens = gather(loss_mask(scored.batch).sum()).sum()
+        batch = unsplit_pixel_values_by_grid({**scored.batch, "num_items_in_batch": tokens})
+        return replace(scored, batch=batch, chosen=chosen)
+
+    def _fresh_inputs(self, columns: Any) -> list[dict[str, Any]]:
+        """This process's part of another round of prompts, each repeated for its group."""
+        rows = self.prompts.draw(self.layout.prompts_per_generation)
+        part = self.layout.prompts_per_generation // self.layout.num_processes
+        own = rows[self.trainer.accelerator.process_index * part :][:part]
+        return [
+            {name: value for name, value in row.items() if name in columns}
+            for row in own
+            for _ in range(self.layout.num_generations)
+        ]
+
+    def _note(self, pool: GroupPool, choice: Choice) -> Chosen:
+        """Metrics of a choice, and the column of the table of completions that tells what was kept."""
+        groups = pool.groups()
+        chosen = groups.take(choice.groups)
+        size, add = self.layout.num_generations, self.monitor.metrics.add
+        add("balance/rounds", groups.idle.new_tensor([len(pool.rounds)], dtype=torch.float))
+        add("balance/satisfied", groups.idle.new_tensor([choice.satisfied], dtype=torch.float))
+        add("balance/positive_fraction", chosen.positives / size)
+        add("balance/negative_fraction", chosen.negatives / size)
+        discarded = 1 - len(choice.groups) / len(groups)
+        add("balance/discarded_fraction", groups.idle.new_tensor([discarded], dtype=torch.float))
+        add("balance/zero_variance_fraction", groups.idle.float())
+        for kept in pool.kept(choice.groups):
+            self.mark_kept(kept)
+        if choice.satisfied < 1:
+            asked_for = " and ".join(
+                method.chosen(self.args) for method in self.args.methods if method.selector(self.args)
+            )
+            logger.warning_once(
+                f"{len(pool.rounds)} rounds of generation (max_generation_rounds) did not yield the groups that "
+                f"{asked_for} ask for; the best there are are used. balance/satisfied tells how often that happens: raise "
+                "max_generation_rounds, ask for less, or use prompts of which more have mixed rewards."
+            )
+        return Chosen(choice, chosen)
+
+    def mark_kept(self, kept: list[Any]) -> None:
+        """Adds to the column of the table of completions that tells which were kept; `None` where none were chosen."""
+        self.trainer._logs["extra"]["balance/kept"].extend(gather_object(kept))
+
+    def _make_room(self) -> None:
+        """Lets the table of completions hold all rounds of a generation."""
+        logs = self.trainer._logs
+        rollouts = self.layout.prompts_per_generation * self.layout.num_generations
+        length = rollouts * self.args.max_generation_rounds
+        for name, log in logs.items():
+            logs[name] = deque(maxlen=length) if isinstance(log, deque) else defaultdict(lambda: deque(maxlen=length))
+
+
+def _columns(logs: dict[str, Any]) -> Iterator[Any]:
+    """The columns of TRL's table of completions."""
+    for log in logs.values():
+        yield from log.values() if isinstance(log, dict) else [log]

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from trl import GRPOTrainer
 
+from ..batch.clipping import CLIPPED_LOSSES
+from ..batch.groups import GroupRatios, GroupWeigher
+from ..batch.ratios import sequence_ratios, token_ratios
 from ..batch.rollouts import Rows, loss_mask
-from ..configs import CLIPPED_LOSSES, CancelGRPOConfig
-from ..credit import post_clip_weights, sequence_ratios, surrogate_weight, symmetric_clip, token_ratios
-from ..diagnostics.energy import gradient_asymmetry
-from ..methods.group_weights import consistent_weights, inside_trust_region
+from .credit import TokenCredits
+from .forward import Passes
 from .monitor import UpdateMonitor
 
 
@@ -24,6 +25,7 @@ NEEDED_FOR_GROUPS = {
     *("advantages", "rollout_advantages", "group_ids", "importance_sampling_ratio"),
     *("completion_mask", "tool_mask"),
 }
+OF_GROUPS = "weights_of_groups"  # entry of a micro-batch whose groups were weighed ahead of its loss
 
 
 class UpdateWeights:
@@ -33,7 +35,7 @@ class UpdateWeights:
     Shapes: B rollouts, T completion tokens; P groups of G rollouts.
 
     Args:
-        args ([`CancelGRPOConfig`]):
+        args ([`~trl_cancel.CancelGRPOConfig`]):
             Configuration.
         monitor ([`~trl_cancel.pipeline.monitor.UpdateMonitor`]):
             Takes the metrics, and completes groups that straddle processes.
@@ -43,15 +45,12 @@ class UpdateWeights:
 
     def __init__(
         self,
-        args: CancelGRPOConfig,
+        args: Any,
         monitor: UpdateMonitor,
         off_policy_mask: Callable[..., torch.Tensor] = GRPOTrainer.get_off_policy_mask,
     ):
         self.args, self.monitor, self.off_policy_mask = args, monitor, off_policy_mask
-        self.epsilon_low, self.epsilon_high = args.clip_range
-        # Symmetric clipping bounds the ratio of negative advantages too (Eq. 80).
-        self.delta = 1 + self.epsilon_high if args.symmetric_clip else args.delta
-        self.group_size = args.layout.num_generations
+        self.clipping, self.group_size = args.clipping, args.layout.num_generations
 
     def ratios(self, rows: Rows, logps: torch.Tensor) -> torch.Tensor:
         """Importance ratios, of shape `(B, 1)` at the level of sequences and `(B, T)` at that of tokens."""
@@ -60,37 +59,6 @@ class UpdateWeights:
         if self.args.importance_sampling_level == "sequence":
             return sequence_ratios(logps, old_logps, loss_mask(rows)).unsqueeze(1)
         return token_ratios(logps, old_logps)
-
-    def of_surrogate(self, rows: Rows, ratios: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor | None:
-        """
-        The weight with which the loss puts a token's score into the gradient; `None` for losses that have no clipped
-        surrogate.
-
-        Args:
-            rows (`dict`):
-                The micro-batch.
-            ratios (`torch.Tensor` of shape `(B, T)` or `(B, 1)`):
-                Importance ratios.
-            advantages (`torch.Tensor` of shape `(B, T)` or `(B, 1)`):
-                Advantages.
-        """
-        if self.args.loss_type == "cispo":
-            return ratios.clamp(max=self.epsilon_high)
-        if self.args.loss_type not in CLIPPED_LOSSES:
-            return None
-        if self.args.symmetric_clip and self.args.symmetric_clip_gradient == "score":
-            return symmetric_clip(ratios, self.epsilon_high)
-        return surrogate_weight(ratios, advantages, self.epsilon_low, self.epsilon_high, self.delta)
-
-    def count_clipped(self, rows: Rows, ratios: torch.Tensor, advantages: torch.Tensor) -> None:
-        """Metrics of symmetric clipping; TRL's own `clip_ratio/*` reads 0, taking it for two-sided clipping."""
-        mask = loss_mask(rows)
-        counted = mask.any(1, keepdim=True).float() if ratios.size(1) == 1 else mask.float()
-        clipped = (ratios > 1 + self.epsilon_high).float()
-        sign = advantages if ratios.size(1) > 1 else advantages.sum(1, keepdim=True)
-        self.monitor.metrics.add("symmetric_clip/clip_fraction", clipped, counted)
-        self.monitor.metrics.add("symmetric_clip/clip_fraction_positive", clipped, counted * (sign > 0))
-        self.monitor.metrics.add("symmetric_clip/clip_fraction_negative", clipped, counted * (sign < 0))
 
     # Weights of whole groups
 
@@ -113,16 +81,15 @@ class UpdateWeights:
             active = active & kept.squeeze(1).bool()
         return active
 
-    def of_groups(self, ratios: torch.Tensor, active: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def of_groups(self, weigher: GroupWeigher, ratios: torch.Tensor, active: torch.Tensor, rows: Rows) -> torch.Tensor:
         r"""
-        Weights of the rollouts of whole groups (DFPO, section 4 of
-        [2604.13088](https://huggingface.co/papers/2604.13088)): each ratio is clipped as the loss would, multiplied
-        with the correction for the sampling engine, and made consistent within its group.
+        Weights of the rollouts of whole groups.
 
         Args:
+            weigher ([`~trl_cancel.batch.groups.GroupWeigher`]):
+                Weighs them.
             ratios (`torch.Tensor` of shape `(B,)`):
-                Sequence-level ratios \\( s_i \\). The groups may stand in any order, but must be complete over all
-                processes.
+                Sequence-level ratios. The groups may stand in any order, but must be complete over all processes.
             active (`torch.Tensor` of shape `(B,)` and type `bool`):
                 Rollouts that take part.
             rows (`dict`):
@@ -130,76 +97,166 @@ class UpdateWeights:
                 `importance_sampling_ratio` where sampling is corrected for.
 
         Returns:
-            `torch.Tensor` of shape `(B,)`: \\( \tilde s_i \\), 0 for rollouts that do not take part.
+            `torch.Tensor` of shape `(B,)`: The weights, 0 for rollouts that do not take part.
 
         Raises:
             `RuntimeError`: If a group is not complete.
         """
-        correction, pushed = self._inside(rows), self._outside_of_weights(rows)
+        correction = mean_correction(rows) if weigher.takes_correction else None
+        inside = torch.ones_like(rows["rollout_advantages"]) if correction is None else correction.squeeze(1)
         *columns, group_ids = self.monitor.whole_groups(
-            ratios, active.to(ratios.dtype), rows["rollout_advantages"], correction, pushed, rows["group_ids"]
+            ratios,
+            active.to(ratios.dtype),
+            rows["rollout_advantages"],
+            inside,
+            self._pushes(rows, weigher.takes_correction),
+            rows["group_ids"],
         )
         order = in_whole_groups(group_ids, self.group_size)  # (P, G)
-        ratios, active, advantages, correction, pushed = (column[order] for column in columns)
-        weights = self._consistent(ratios, active.bool(), advantages, correction)
-        net, gross = (weights * pushed).sum(-1).abs(), weights.norm(dim=-1) * pushed.norm(dim=-1)
-        self.monitor.metrics.add("group_weights/orthogonality", net / gross.where(gross > 0, 1.0), (gross > 0).float())
+        ratios, active, advantages, inside, pushes = (column[order] for column in columns)
+        groups = GroupRatios(ratios, active.bool(), advantages, inside, pushes)
+        weights = weigher.weights(groups, self.monitor.metrics)
         back = order.flatten().argsort()
         return self.monitor.own_rows(weights.flatten()[back])
 
-    def _inside(self, rows: Rows) -> torch.Tensor:
-        """What is multiplied with the ratio of each rollout before it is transformed, of shape `(B,)`."""
-        correction = mean_correction(rows)
-        if correction is None or not self.args.group_weights_include_sampling_ratio:
-            return torch.ones_like(rows["rollout_advantages"])
-        return correction.squeeze(1)
-
-    def _outside_of_weights(self, rows: Rows) -> torch.Tensor:
+    def _pushes(self, rows: Rows, takes_correction: bool) -> torch.Tensor:
         """
         What the weight of each rollout is multiplied with, of shape `(B,)`: the mean over its tokens of its advantage
         with token credit, and with a correction that stays in the loss.
         """
         mask, pushes = loss_mask(rows), rows["advantages"].detach()
         pushes = pushes.unsqueeze(1) if pushes.dim() == 1 else pushes
-        if "importance_sampling_ratio" in rows and not self.args.group_weights_include_sampling_ratio:
+        if "importance_sampling_ratio" in rows and not takes_correction:
             by_token = self.args.loss_type not in CLIPPED_LOSSES  # in the others a rollout's tokens share one ratio
             pushes = pushes * (rows["importance_sampling_ratio"] if by_token else mean_correction(rows))
         return (pushes * mask).sum(1) / mask.sum(1).clamp(min=1)
 
-    def _consistent(
-        self, ratios: torch.Tensor, active: torch.Tensor, advantages: torch.Tensor, correction: torch.Tensor
-    ) -> torch.Tensor:
-        clipped = self._clip(ratios, advantages)
-        cut = (clipped != ratios) & (self.args.loss_type != "cispo")  # where the clipped surrogate is flat
-        followed = active & inside_trust_region(
-            cut, active & self._outside(ratios, advantages), self.args.group_weights_trust_region
-        )
-        before = clipped * correction
-        weights = consistent_weights(before, advantages, followed, self.args.group_weights)
-        weights = self.args.group_weights_scale * weights
 
-        metrics, counted = self.monitor.metrics, active.to(ratios.dtype)
-        metrics.add_range("group_weights/ratio_min", "group_weights/ratio_max", ratios[active])
-        metrics.add("group_weights/weight_mean", weights, counted)
-        metrics.add("group_weights/clip_fraction", (clipped != ratios).float(), counted)
-        if self.args.cancellation_metrics:
-            metrics.add("cancel/asymmetry_before", gradient_asymmetry(before * counted, advantages))
-        return weights
+class WeightStage:
+    """
+    Puts the update-time weights into the advantages of a micro-batch, where they differ from what TRL's surrogate does.
 
-    def _clip(self, ratios: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-        if self.args.loss_type == "cispo":
-            return ratios.clamp(max=self.epsilon_high)
-        if self.args.symmetric_clip:
-            return symmetric_clip(ratios, self.epsilon_high)
-        return post_clip_weights(ratios, advantages, self.epsilon_low, self.epsilon_high, self.args.delta)
+    Args:
+        trainer ([`~trl_cancel.CancelGRPOTrainer`]):
+            The trainer.
+        credits ([`~trl_cancel.pipeline.credit.TokenCredits`]):
+            The token credits, which a loss of one ratio a rollout would average.
+        passes ([`~trl_cancel.pipeline.forward.Passes`]):
+            Makes passes where groups are spread over micro-batches.
+        monitor ([`~trl_cancel.pipeline.monitor.UpdateMonitor`]):
+            Takes the metrics.
+    """
 
-    def _outside(self, ratios: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-        if self.args.loss_type == "cispo":
-            return ratios > self.epsilon_high
-        high = torch.full_like(ratios, 1 + self.epsilon_high)
-        if self.args.delta is not None:  # it may end the range of positive advantages earlier
-            high = torch.where(advantages >= 0, high.clamp(max=self.args.delta), high)
-        return (ratios > high) | (ratios < 1 - self.epsilon_low)
+    def __init__(self, trainer: Any, credits: TokenCredits, passes: Passes, monitor: UpdateMonitor):
+        self.trainer, self.args, self.credits = trainer, trainer.args, credits
+        self.passes, self.monitor = passes, monitor
+        self.weigher: GroupWeigher | None = trainer.args.weigher
+        self.clipping, self.methods = trainer.args.clipping, trainer.args.methods
+        self.update = UpdateWeights(trainer.args, monitor, lambda **rows: trainer.get_off_policy_mask(**rows))
+
+    def acts(self, advantages: torch.Tensor) -> bool:
+        """Whether the update needs weights that TRL's surrogate does not give."""
+        spread = self.credits.spread_over_tokens and advantages.dim() > 1
+        return spread or any(method.acts_in_loss for method in self.methods)
+
+    def apply(self, inputs: Rows, logps: torch.Tensor, is_measured: bool) -> None:
+        """
+        Writes the weights into a micro-batch.
+
+        Args:
+            inputs (`dict`):
+                The micro-batch, which TRL's loss reads after this.
+            logps (`torch.Tensor` of shape `(B, T)`):
+                Log-probs of the loss's forward pass.
+            is_measured (`bool`):
+                Whether metrics are taken.
+        """
+        advantages = inputs["advantages"]
+        advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+        spreads = self.credits.spread_over_tokens and advantages.size(1) > 1
+        ratios = self.update.ratios(inputs, logps.detach())
+        of_surrogate = self.clipping.weights(ratios, advantages.detach())
+        weights: torch.Tensor | None = None
+        if self.weigher is not None:
+            weights = self._of_groups(self.weigher, inputs, logps)
+        elif self.clipping.is_constant or spreads:
+            weights = of_surrogate
+        mask = loss_mask(inputs)
+        for method in self.methods:
+            method.watch_ratios(self.args, ratios, advantages.detach(), mask, self.monitor.metrics.add)
+        if is_measured:
+            self.monitor.watch_weights(of_surrogate if weights is None else weights, inputs, mask)
+        if weights is None:
+            return
+        if spreads:
+            # Until the loss is done: the weights hold the sequence's ratio.
+            self.trainer.importance_sampling_level = "token"
+            if (correction := mean_correction(inputs)) is not None:  # which its tokens shared, as they did the ratio
+                inputs["importance_sampling_ratio"] = correction
+        self._freeze_ratios(inputs, logps, advantages * weights)
+
+    def _freeze_ratios(self, inputs: Rows, logps: torch.Tensor, weighted_advantages: torch.Tensor) -> None:
+        """Makes the loss's ratio 1 in value with gradient ∇log π, so that the advantages alone weigh the tokens."""
+        old_logps = inputs.get("old_per_token_logps")
+        # The off-policy mask would take its drift from the old log-probs; it must still see the true ones.
+        inputs.setdefault("sampling_per_token_logps", logps.detach() if old_logps is None else old_logps)
+        inputs["advantages"] = weighted_advantages
+        # Weights that are differentiated through carry the whole gradient; the ratio then has none.
+        differentiates = self.weigher is not None and self.weigher.differentiates
+        inputs["old_per_token_logps"] = logps if differentiates else logps.detach()
+
+    # Weights of whole groups
+
+    def _of_groups(self, weigher: GroupWeigher, inputs: Rows, logps: torch.Tensor) -> torch.Tensor:
+        """The weights of the rollouts of a micro-batch, of shape `(B, 1)`; what they hold is taken out of the loss."""
+        if OF_GROUPS in inputs:
+            weights = inputs[OF_GROUPS]
+        else:
+            ratios = self.update.ratios(inputs, logps if weigher.differentiates else logps.detach()).squeeze(1)
+            active = self.update.taking_part(inputs, logps.detach())
+            weights = self.update.of_groups(weigher, ratios, active, inputs)
+        if self.args.off_policy_mask_threshold is not None:
+            # Rollouts that it drops have weight 0 already; it must not drop others for the sign of their weight.
+            inputs["sampling_per_token_logps"] = logps.detach()
+        correction = inputs.get("importance_sampling_ratio")
+        if weigher.takes_correction and correction is not None:
+            inputs["importance_sampling_ratio"] = torch.ones_like(correction)
+        return weights.unsqueeze(1)
+
+    def ahead(self, micro_batches: list[Rows], is_new: bool) -> None:
+        """
+        The weights of groups that are spread over micro-batches, before the first of these is trained on: with one
+        forward pass, or none where the weights of the model are still those that sampled.
+
+        Args:
+            micro_batches (`list[dict]`):
+                Micro-batches that hold whole groups together.
+            is_new (`bool`):
+                Whether the model is still the one that sampled them.
+        """
+        assert self.weigher is not None
+        update, parts = self.update, []
+        logps = [self._logps_before_update(micro_batch, is_new) for micro_batch in micro_batches]
+        for micro_batch, current in zip(micro_batches, logps, strict=True):
+            ratios = update.ratios(micro_batch, current).squeeze(1)
+            parts.append((ratios, update.taking_part(micro_batch, current)))
+        ratios, active = (torch.cat(part) for part in zip(*parts, strict=True))
+        names = NEEDED_FOR_GROUPS & micro_batches[0].keys()
+        rows = {name: torch.cat([micro_batch[name] for micro_batch in micro_batches]) for name in names}
+        weights = update.of_groups(self.weigher, ratios, active, rows)
+        sizes = [micro_batch["group_ids"].size(0) for micro_batch in micro_batches]
+        for micro_batch, part in zip(micro_batches, weights.split(sizes), strict=True):
+            micro_batch[OF_GROUPS] = part
+
+    def _logps_before_update(self, inputs: Rows, is_new: bool) -> torch.Tensor:
+        """Current log-probs, as far as the weights need them: not where the policy is still the one that sampled."""
+        old_logps = inputs.get("old_per_token_logps")
+        if is_new:
+            if old_logps is not None:
+                return old_logps
+            if self.args.off_policy_mask_threshold is None or "sampling_per_token_logps" not in inputs:
+                return torch.zeros_like(inputs["completion_mask"]).float()
+        return self.passes.logps(inputs)
 
 
 def mean_correction(rows: Rows) -> torch.Tensor | None:

@@ -1,39 +1,14 @@
 """Which methods a configuration has on: what a model card states, cites and is tagged with."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from trl import GRPOConfig
 
 from .. import papers
-from ..configs import CancelGRPOConfig
-from ..credit import Credit
+from ..batch.protocol import Credit
+from ..config import CancelGRPOConfig
+from ..methods.method import ActiveMethod
 from ..papers import Paper
-
-
-@dataclass(frozen=True)
-class ActiveMethod:
-    """
-    A method that is on.
-
-    Args:
-        name (`str`):
-            Its name.
-        does (`str`):
-            What it does, with the settings that decide it.
-        tags (`tuple[str, ...]`):
-            Tags of the models trained with it: the names that `--method` knows, where there is one.
-        papers (`tuple` of [`~trl_cancel.papers.Paper`]):
-            Its sources.
-        acts (`bool`):
-            Whether it changes anything with these sizes of batches.
-    """
-
-    name: str
-    does: str
-    tags: tuple[str, ...] = ()
-    papers: tuple[Paper, ...] = ()
-    acts: bool = True
 
 
 # Loss types of TRL's that are methods of their own. `dapo` is the default and only a part of DAPO: no tag.
@@ -62,9 +37,7 @@ def active_methods(config: GRPOConfig, credits: Sequence[Credit] = ()) -> list[A
     return [
         grpo,
         *_of_trl(config),
-        *_of_batches(config),
-        *_of_ratios(config),
-        *_of_tokens(config),
+        *(method.active(config) for method in config.methods),
         *_own(credits),
     ]
 
@@ -82,10 +55,10 @@ def tags_of(methods: Sequence[ActiveMethod]) -> list[str]:
 def _of_trl(config: CancelGRPOConfig) -> Iterator[ActiveMethod]:
     if config.loss_type in LOSSES:
         yield LOSSES[config.loss_type]
-    if config.importance_sampling_level == "sequence" and config.group_weights == "none":
+    if config.importance_sampling_level == "sequence" and config.weigher is None:
         acts = not config.layout.is_on_policy
         yield ActiveMethod("GSPO", "one ratio for a whole rollout", ("gspo",), (papers.GSPO,), acts)
-    if config.epsilon_high is not None and config.epsilon_high > config.epsilon and not config.symmetric_clip:
+    if config.epsilon_high is not None and config.epsilon_high > config.epsilon and not config.clipping.is_symmetric:
         does = f"ratios may rise by {config.epsilon_high:g} but fall by {config.epsilon:g}"
         yield ActiveMethod("Clip-higher", does, papers=(papers.DAPO,), acts=not config.layout.is_on_policy)
     if config.mask_truncated_completions:
@@ -99,50 +72,6 @@ def _of_trl(config: CancelGRPOConfig) -> Iterator[ActiveMethod]:
     if config.top_entropy_quantile < 1:
         does = f"only the {config.top_entropy_quantile:.0%} of tokens with the highest entropy are trained on"
         yield ActiveMethod("High-entropy tokens", does, papers=(papers.HIGH_ENTROPY,))
-
-
-def _of_batches(config: CancelGRPOConfig) -> Iterator[ActiveMethod]:
-    source = (papers.CANCELLATION,)
-    if config.query_preserved and config.layout.is_split:  # elsewhere batches are TRL's
-        does = "all rollouts of a prompt are in the same optimizer step"
-        yield ActiveMethod("Query-preserved mini-batching", does, ("query-preserved",), source)
-    if config.reward_balance:
-        does = f"at least {config.reward_balance:.0%} of either sign of the advantage in each optimizer step"
-        yield ActiveMethod("Reward-balanced batching", does, ("reward-balanced",), source)
-    if config.filter_zero_variance:
-        does = "groups whose rewards are all equal are replaced"
-        yield ActiveMethod("Dynamic sampling", does, ("dynamic-sampling",), (papers.DAPO,))
-
-
-def _of_ratios(config: CancelGRPOConfig) -> Iterator[ActiveMethod]:
-    source = (papers.DESIGN_CONDITIONS,)
-    if config.symmetric_clip:
-        tags = ("grpo-fix",) if config.importance_sampling_level == "token" else ("symmetric-clip",)
-        does = f"ratios above {1 + config.clip_range[1]:g} are clipped whatever the sign of the advantage"
-        yield ActiveMethod("Symmetric clipping", does, tags, source, not config.layout.is_on_policy)
-    if config.group_weights == "identity":
-        does = "a control of DFPO: GSPO's clipped ratios as constant weights"
-        yield ActiveMethod("Constant weights", does, (), (papers.GSPO, *source), not config.has_nothing_to_weigh)
-    elif config.group_weights != "none":
-        kind = config.group_weights.replace("_", "-")
-        does = f"weights of a group made orthogonal to its advantages (group_weights={config.group_weights!r})"
-        yield ActiveMethod("DFPO", does, ("dfpo", f"dfpo-{kind}"), source, not config.has_nothing_to_weigh)
-
-
-def _of_tokens(config: CancelGRPOConfig) -> Iterator[ActiveMethod]:
-    if config.advantage_sign != "both":
-        does = f"only rollouts with {config.advantage_sign} advantages are learned from"
-        yield ActiveMethod("One sign only", does, (f"{config.advantage_sign}-only",), (papers.CANCELLATION,))
-    if config.nthr:
-        does = "tokens of wrong rollouts that right ones need are pushed down less"
-        control = ", as a control drawn at random" if config.nthr_selection == "random" else ""
-        tags = ("nthr", "nthr-random") if control else ("nthr",)
-        yield ActiveMethod("NTHR", does + control, tags, (papers.NEGATIVE_GRADIENT,))
-    if config.delta_credit:
-        does = "tokens that tell good rollouts from bad ones carry more of the advantage"
-        control = ", as a control dealt out at random" if config.delta_assignment == "random" else ""
-        tags = ("delta", "delta-random") if control else ("delta",)
-        yield ActiveMethod("DelTA", does + control, tags, (papers.DISCRIMINATIVE_CREDIT,))
 
 
 def _own(credits: Sequence[Credit]) -> Iterator[ActiveMethod]:

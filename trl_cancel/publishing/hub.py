@@ -12,8 +12,8 @@ from typing import Any
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from .. import __version__
 from ..running.secrets import quotable, without_tokens
+from ..version import __version__
 from .model_card import FILE, rename_in_card
 
 

@@ -7,7 +7,7 @@ from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import is_peft_model
 from huggingface_hub import EvalResult, ModelCard
@@ -16,22 +16,23 @@ from transformers import ProcessorMixin, TrainingArguments
 from trl import GRPOConfig
 
 from .. import playground
-from ..configs import CancelGRPOConfig
+from ..config import CancelGRPOConfig
 from ..diagnostics.reports.curves import first_tenth, last_tenth
 from ..diagnostics.reports.runs import Run
 from ..evaluation import Evaluation
 from ..evaluation.callback import steps_trained
 from ..evaluation.result import shown
 from ..evaluation.scoring import chats
+from ..methods import METHODS
+from ..methods.method import ActiveMethod
 from ..running.secrets import without_secrets
 from ..texts import markdown, plain, python_string, write_text
 from ..upstream.trl import get_config_model_id
-from .active_methods import ActiveMethod, cited
+from ..version import __version__
+from .active_methods import cited
 
 
-if TYPE_CHECKING:
-    from ..trainers import CancelGRPOTrainer
-
+Trainer = Any  # a `CancelGRPOTrainer`, which writes cards and so cannot be imported here
 FILE = "README.md"
 # Of the many settings of transformers, those that decide what is learned; the others may hold paths and secrets.
 OPTIMIZATION = (
@@ -72,11 +73,7 @@ METRICS = (
     "entropy",
     "kl",
     "cancel/",
-    "group_weights/",
-    "symmetric_clip/",
-    "nthr/",
-    "delta/",
-    "balance/",
+    *dict.fromkeys(metric for method in METHODS for metric in method.logs),
     "shift/",
 )
 LIBRARIES = {"trl-cancel": "trl-cancel", "PEFT": "peft", "bitsandbytes": "bitsandbytes", "vLLM": "vllm"}
@@ -85,7 +82,7 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def complete_model_card(
-    trainer: "CancelGRPOTrainer", model_name: str | None, datasets: Sequence[str], base_license: str | None = None
+    trainer: Trainer, model_name: str | None, datasets: Sequence[str], base_license: str | None = None
 ) -> None:
     """
     Rewrites the card that TRL has just written, keeping its metadata, links to trackers, versions and citation.
@@ -160,7 +157,7 @@ class _Subject:
     sees_images: bool
 
     @classmethod
-    def of(cls, trainer: "CancelGRPOTrainer") -> "_Subject":
+    def of(cls, trainer: Trainer) -> "_Subject":
         model = trainer.accelerator.unwrap_model(trainer.model)
         name = get_config_model_id(model.config)
         processor: Any = trainer.processing_class
@@ -230,9 +227,7 @@ def rename_in_card(path: Path, model_id: str) -> None:
         write_text(path, renamed)
 
 
-def _render(
-    trainer: "CancelGRPOTrainer", model_name: str, subject: _Subject, datasets: list[str], of_trl: dict[str, str]
-) -> str:
+def _render(trainer: Trainer, model_name: str, subject: _Subject, datasets: list[str], of_trl: dict[str, str]) -> str:
     source = files(__package__).joinpath("model_card.md.jinja").read_text(encoding="utf-8")
     template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)
     evaluations = _evaluations(trainer)
@@ -275,11 +270,11 @@ def _last_block(text: str) -> str:
     return blocks[-1] if blocks else ""
 
 
-def _versions(text: str, trainer: "CancelGRPOTrainer") -> dict[str, str]:
+def _versions(text: str, trainer: Trainer) -> dict[str, str]:
     return {**_own_versions(trainer), **dict(re.findall(r"^- (.+): (.+)$", text, re.MULTILINE))}
 
 
-def _own_versions(trainer: "CancelGRPOTrainer") -> dict[str, str]:
+def _own_versions(trainer: Trainer) -> dict[str, str]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     used = {
         "trl-cancel": True,
@@ -294,8 +289,6 @@ def _installed(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:  # vLLM on a server, or this package from a folder
-        from .. import __version__
-
         return __version__ if package == "trl-cancel" else "on a server"
 
 
@@ -309,7 +302,7 @@ def _license_in(folder: Path | None) -> str | None:
 # Settings
 
 
-def _settings(trainer: "CancelGRPOTrainer") -> dict[str, str]:
+def _settings(trainer: Trainer) -> dict[str, str]:
     """What differs from TRL's defaults, without paths and secrets."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     of_transformers = {setting.name for setting in fields(TrainingArguments)} - set(OPTIMIZATION)
@@ -373,7 +366,7 @@ def _quantization(model: Any) -> str | None:
 # Results
 
 
-def _metrics(trainer: "CancelGRPOTrainer") -> dict[str, tuple[str, str]]:
+def _metrics(trainer: Trainer) -> dict[str, tuple[str, str]]:
     """First and last tenth of what was logged, in the order of `METRICS`."""
     run = Run(Path(), trainer.state.global_step, trainer.state.log_history, {})
     logged = sorted(run.metrics())
@@ -386,7 +379,7 @@ def _metrics(trainer: "CancelGRPOTrainer") -> dict[str, tuple[str, str]]:
     return means
 
 
-def _evaluations(trainer: "CancelGRPOTrainer") -> list[Evaluation]:
+def _evaluations(trainer: Trainer) -> list[Evaluation]:
     """Those made, without those of later weights than the ones that the trainer went back to."""
     steps = steps_trained(trainer)
     if steps == trainer.state.global_step:

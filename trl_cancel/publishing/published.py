@@ -6,15 +6,15 @@ from typing import Any, cast
 from accelerate.logging import get_logger
 from trl import GRPOTrainer
 
-from ..configs import CancelGRPOConfig
+from ..config import CancelGRPOConfig
 from ..evaluation import Evaluation
+from ..methods.method import ActiveMethod
 from ..running.checkpoints import no_halves
 from ..running.secrets import quotable
 from ..running.storage import is_storage_error
 from ..texts import plain
 from ..upstream.trl import get_config_model_id
 from . import hub
-from .active_methods import ActiveMethod
 from .model_card import FILE, complete_model_card, hub_id
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..configs import CancelGRPOConfig
 from .damage import STATE
 from .secrets import without_secrets, without_tokens
 
@@ -69,12 +68,12 @@ def run_record(trainer: Any, run: str | None = None) -> dict[str, Any]:
     return {"args": {}, "attributes": record}
 
 
-def settings_record(args: CancelGRPOConfig) -> dict[str, Any]:
+def settings_record(args: Any) -> dict[str, Any]:
     """
     What is known of a run before its trainer is made, for [`changes`].
 
     Args:
-        args ([`CancelGRPOConfig`]):
+        args ([`~trl_cancel.CancelGRPOConfig`]):
             Its settings.
     """
     return {"args": {}, "attributes": {"settings": _settings(args)}}
@@ -127,8 +126,6 @@ def held_by_optimizer(changed: list[str]) -> list[str]:
 
 def _changed_settings(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     aside = {"optim"}  # another one is refused
-    if now.get("symmetric_clip") and then.get("symmetric_clip"):  # which sets TRL's bound on the other side itself
-        aside.add("delta")
     by_steps = max(now.get("max_steps", -1), then.get("max_steps", -1)) > 0
     aside.add("num_train_epochs" if by_steps else "max_steps")
     if now.get("lr_scheduler_type") in CONSTANT:  # and more steps are no other schedule
@@ -168,9 +165,10 @@ def _data(dataset: Any) -> dict[str, Any] | None:
     return {"rows": rows, "digest": digest[:16]}
 
 
-def _settings(args: CancelGRPOConfig) -> dict[str, Any]:
+def _settings(args: Any) -> dict[str, Any]:
     """What of the settings can be written as JSON, as it is then read, without what does not touch the training."""
-    names = [field.name for field in fields(args) if field.name not in ASIDE]
+    set_by_methods = getattr(args, "set_by_methods", ())  # what the user has not chosen
+    names = [field.name for field in fields(args) if field.name not in {*ASIDE, *set_by_methods}]
     names = [name for name in names if not name.startswith(ASIDE_PREFIXES)]
     values = without_secrets({name: getattr(args, name) for name in names})
     plain = {name: getattr(value, "value", value) for name, value in values.items()}  # of enumerations

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..configs import CancelGRPOConfig
 from .changed_settings import changes, run_of, settings_record
 from .damage import STATE, weights_at, why_unusable
 
@@ -35,7 +34,7 @@ def saved_step(folder: Path, checkpoint: Path | None = None) -> int | None:
     return step
 
 
-def check_replaceable(folder: Path, checkpoint: Path | None, args: CancelGRPOConfig) -> None:
+def check_replaceable(folder: Path, checkpoint: Path | None, args: Any) -> None:
     """
     Refuses a folder that holds a model, unless a run goes on in it that has saved it.
 
@@ -44,7 +43,7 @@ def check_replaceable(folder: Path, checkpoint: Path | None, args: CancelGRPOCon
             Output folder, which need not exist.
         checkpoint (`Path`, *optional*):
             The checkpoint that the run goes on from.
-        args ([`CancelGRPOConfig`]):
+        args ([`~trl_cancel.CancelGRPOConfig`]):
             Settings of the run.
 
     Raises:

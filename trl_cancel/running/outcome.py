@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from ..configs import CancelGRPOConfig
-
 
 PAGE = "docs/troubleshooting.md"
 EQUAL_REWARDS = "#all-rewards-of-a-group-are-equal"
@@ -11,14 +9,14 @@ CUT_OFF = "#completions-are-cut-off"
 NO_UPDATE = "#loss-is-0"
 
 
-def remark_on(logs: list[dict[str, Any]], args: CancelGRPOConfig) -> str | None:
+def remark_on(logs: list[dict[str, Any]], args: Any) -> str | None:
     """
     Says so if nothing could be learned in any step of a run, or no completion came to its end; `None` otherwise.
 
     Args:
         logs (`list[dict]`):
             What the trainer has logged, `trainer.state.log_history`.
-        args ([`CancelGRPOConfig`]):
+        args ([`~trl_cancel.CancelGRPOConfig`]):
             The settings of the run.
     """
     cut_off = _always(logs, "completions/clipped_ratio", 1.0)

@@ -11,7 +11,6 @@ from accelerate.logging import get_logger
 from transformers.trainer_utils import TrainOutput, speed_metrics
 from trl import GRPOTrainer
 
-from ..configs import CancelGRPOConfig
 from .changed_settings import SAVED_AS, changes, held_by_optimizer, run_of, run_record
 from .checkpoints import (
     OwnCheckpoints,
@@ -43,7 +42,7 @@ class Resumable(GRPOTrainer):
             What this run has written and goes on from, and not what another has left in its output folder.
     """
 
-    args: CancelGRPOConfig
+    args: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

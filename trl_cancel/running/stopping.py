@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
-from ..configs import CancelGRPOConfig
 from .checkpoints import OwnCheckpoints, how_to_go_on
 
 
@@ -118,13 +117,13 @@ class StopOnSignal(TrainerCallback):
             numbers = self.accelerator.gather(numbers)
         self.received = int(numbers.max()) or None
 
-    def end(self, args: CancelGRPOConfig, step: int, own: OwnCheckpoints) -> None:
+    def end(self, args: Any, step: int, own: OwnCheckpoints) -> None:
         """
         Says how to go on, if a signal has ended the training or come after its last step, and passes it on. All
         processes must call it.
 
         Args:
-            args ([`CancelGRPOConfig`]):
+            args ([`~trl_cancel.CancelGRPOConfig`]):
                 Configuration.
             step (`int`):
                 Optimizer steps that are done.
@@ -152,7 +151,7 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_evaluate = False
 
 
-def _what_is_saved(args: CancelGRPOConfig, step: int, own: OwnCheckpoints) -> str:
+def _what_is_saved(args: Any, step: int, own: OwnCheckpoints) -> str:
     if args.save_strategy == "no":
         return 'Nothing was saved: save_strategy="no".'
     last = own.last()

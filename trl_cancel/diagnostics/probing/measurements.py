@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ...batch.rollouts import Rollouts
-from ...credit import nthr_scores
 from ...evaluation import RewardFunction
+from ...methods.nthr import nthr_scores
 from ..coupling import coupling_kernel, prediction_errors, sign_agreement
 from ..displacement import gwhes, likelihood_displacement, top_k_overlap
 from ..energy import asymmetry_by_group, energy_by_frequency, gradient_asymmetry, output_row_energy

@@ -1,16 +1,15 @@
 """The variants of an update that are compared: the methods by name, as weights of tokens."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 
 from ...arguments import one_of
 from ...batch.rollouts import Rollouts
-from ...configs import CancelGRPOConfig
-from ...methods.named import METHODS
-from ...pipeline.credit import configured, credited
+from ...config import CancelGRPOConfig
+from ...methods import NAMED
+from ...pipeline.credit import credited
 from ...pipeline.monitor import UpdateMonitor
 from ...pipeline.weights import UpdateWeights
 
@@ -37,8 +36,8 @@ class Variant:
 
     def __init__(self, name: str, **settings: Any):
         method = ALIASES.get(name, name).replace("_", "-")
-        if method not in METHODS:
-            known = [*METHODS, *ALIASES]
+        if method not in NAMED:
+            known = [*NAMED, *ALIASES]
             raise ValueError(f"variant {name!r} is not one of {', '.join(known)}.")
         for setting, value in settings.items():
             field = CancelGRPOConfig.__dataclass_fields__.get(setting)
@@ -47,8 +46,10 @@ class Variant:
             choices = field.metadata.get("choices")
             if choices:
                 one_of(setting, value, choices)
-        self.name, self.settings = name, {**METHODS[method].settings, **settings}
-        configured(self._args(num_generations=2))  # refuses values that make no sense, before anything is sampled
+        self.name, self.settings = name, {**NAMED[method].settings, **settings}
+        _ = self._args(
+            num_generations=2
+        ).token_credits  # refuses values that make no sense, before anything is sampled
 
     def __repr__(self) -> str:
         return f"Variant({self.name!r})"
@@ -56,7 +57,7 @@ class Variant:
     @property
     def weighs_groups(self) -> bool:
         """Whether rollouts are weighed within their groups, which must then be whole."""
-        return self.settings.get("group_weights", "none") != "none"
+        return self._args(num_generations=2).weigher is not None
 
     def credited(self, rollouts: Rollouts) -> Rollouts:
         """
@@ -68,7 +69,7 @@ class Variant:
         """
         return replace(
             rollouts,
-            advantages=credited(rollouts.advantages, configured(self._args(rollouts.num_generations)), rollouts),
+            advantages=credited(rollouts.advantages, self._args(rollouts.num_generations).token_credits, rollouts),
         )
 
     def weights(self, rollouts: Rollouts, logps: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
@@ -87,9 +88,8 @@ class Variant:
         Returns:
             `torch.Tensor` of shape `(B, T)`.
         """
-        weighing = UpdateWeights(
-            self._args(rollouts.num_generations), UpdateMonitor(cast(Any, None), groups_are_local=True)
-        )
+        args = self._args(rollouts.num_generations)
+        weighing = UpdateWeights(args, UpdateMonitor(cast(Any, None), groups_are_local=True))
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
         rows = {
             "completion_mask": rollouts.mask,
@@ -99,17 +99,24 @@ class Variant:
             "group_ids": rollouts.group_ids,
         }
         ratios = weighing.ratios(rows, logps)
-        if weighing.args.group_weights != "none":
-            taking_part = weighing.taking_part(rows, logps)
-            weights = weighing.of_groups(ratios.squeeze(1), taking_part, rows).unsqueeze(1)
+        weigher = args.weigher
+        if weigher is None:
+            weights = cast(torch.Tensor, args.clipping.weights(ratios, advantages))
         else:
-            weights = cast(torch.Tensor, weighing.of_surrogate(rows, ratios, advantages))
+            taking_part = weighing.taking_part(rows, logps)
+            weights = weighing.of_groups(weigher, ratios.squeeze(1), taking_part, rows).unsqueeze(1)
         return weights * advantages * rollouts.mask
 
-    def _args(self, num_generations: int) -> Any:
+    def _args(self, num_generations: int) -> "_Fields":
         """The fields of a configuration. Making one would set up accelerate anew, also under a trainer at work."""
         fields = CancelGRPOConfig.__dataclass_fields__
-        args: Any = SimpleNamespace(**{name: field.default for name, field in fields.items()} | self.settings)
-        args.clip_range = CancelGRPOConfig.clip_range.fget(args)  # type: ignore[attr-defined]
-        args.layout = SimpleNamespace(num_generations=num_generations)
+        args = object.__new__(_Fields)
+        args.__dict__.update({name: field.default for name, field in fields.items()} | self.settings)
+        args.__dict__.update(num_generations=num_generations, steps_per_generation=1)
         return args
+
+
+class _Fields(CancelGRPOConfig):
+    """A configuration that knows nothing of devices."""
+
+    world_size = 1

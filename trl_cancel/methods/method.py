@@ -1,0 +1,288 @@
+"""What a method is: all that the rest of the package asks of one."""
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from ..batch.clipping import Clipping
+from ..batch.groups import Add, GroupWeigher, Selector
+from ..batch.protocol import Credit
+from ..papers import Paper
+
+
+# A `CancelGRPOConfig`, which is made of the settings of the methods and so cannot be imported here.
+Config = Any
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Named:
+    """
+    A combination of settings with a name, for `--method`.
+
+    Args:
+        settings (`dict[str, Any]`):
+            Fields of [`~trl_cancel.CancelGRPOConfig`] and their values.
+        summary (`str`):
+            What it does, in a few words.
+        paper (`str`, *optional*):
+            arXiv id of its source.
+    """
+
+    settings: dict[str, Any]
+    summary: str
+    paper: str | None = None
+
+
+@dataclass(frozen=True)
+class PaperConfiguration:
+    """
+    The settings of a paper, of which a configuration and a trainer are made.
+
+    Args:
+        name (`str`):
+            What their names begin with.
+        title (`str`):
+            The same, as people write it.
+        tag (`str`):
+            Tag of the trainer's models.
+        paper ([`~trl_cancel.papers.Paper`]):
+            The paper.
+        settings (`dict[str, Any]`):
+            Fields of [`~trl_cancel.CancelGRPOConfig`] and their values.
+        does (`str`):
+            What is trained with them, in a few words.
+        about (`str`):
+            Where they are from, for the documentation of the configuration.
+        gives_way (`dict[str, str]`, *optional*):
+            Settings that are left to their default where another is not as in the paper.
+    """
+
+    name: str
+    title: str
+    tag: str
+    paper: Paper
+    settings: dict[str, Any]
+    does: str
+    about: str
+    gives_way: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PaperEvaluation:
+    """
+    How a paper evaluates.
+
+    Args:
+        label (`str`):
+            Its name among the presets of `trl-cancel eval`.
+        paper (`str`):
+            arXiv id.
+        data (`tuple[str, ...]`):
+            Names of data sets.
+        settings (`dict[str, Any]`):
+            Fields of [`~trl_cancel.evaluation.EvaluationSettings`].
+    """
+
+    label: str
+    paper: str
+    data: tuple[str, ...]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ActiveMethod:
+    """
+    A method that is on, as a model card states it.
+
+    Args:
+        name (`str`):
+            Its name.
+        does (`str`):
+            What it does, with the settings that decide it.
+        tags (`tuple[str, ...]`):
+            Tags of the models trained with it: the names that `--method` knows, where there is one.
+        papers (`tuple` of [`~trl_cancel.papers.Paper`]):
+            Its sources.
+        acts (`bool`):
+            Whether it changes anything with these sizes of batches.
+    """
+
+    name: str
+    does: str
+    tags: tuple[str, ...] = ()
+    papers: tuple[Paper, ...] = ()
+    acts: bool = True
+
+
+class Method:
+    """
+    All there is of a method beside its formula. It has no state: what a run has on is read from its configuration,
+    which every hook is given.
+
+    A method takes part in the pipeline by the objects that it gives to its stages: a [`~trl_cancel.credit.Credit`], a
+    [`~trl_cancel.batch.groups.Selector`] of groups, a [`~trl_cancel.batch.groups.GroupWeigher`], or other bounds of
+    the clipping.
+
+    Attributes:
+        Settings (`type`):
+            Dataclass of its settings, which become fields of the configuration.
+        switch (`str`):
+            The setting that turns it on.
+        off (`Any`):
+            Value of that setting with which it is off.
+        named (`dict[str, Named]`):
+            What `--method` knows of it: the method, its controls and ablations.
+        configurations (`tuple[PaperConfiguration, ...]`):
+            Settings of its papers.
+        evaluations (`tuple[PaperEvaluation, ...]`):
+            How they evaluate.
+        logs (`tuple[str, ...]`):
+            What the names of its metrics begin with.
+        table (`tuple[str, str, str]`):
+            What it does, its setting and its page, for the table of methods.
+        acts_in_generation, acts_in_loss (`bool`):
+            Whether it cannot do without the way from the generation to the micro-batches, or without TRL's loss, apart
+            from token credit, of which that is known anyway. A subclass that leaves these out is refused.
+        sets (`tuple[str, ...]`):
+            Settings of TRL's that it sets by itself.
+        says_when_idle (`bool`):
+            Whether a run is told that it changes nothing there.
+    """
+
+    Settings: ClassVar[type]
+    switch: ClassVar[str]
+    off: ClassVar[Any] = False
+    named: ClassVar[dict[str, Named]] = {}
+    configurations: ClassVar[tuple[PaperConfiguration, ...]] = ()
+    evaluations: ClassVar[tuple[PaperEvaluation, ...]] = ()
+    logs: ClassVar[tuple[str, ...]] = ()
+    table: ClassVar[tuple[str, str, str]]
+    acts_in_generation: ClassVar[bool] = False
+    acts_in_loss: ClassVar[bool] = False
+    sets: ClassVar[tuple[str, ...]] = ()
+    says_when_idle: ClassVar[bool] = False
+
+    _of: ClassVar[dict[type, "Method"]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Method._of[cls.Settings] = cls()
+
+    @staticmethod
+    def of(settings: type) -> "Method":
+        """The method whose settings these are."""
+        return Method._of[settings]
+
+    def is_on(self, args: Config) -> bool:
+        """Whether the configuration asks for it."""
+        return getattr(args, self.switch) != self.off
+
+    def chosen(self, args: Config) -> str:
+        """The setting that asks for it, as in a call."""
+        return f"{self.switch}={getattr(args, self.switch)!r}"
+
+    def acts(self, args: Config) -> bool:
+        """Whether it changes anything, where it is on, with these sizes of batches."""
+        return True
+
+    # What it refuses and says. Asked also where it is off.
+
+    def check(self, args: Config) -> None:
+        """
+        Refuses settings that make no sense or contradict others.
+
+        Raises:
+            `ValueError`: Names the settings and what would work.
+        """
+
+    def active(self, args: Config) -> ActiveMethod:
+        """What a model card says, where it is on."""
+        raise NotImplementedError
+
+    def explain(self, args: Config) -> Iterator[tuple[str, str]]:
+        """Lines of [`~trl_cancel.explain`], each with its topic."""
+        yield from ()
+
+    def leaks(self, args: Config) -> Iterator[str]:
+        """Sentences on what breaks cancellation."""
+        yield from ()
+
+    # What it gives to the stages of the pipeline, where it is on.
+
+    def cuts(self, args: Config) -> bool:
+        """Whether generation batches must be cut into micro-batches group by group, where TRL's cut would tear them."""
+        return False
+
+    def selector(self, args: Config) -> Selector | None:
+        """What chooses among the groups of several rounds of generation."""
+        return None
+
+    def credit(self, args: Config) -> Credit | None:
+        """What the advantages of tokens are multiplied with."""
+        return None
+
+    def clipping(self, args: Config, clipping: Clipping) -> Clipping:
+        """The clipping of ratios in place of another."""
+        return clipping
+
+    def weigher(self, args: Config) -> GroupWeigher | None:
+        """What weighs the rollouts of each group by their ratios, in place of the clipped ratios."""
+        return None
+
+    def watch_ratios(
+        self, args: Config, ratios: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, add: Add
+    ) -> None:
+        """
+        Metrics of a micro-batch's ratios, `(B, T)` or `(B, 1)`; advantages and mask are of shape `(B, T)`, the former
+        also `(B, 1)`.
+        """
+
+
+def documented(cls: type[T]) -> type[T]:
+    """
+    Gives the fields of a dataclass of settings their help and choices, which are its docstring's.
+
+    Args:
+        cls (`type`):
+            Dataclass whose docstring describes each field in TRL's form. A list whose items begin with a value in
+            quotes holds the choices.
+
+    Returns:
+        `type`: The class.
+    """
+    texts = described(cls.__doc__ or "")
+    for name, setting in vars(cls)["__dataclass_fields__"].items():
+        if name in texts and not setting.metadata:
+            setting.metadata = MappingProxyType(_metadata(texts[name]))
+    return cls
+
+
+def described(docstring: str) -> dict[str, str]:
+    """
+    What a docstring in TRL's form says of each parameter.
+
+    Args:
+        docstring (`str`):
+            Docstring.
+
+    Returns:
+        `dict[str, str]`: The texts by name, without the line of name and type.
+    """
+    pattern = r"^(?P<indent> *)(?P<name>\w+) \(`.+\):\n(?P<text>(?:(?P=indent) {4}.*\n|\s*\n)+)"
+    found = re.finditer(pattern, f"{inspect.cleandoc(docstring)}\n", re.MULTILINE)
+    return {match["name"]: inspect.cleandoc(match["text"]) for match in found}
+
+
+def _metadata(text: str) -> dict[str, Any]:
+    plain = re.sub(r"\[([^]]+)]\([^)]*\)", r"\1", text)
+    items = re.findall(r'^- `"(\w+)"`', plain, re.MULTILINE)
+    paragraphs, *choices = re.split(r"\n+- ", plain)
+    choices = [re.sub(r'^`"(\w+)"`', r"`\1`", choice).rstrip(".") for choice in choices]
+    words = " ".join(" ".join([paragraphs, "; ".join(choices)]).split())
+    return {"help": words if words.endswith(".") else f"{words}.", **({"choices": items} if items else {})}

@@ -1,0 +1,317 @@
+"""The trainer: TRL's hooks, each of which hands over to a stage of the pipeline."""
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from os import PathLike
+from typing import Any, cast
+
+import torch
+from accelerate.logging import get_logger
+from trl import GRPOConfig, GRPOTrainer
+
+from . import papers
+from .batch.protocol import Credit
+from .batch.rollouts import Rows
+from .config import CancelGRPOConfig
+from .diagnostics.callbacks import TokenShiftCallback
+from .evaluation.result import Evaluation
+from .explanation import explain, within_generation
+from .methods import CONFIGURATIONS
+from .pipeline.credit import CreditStage, TokenCredits
+from .pipeline.forward import Passes
+from .pipeline.loss import LossStage
+from .pipeline.monitor import UpdateMonitor
+from .pipeline.overrides import check_overrides, has_own_loss
+from .pipeline.prompts import FreshPrompts, PromptSampler
+from .pipeline.rounds import Rounds, Scored
+from .pipeline.scoring import Scoring
+from .pipeline.split import whole_group_batches
+from .pipeline.weights import WeightStage
+from .publishing.active_methods import active_methods, tags_of
+from .publishing.model_card import datasets_of
+from .publishing.published import Published
+from .running.checked import Checked
+from .running.precision import emulates_bfloat16, hold_trained_weights_in_float32
+from .running.removed import ARGUMENTS, refuse_removed
+from .running.resuming import Resumable
+from .upstream.hooks import around, is_of
+from .upstream.trl import get_config_model_id
+
+
+logger = get_logger(__name__)
+# Arguments of TRL's trainer that may be given by position, after `train_dataset`.
+_FURTHER = list(inspect.signature(GRPOTrainer.__init__).parameters)[5:]
+
+
+class CancelGRPOTrainer(Checked, Published, Resumable):
+    """
+    Trainer for Group Relative Policy Optimization in which the opposite pushes on what good and bad rollouts of a
+    prompt share can cancel.
+
+    A drop-in for [`~trl.GRPOTrainer`]: it takes the same arguments, and with every feature off it computes the same
+    losses, gradients and metrics, bit for bit.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trl.rewards import accuracy_reward
+    >>> from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
+
+    >>> trainer = CancelGRPOTrainer(
+    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+    ...     reward_funcs=accuracy_reward,
+    ...     args=CancelGRPOConfig("DeepMath"),
+    ...     train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model to be trained, as in [`~trl.GRPOTrainer`].
+        reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
+            Reward functions, as in [`~trl.GRPOTrainer`].
+        args ([`CancelGRPOConfig`] or [`~trl.GRPOConfig`], *optional*):
+            Configuration. A plain [`~trl.GRPOConfig`] gets this package's defaults.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
+            Data set with a column `prompt`, as in [`~trl.GRPOTrainer`].
+        *trl_args:
+            Further positional arguments of [`~trl.GRPOTrainer`], from `eval_dataset` on.
+        credits (`Sequence` of [`~trl_cancel.credit.Credit`], *optional*):
+            Your own token credits; they multiply with the configured ones.
+        **trl_kwargs:
+            Further keyword arguments of [`~trl.GRPOTrainer`].
+
+    Raises:
+        `ValueError`: If the configuration, the data set or a credit cannot be honoured.
+    """
+
+    _tag_names = ["trl", "grpo", "trl-cancel"]
+    _name = "GRPO (trl-cancel)"
+    _paper = papers.CANCELLATION.for_trl
+
+    _config_class: type[CancelGRPOConfig] = CancelGRPOConfig
+    args: CancelGRPOConfig
+    _scored: Scored | None = None  # the generation batch, until it is cut into micro-batches
+    _generated_at_step = 0
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        *trl_args: Any,
+        credits: Sequence[Credit] = (),
+        **trl_kwargs: Any,
+    ):
+        refuse_removed(trl_kwargs, ARGUMENTS, GRPOTrainer.__init__)
+        model = str(model) if isinstance(model, PathLike) else model
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = self._config_class(f"{name.split('/')[-1]}-GRPO")
+        self.args = args = self._own_args(args)
+        token_credits = TokenCredits(args, credits, may_wait=not has_own_loss(type(self)))
+        check_overrides(self, args, token_credits)
+        self.evaluations: list[Evaluation] = []
+        self.dataset_names = datasets_of(train_dataset)
+        self.active_methods = active_methods(args, token_credits.own)
+        self._tag_names = self._tags()
+        given = {**dict(zip(_FURTHER, trl_args, strict=False)), **trl_kwargs}
+        self._check_inputs(args, train_dataset, reward_funcs, given)
+        if args.selectors:  # before TRL asks for a sampler
+            self._fresh_prompts = FreshPrompts(train_dataset, args.seed)
+
+        super().__init__(model, reward_funcs, args, train_dataset, *trl_args, **trl_kwargs)
+
+        self._check_given()
+        if args.fp16 and not self.is_deepspeed_enabled:  # which scales gradients by itself
+            hold_trained_weights_in_float32(cast(torch.nn.Module, self.model).named_parameters())
+        self.epsilon_low, self.epsilon_high = self.args.clipping.low, self.args.clipping.high
+        self._make_stages(token_credits)
+        if self.args.token_shift_steps:
+            self.add_callback(TokenShiftCallback(self, self.args.token_shift_steps))
+        self._say_what_falls_short()
+        if token_credits.of_states:
+            self._check_sharding()
+            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                _ = self._passes.head  # an unsuitable model is refused now; one that is yet to be sharded, later
+
+    def _own_args(self, args: GRPOConfig) -> CancelGRPOConfig:
+        """The configuration as the loss is to read it: methods may set TRL's bound on the ratio."""
+        own = self._config_class.adopt(args)
+        if own.set_by_methods:
+            own = copy.copy(own)
+            own.delta = own.clipping.delta
+        return own
+
+    def _make_stages(self, credits: TokenCredits) -> None:
+        """The stages of the pipeline, in the order in which a generation batch goes through them."""
+        self._credits = credits
+        self._monitor = UpdateMonitor(self.accelerator, self.args.layout.groups_are_local)
+        self._passes = Passes(self, super()._compute_loss)
+        self._rounds = None
+        if self.args.selectors:
+            self._fresh_prompts.dataset = self.train_dataset
+            self.add_callback(self._fresh_prompts)
+            self._rounds = Rounds(self, self._fresh_prompts, self._monitor)
+        self._scoring = Scoring(self, credits, self._passes, self._monitor)
+        self._credit = CreditStage(self.args, credits, self._passes)
+        self._weights = WeightStage(self, credits, self._passes, self._monitor)
+        self._losses = LossStage(self, self._credit, self._weights, self._passes, self._monitor)
+
+    # What it says
+
+    def _say_what_falls_short(self) -> None:
+        idle = [
+            method.chosen(self.args)
+            for method in self.args.methods
+            if method.says_when_idle
+            and not method.acts(self.args)
+            and (not self._weighs or method.weigher(self.args) is None)
+        ]
+        if idle:
+            logger.warning(
+                f"{' and '.join(idle)} changes nothing here: each generation batch is used for one optimizer step, so "
+                "all ratios are 1. It acts with num_iterations > 1 or with steps_per_generation greater than "
+                "gradient_accumulation_steps."
+            )
+        if self.args.bf16 and emulates_bfloat16(self.accelerator.device):
+            logger.warning(
+                "bf16=True, TRL's default, is emulated by this GPU, many times slower than float16. Set fp16=True; "
+                "trl_cancel.best_precision() tells what suits the device."
+            )
+        remark = within_generation(self.args)
+        if remark is not None:
+            logger.warning(remark)
+
+    def _check_sharding(self) -> None:
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            names = " and ".join(type(credit).__name__ for credit in self._credits.of_states)
+            raise ValueError(
+                f"{names} cannot read the output layer of a model that FSDP's first version has sharded. Set "
+                "fsdp_version: 2 in the configuration of accelerate, or use DeepSpeed ZeRO-3."
+            )
+
+    def explain(self) -> str:
+        """What the configuration does: sizes, how far off policy, what is kept together, what is added and why."""
+        return explain(self.args, credits=self._credits.own)
+
+    def _tags(self) -> list[str]:
+        """The tags of the class, with those of the methods that the configuration has on instead of the class's."""
+        of_methods = {configuration.tag for configuration in CONFIGURATIONS.values()}
+        kept = [tag for tag in type(self)._tag_names if tag not in of_methods]
+        return list(dict.fromkeys([*kept, *tags_of(self.active_methods)]))
+
+    # What the stages need to know of this run
+
+    @property
+    def _weighs(self) -> bool:
+        """Whether group weights differ from 1; advantages of a subclass need not sum to 0 in a group."""
+        weigher = self.args.weigher
+        hook = "_generate_and_score_completions"
+        are_of_trl = self._is_trls(hook) and is_of(self, hook, CancelGRPOTrainer, GRPOTrainer)
+        return weigher is not None and not (weigher.changes_nothing and are_of_trl)
+
+    @property
+    def _cuts(self) -> bool:
+        """Whether this package cuts the micro-batches; where TRL's own cut keeps groups whole, it is left alone."""
+        layout = self.args.layout
+        needs_groups = self._credits.in_loss or (self._weighs and layout.groups_fit_micro_batches)
+        if needs_groups and layout.steps_per_generation > 1:
+            return True
+        return any(method.cuts(self.args) for method in self.args.methods)
+
+    @property
+    def _weighs_ahead(self) -> bool:
+        """Whether groups are weighed that a micro-batch, taken over all processes, does not hold whole."""
+        layout = self.args.layout
+        holds_groups = layout.steps_per_generation == 1 or (self._cuts and layout.groups_fit_micro_batches)
+        return self.args.weigher is not None and not holds_groups
+
+    # Which prompts, and the generation batch: rounds, credit, micro-batches
+
+    def _get_train_sampler(self, dataset=None):
+        sampler = super()._get_train_sampler
+        if not self.args.selectors:
+            return sampler(dataset)
+        return PromptSampler(lambda: sampler(dataset), self._fresh_prompts)
+
+    def _generate_and_score_completions(self, inputs):
+        self._check_rows(inputs)
+        batch = super()._generate_and_score_completions(inputs)
+        # A class of TRL's kind that stands after this one may have changed them already.
+        is_of_trl = is_of(self, "_generate_and_score_completions", CancelGRPOTrainer, GRPOTrainer)
+        self._scoring.advantages_of_trl = batch["advantages"].clone() if is_of_trl else None
+        return batch
+
+    def _generation(self, generate: Callable[..., Rows], inputs: list[dict[str, Any]]) -> Rows:
+        """Stands around TRL's generation, with all that subclasses make of it."""
+
+        def score(rows: list[dict[str, Any]]) -> Scored:
+            return self._scoring.score(generate, rows)
+
+        scored = score(inputs) if self._rounds is None else self._rounds.chosen(score, inputs)
+        batch, rollouts = scored.batch, self._scoring.view(scored)
+        batch.update(group_ids=rollouts.group_ids, rollout_advantages=rollouts.advantages)
+        if self.args.cancellation_metrics:
+            batch.update(self._monitor.mark_shared(batch, rollouts, self._tokenizer.pad_token_id))
+        batch.update(self._credit.of_batch(scored, rollouts))
+        self._scored, self._generated_at_step = scored, self.state.global_step
+        return batch
+
+    def _prepare_inputs(self, generation_batch):
+        if not self.model.training:
+            inputs = super()._prepare_inputs(generation_batch)
+            if self._rounds is not None:  # the table of completions has a column for it
+                self._rounds.mark_kept([None] * len(generation_batch))
+            return inputs
+        with around(self, "_generate_and_score_completions", self._generation):
+            inputs = super()._prepare_inputs(generation_batch)
+        if self._scored is not None and self._cuts:
+            # TRL has just shuffled single rollouts into the micro-batches; cut the batch again, group by group.
+            micro_batches = whole_group_batches(self._scored.batch, self.args, self._scored.chosen)
+            self._buffered_inputs = cast(Any, micro_batches)
+            inputs = micro_batches[self._step % len(micro_batches)]
+        self._scored = None
+        if self._weighs_ahead:
+            self._weigh_ahead()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TokenShiftCallback):
+                callback.on_micro_batch(inputs)
+        return inputs
+
+    def _weigh_ahead(self) -> None:
+        """Weighs the groups of the micro-batches that always share an optimizer step, before the first of them."""
+        together, micro_batches = self.args.layout.micro_batches_together, cast(list[Rows], self._buffered_inputs)
+        first = self._step % len(micro_batches)
+        if first % together == 0:
+            is_new = self.state.global_step == self._generated_at_step
+            self._weights.ahead(micro_batches[first : first + together], is_new)
+
+    def _forget_generation(self):
+        super()._forget_generation()
+        self._scored = self._credit.rollouts = None
+        self._monitor.forget_step()
+
+    # The loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        compute = super().compute_loss
+        if not (self.model.training and self._losses.acts):
+            return compute(model, inputs, return_outputs, num_items_in_batch)
+        loss = self._losses.compute(lambda rows: compute(model, rows, return_outputs, num_items_in_batch), inputs)
+        if self.accelerator.sync_gradients:
+            for name, value in self._monitor.end_step().items():
+                self._metrics["train"][name].append(value)
+        return loss
+
+    def _compute_loss(self, model, inputs):
+        compute = super()._compute_loss
+        return self._losses.of_trl(lambda rows: compute(model, rows), inputs)
+
+    def _current_logps(self, inputs: Rows) -> torch.Tensor:
+        """Log-probs of a micro-batch now, for callbacks that measure."""
+        return self._passes.logps(inputs)
