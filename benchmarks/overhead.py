@@ -38,9 +38,11 @@ import torch
 import trl
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer, TokenShiftCallback, trainers
+from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer, TokenShiftCallback
+from trl_cancel import trainer as trainer_module
 from trl_cancel.batch.states import StateStore
 from trl_cancel.cli._quiet import quiet
+from trl_cancel.pipeline import credit
 from trl_cancel.playground import CHECKPOINT
 from trl_cancel.playground.data import load_prompts
 from trl_cancel.playground.reward import answer_reward
@@ -269,7 +271,7 @@ def run(name: str, variant: str) -> dict[str, float]:
             for stage, names in OWN.items():
                 own.watch(getattr(trainer, stage), *names)
             own.watch(trainer_module, "whole_group_batches")
-            own.watch(trainers, "credited")
+            own.watch(credit, "credited")
             own.watch(StateStore, "add")
             for callback in trainer.callback_handler.callbacks:
                 if isinstance(callback, TokenShiftCallback):
