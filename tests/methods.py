@@ -298,6 +298,21 @@ METHODS = {
         metrics=DELTA_METRICS,
         depends_on_processes=True,
     ),
+    "conflict-tokens": Row(
+        settings={"conflict_tokens": True, "max_completion_entropy": 2.5},
+        neutral={
+            "conflict_tokens_positive": 1.0,
+            "conflict_tokens_negative": 1.0,
+            "max_completion_entropy": None,
+            "query_preserved": False,
+        },
+        metrics=("conflict/token_fraction", "conflict/entropy", "conflict/dropped_fraction"),
+        refused=(
+            ({"conflict_tokens_positive": -1.0}, "conflict_tokens_positive=-1.0 must be a number"),
+            ({"conflict_tokens_selection": "all"}, "conflict_tokens_selection='all' is not one of"),
+            ({"max_completion_entropy": "0.7"}, "max_completion_entropy='0.7' must be a positive number of nats"),
+        ),
+    ),
     "nthr-delta-sequence": Row(
         settings={**SEQUENCE, "nthr": True, "delta_credit": True},
         neutral={"nthr_eta": 1, "delta_lambda_min": 1.0, "delta_lambda_max": 1.0, "query_preserved": False},

@@ -278,3 +278,30 @@ def energy_by_frequency(energies, token_ids, num_buckets):
         sizes[bucket] += len(places)
         ahead += len(places)
     return [share / sum(energies) for share in shares], [size / len(token_ids) for size in sizes]
+
+
+def conflict_tokens(token_ids, mask, advantages):
+    """GTPO's conflict tokens of one group: unbroken runs at both ends (section 2 of 2508.03772)."""
+    rollouts = [
+        [token for token, counts in zip(*row, strict=True) if counts] for row in zip(token_ids, mask, strict=True)
+    ]
+
+    def shared(i, place, backwards):
+        def token(j):
+            tokens = rollouts[j][::-1] if backwards else rollouts[j]
+            return tokens[place] if place < len(tokens) else None
+
+        others = [j for j in range(len(rollouts)) if advantages[j] * advantages[i] < 0]
+        return any(token(j) == token(i) for j in others)
+
+    found = []
+    for i, row in enumerate(mask):
+        run = set()
+        for backwards in (False, True):
+            for place in range(len(rollouts[i])):
+                if not shared(i, place, backwards):
+                    break
+                run.add(len(rollouts[i]) - 1 - place if backwards else place)
+        counted = [t for t, counts in enumerate(row) if counts]
+        found.append([t in {counted[place] for place in run} for t in range(len(row))])
+    return found

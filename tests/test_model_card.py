@@ -12,7 +12,7 @@ from tests.methods import FirstTokens
 from tests.runs import DEFAULTS, OFF_POLICY, build, load
 from trl_cancel import CancelGRPOConfig, NTHRConfig, NTHRTrainer, papers
 from trl_cancel.evaluation import Evaluation, EvaluationCallback, EvaluationSettings
-from trl_cancel.methods import NAMED, nthr
+from trl_cancel.methods import NAMED, delta, nthr
 from trl_cancel.papers import Paper
 from trl_cancel.playground.data import load_prompts
 from trl_cancel.publishing.active_methods import active_methods, cited, tags_of
@@ -201,7 +201,7 @@ def test_card_cites_papers_and_trl(finished):
     for paper in (papers.GRPO, papers.CANCELLATION, papers.DESIGN_CONDITIONS, nthr.PAPER):
         assert paper in cited(trainer.active_methods)
         assert card.text.count(paper.bibtex) == 1
-    assert papers.DISCRIMINATIVE_CREDIT.key not in card.text
+    assert delta.PAPER.key not in card.text
     assert "TRL: Transformers Reinforcement Learning" in card.text
 
 

@@ -6,8 +6,14 @@ from torch import nn
 
 from tests import references
 from trl_cancel.batch.states import LMHead
-from trl_cancel.diagnostics import coupling_kernel, head_gradient, predicted_shifts, prediction_errors, sign_agreement
-from trl_cancel.diagnostics.probing import forward
+from trl_cancel.diagnostics import (
+    coupling_kernel,
+    forward,
+    head_gradient,
+    predicted_shifts,
+    prediction_errors,
+    sign_agreement,
+)
 
 
 HEADS = {

@@ -77,7 +77,7 @@ def test_part_of_the_rollouts(probed):
 
 
 def test_few_logits_at_a_time(tiny_model, probed, monkeypatch):
-    from trl_cancel.diagnostics.probing import forward
+    from trl_cancel.diagnostics import forward
 
     weights = probed.weights("grpo")
     whole = probed.gradient(weights)

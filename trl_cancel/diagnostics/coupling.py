@@ -14,7 +14,7 @@ import torch
 
 from ..arguments import finite, floats, known, not_negative, positive, shaped, single, to_one, whole_numbers, within
 from ..batch.states import LMHead
-from .probing.forward import pieces, vocabulary_size
+from .forward import pieces, vocabulary_size
 
 
 def prediction_errors(

@@ -10,6 +10,7 @@ from ..batch.clipping import Clipping
 from ..batch.groups import GroupWeigher, Selector
 from ..batch.protocol import Credit
 from . import (
+    conflict,
     delta,
     dynamic_sampling,
     group_weights,
@@ -25,6 +26,7 @@ from .method import Method, Named, PaperConfiguration
 @dataclass
 class MethodSettings(
     # In the order in which they act, from the last to the first: fields of a dataclass come in that order.
+    conflict.Settings,
     delta.Settings,
     nthr.Settings,
     sign.Settings,

@@ -16,7 +16,7 @@ from ...arguments import positive, whole
 from ...batch.rollouts import Rollouts
 from ...batch.states import LMHead, StateStore, without_dropout
 from ..coupling import head_gradient, predicted_shifts
-from .forward import final_states, log_probs
+from ..forward import final_states, log_probs
 from .variants import Variant
 
 

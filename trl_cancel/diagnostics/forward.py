@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ...batch.rollouts import Rollouts
-from ...batch.states import HELD_LOGITS, LMHead
+from ..batch.rollouts import Rollouts
+from ..batch.states import HELD_LOGITS, LMHead
 
 
 def final_states(model: Any, rollouts: Rollouts) -> torch.Tensor:
