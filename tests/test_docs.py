@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from tests import tables
 from trl_cancel import CancelGRPOTrainer
 from trl_cancel.cli import main
 from trl_cancel.cli.probe import MEASUREMENTS
@@ -86,3 +87,8 @@ def test_links_lead_somewhere(page):
 def test_there_is_something_to_test():
     assert len(blocks("python")) >= 6
     assert len(commands()) >= 6
+
+
+def test_readme_says_of_the_methods_what_their_files_say():
+    readme = tables.README.read_text(encoding="utf-8")
+    assert tables.rewritten(readme) == readme, "run python -m tests.tables"

@@ -30,7 +30,7 @@ from ..batch.protocol import Scope
 from ..batch.rollouts import Rollouts, generator_of
 from ..batch.states import HELD_LOGITS, LMHead
 from ..papers import Paper
-from .method import ActiveMethod, Config, Method, Named, documented
+from .method import ActiveMethod, Config, Method, Named, Row, documented
 
 
 PAPER = Paper(
@@ -246,6 +246,15 @@ class Conflict(Method):
 
     Settings = Settings
     switch = "conflict_tokens"
+    row = Row(
+        "docs/conflict.md",
+        "conflict tokens",
+        "tokens at the same place in good and bad rollouts are not pushed down, and up harder (GTPO); "
+        "`max_completion_entropy` leaves out rollouts of too high an entropy",
+        "always",
+        "not measured: no pass; the filter takes hidden states, as NTHR does",
+        paper=PAPER.id,
+    )
     named = {
         "conflict-tokens": Named(
             {"conflict_tokens": True}, "tokens that both signs share are only pushed up", PAPER.id

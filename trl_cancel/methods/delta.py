@@ -24,7 +24,7 @@ from ..batch.protocol import Scope
 from ..batch.rollouts import Rollouts, generator_of
 from ..batch.states import HELD_LOGITS, LMHead
 from ..papers import Paper
-from .method import ActiveMethod, Config, Method, Named, PaperConfiguration, PaperEvaluation, documented
+from .method import ActiveMethod, Config, Method, Named, PaperConfiguration, PaperEvaluation, Row, documented
 
 
 PAPER = Paper(
@@ -525,6 +525,15 @@ class DiscriminativeCredit(Method):
 
     Settings = Settings
     switch = "delta_credit"
+    row = Row(
+        "docs/delta.md",
+        "DelTA",
+        "tokens that tell good rollouts from bad ones carry more of the advantage (DelTA)",
+        "always",
+        "off policy 0.3% to 3.1%, on policy 21% to 27%: a pass of its own",
+        "{DelTA}",
+        PAPER.id,
+    )
     named = {
         "delta": Named({"delta_credit": True}, "more credit to tokens that tell good from bad", PAPER.id),
         "delta-random": Named(

@@ -10,7 +10,7 @@ import torch
 from ..arguments import floats, shaped, single
 from ..batch.groups import Choice, Groups
 from ..papers import DAPO
-from .method import ActiveMethod, Config, Method, Named, documented
+from .method import ActiveMethod, Config, Method, Named, Row, documented
 
 
 def without_variance(rewards: torch.Tensor, weights: torch.Tensor, apart: bool = False) -> torch.Tensor:
@@ -75,6 +75,15 @@ class DynamicSampling(Method):
 
     Settings = Settings
     switch = "filter_zero_variance"
+    row = Row(
+        "docs/balance.md",
+        "dynamic sampling",
+        "groups whose rewards are all equal are replaced (dynamic sampling)",
+        "prompts that are too hard or too easy",
+        "the rounds that it generates",
+        "{dynamic sampling}",
+        DAPO.id,
+    )
     named = {
         "dynamic-sampling": Named(
             {"query_preserved": True, "filter_zero_variance": True}, "groups of equal rewards are replaced"

@@ -24,7 +24,7 @@ from ..batch.clipping import CLIPPED_LOSSES, Clipping
 from ..batch.groups import GroupRatios, Metrics
 from ..diagnostics.energy import gradient_asymmetry
 from ..papers import DESIGN_CONDITIONS, GSPO
-from .method import ActiveMethod, Config, Method, Named, PaperConfiguration, PaperEvaluation, documented
+from .method import ActiveMethod, Config, Method, Named, PaperConfiguration, PaperEvaluation, Row, documented
 from .symmetric_clip import GIVES_WAY, OF_PAPER
 
 
@@ -362,6 +362,16 @@ class GroupWeights(Method):
     Settings = Settings
     switch = "group_weights"
     off = "none"
+    row = Row(
+        "docs/dfpo.md",
+        "group-consistent weights",
+        "the ratios of whole rollouts are made consistent within each group (DFPO): `min`, `orth`, `positive_orth`, "
+        "`rebalance`",
+        "off-policy updates with sequence-level ratios",
+        "0.1% to 2.3%",
+        "`min`: {DFPO min}; `orth`: {DFPO orth}; `positive_orth`: {DFPO positive_orth}; `rebalance`: not compared",
+        DESIGN_CONDITIONS.id,
+    )
     named = {
         "gspo": Named(_SEQUENCE, "ratios of whole sequences, clipped"),
         "dfpo-min": _named("min", "each rollout weighs as the lightest of its group"),

@@ -96,6 +96,37 @@ class PaperEvaluation:
 
 
 @dataclass(frozen=True)
+class Row:
+    """
+    A row of the README's table of methods, and what its list of pages says.
+
+    Args:
+        page (`str`):
+            Page of the documentation.
+        title (`str`):
+            Its title.
+        does (`str`):
+            What the method does.
+        when (`str`):
+            When it changes anything.
+        costs (`str`):
+            What it costs, as `benchmarks/overhead.py` measures it.
+        gave (`str`, *optional*, defaults to `"not compared"`):
+            What the comparison found; `{name}` stands for what it found of one of its methods.
+        paper (`str`, *optional*):
+            arXiv id of its source.
+    """
+
+    page: str
+    title: str
+    does: str
+    when: str
+    costs: str
+    gave: str = "not compared"
+    paper: str | None = None
+
+
+@dataclass(frozen=True)
 class ActiveMethod:
     """
     A method that is on, as a model card states it.
@@ -144,8 +175,8 @@ class Method:
             How they evaluate.
         logs (`tuple[str, ...]`):
             What the names of its metrics begin with.
-        table (`tuple[str, str, str]`):
-            What it does, its setting and its page, for the table of methods.
+        row ([`Row`]):
+            What the README's table says of it.
         acts_in_generation, acts_in_loss (`bool`):
             Whether it cannot do without the way from the generation to the micro-batches, or without TRL's loss, apart
             from token credit, of which that is known anyway. A subclass that leaves these out is refused.
@@ -162,7 +193,7 @@ class Method:
     configurations: ClassVar[tuple[PaperConfiguration, ...]] = ()
     evaluations: ClassVar[tuple[PaperEvaluation, ...]] = ()
     logs: ClassVar[tuple[str, ...]] = ()
-    table: ClassVar[tuple[str, str, str]]
+    row: ClassVar[Row]
     acts_in_generation: ClassVar[bool] = False
     acts_in_loss: ClassVar[bool] = False
     sets: ClassVar[tuple[str, ...]] = ()

@@ -30,7 +30,7 @@ from ..batch.protocol import Scope
 from ..batch.rollouts import Rollouts, generator_of
 from ..batch.states import HELD_LOGITS, LMHead
 from ..papers import Paper
-from .method import ActiveMethod, Config, Method, Named, PaperConfiguration, PaperEvaluation, documented
+from .method import ActiveMethod, Config, Method, Named, PaperConfiguration, PaperEvaluation, Row, documented
 
 
 PAPER = Paper(
@@ -293,6 +293,15 @@ class NegativeTokenHiddenReward(Method):
 
     Settings = Settings
     switch = "nthr"
+    row = Row(
+        "docs/nthr.md",
+        "NTHR",
+        "tokens of wrong rollouts that look like those of right ones are pushed down less (NTHR)",
+        "always",
+        "0.8% to 5.4%",
+        "{NTHR}",
+        PAPER.id,
+    )
     named = {
         "nthr": Named({"nthr": True}, "wrong rollouts' tokens that right ones need pushed less", PAPER.id),
         "nthr-random": Named(

@@ -13,7 +13,7 @@ import torch
 
 from ..arguments import whole
 from ..papers import CANCELLATION
-from .method import ActiveMethod, Config, Method, Named, PaperEvaluation, documented
+from .method import ActiveMethod, Config, Method, Named, PaperEvaluation, Row, documented
 
 
 def query_preserved_permutation(
@@ -75,6 +75,15 @@ class QueryPreserved(Method):
 
     Settings = Settings
     switch = "query_preserved"
+    row = Row(
+        "docs/query_preserved.md",
+        "query-preserved mini-batching",
+        "all rollouts of a prompt share an optimizer step",
+        "several optimizer steps a generation (`steps_per_generation` > `gradient_accumulation_steps`)",
+        "nothing",
+        "{query-preserved}",
+        CANCELLATION.id,
+    )
     named = {
         "grpo": Named({"query_preserved": False}, "TRL's GRPO, unchanged"),
         "query-preserved": Named(

@@ -21,7 +21,7 @@ from ..knapsack.choosing import Pool, bound, choose, exchanged
 from ..knapsack.spreading import fill_steps
 from ..papers import CANCELLATION
 from .dynamic_sampling import check_whole_groups
-from .method import ActiveMethod, Config, Method, Named, documented
+from .method import ActiveMethod, Config, Method, Named, Row, documented
 
 
 def select_balanced_groups(
@@ -296,6 +296,15 @@ class RewardBalance(Method):
     Settings = Settings
     switch = "reward_balance"
     off = 0.0
+    row = Row(
+        "docs/balance.md",
+        "reward-balanced batching",
+        "each optimizer step holds enough good and enough bad rollouts; further rounds are generated where that takes it",
+        "prompts that are too hard or too easy",
+        "the rounds that it generates",
+        "{reward-balanced}",
+        CANCELLATION.id,
+    )
     named = {
         "reward-balanced": Named(
             {"query_preserved": True, "reward_balance": 0.25}, "a quarter of either sign in each step", CANCELLATION.id

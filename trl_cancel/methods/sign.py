@@ -12,7 +12,7 @@ from ..arguments import one_of
 from ..batch.protocol import Scope
 from ..batch.rollouts import Rollouts
 from ..papers import CANCELLATION
-from .method import ActiveMethod, Config, Method, Named, documented
+from .method import ActiveMethod, Config, Method, Named, Row, documented
 
 
 SIGNS = ("both", "positive", "negative")
@@ -74,6 +74,15 @@ class AdvantageSign(Method):
     Settings = Settings
     switch = "advantage_sign"
     off = "both"
+    row = Row(
+        "docs/credit.md#sign-controls",
+        "sign controls",
+        "learns from one sign only, as a control",
+        "always",
+        "nothing",
+        "{Pos Only}",
+        CANCELLATION.id,
+    )
     named = {
         "positive-only": Named({"advantage_sign": "positive"}, "control: bad rollouts left out", CANCELLATION.id),
         "negative-only": Named({"advantage_sign": "negative"}, "control: good rollouts left out", CANCELLATION.id),

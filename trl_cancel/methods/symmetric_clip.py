@@ -17,7 +17,7 @@ from ..arguments import floats, not_negative
 from ..batch.clipping import CLIPPED_LOSSES, Clipping
 from ..batch.groups import Add
 from ..papers import DESIGN_CONDITIONS
-from .method import ActiveMethod, Config, Method, Named, PaperConfiguration, documented
+from .method import ActiveMethod, Config, Method, Named, PaperConfiguration, Row, documented
 
 
 def symmetric_clip(ratios: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -101,6 +101,15 @@ class SymmetricClip(Method):
 
     Settings = Settings
     switch = "symmetric_clip"
+    row = Row(
+        "docs/symmetric_clip.md",
+        "symmetric clipping",
+        'one clipping range for both signs ("GRPO-fix")',
+        "off-policy updates",
+        "0.1% to 1.4%",
+        "{GRPO-fix}",
+        DESIGN_CONDITIONS.id,
+    )
     named = {"grpo-fix": Named({"symmetric_clip": True}, "symmetric clipping, and whole groups", DESIGN_CONDITIONS.id)}
     configurations = (
         PaperConfiguration(
