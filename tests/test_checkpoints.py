@@ -229,6 +229,14 @@ LAYOUTS = {
 }
 
 
+# The least that is read of such a file.
+WHOLE = {
+    "trainer_state.json": {"global_step": 1, "train_batch_size": 4},
+    "config.json": {"model_type": "qwen3"},
+    "adapter_config.json": {"peft_type": "LORA"},
+}
+
+
 def write(folder, files):
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +245,48 @@ def write(folder, files):
         elif name.endswith(".safetensors"):
             save_file({}, folder / name)
         else:
-            (folder / name).write_text("{}")
+            (folder / name).write_text(json.dumps(WHOLE.get(Path(name).name, {})))
+
+
+OTHER_FORMS = {
+    "trainer_state.json": [
+        *({"global_step": 1}, {"train_batch_size": 4}),
+        *({**WHOLE["trainer_state.json"], "global_step": noise} for noise in ("1", 1.5, -1, True, None, [])),
+        *({**WHOLE["trainer_state.json"], "log_history": noise} for noise in (3, {}, [3], None)),
+        *({**WHOLE["trainer_state.json"], "stateful_callbacks": noise} for noise in (3, [], {"a": 3}, {"a": [3]})),
+    ],
+    "config.json": [{"model_type": 3}],
+    "adapter_config.json": [{"peft_type": None}],
+    "model.safetensors.index.json": [{"weight_map": noise} for noise in (3, {"a": 3}, {"a": []})],
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMS)
+def test_json_of_another_form_is_damage(tmp_path, name):
+    """Valid JSON, but not what is read of the file; and what is no JSON at all. The checkpoint before is taken."""
+    for number in (1, 2):
+        write(tmp_path / f"checkpoint-{number}", ["trainer_state.json", *LAYOUTS["transformers"]])
+    forms = [json.dumps(form).encode() for form in [*OTHER_FORMS[name], {}, [], 3, None, "text"]]
+    for form in [*forms, b"\xff\xfe", b"", b"[" * 10**5]:
+        (tmp_path / "checkpoint-2" / name).write_bytes(form)
+        assert name in why_broken(tmp_path / "checkpoint-2"), form[:80]
+        assert find_checkpoint("auto", tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+def test_headers_of_weights_of_another_form_are_damage(tmp_path):
+    """The length comes first, then JSON, which is read without what is behind it."""
+    write(tmp_path, ["trainer_state.json", *LAYOUTS["transformers"]])
+    for header in (
+        b'{"a": {"data_offsets": [0, "x"]}}',
+        b'{"a": {"data_offsets": 3}}',
+        b"[]",
+        b"3",
+        b"null",
+        b"\xff",
+        b"[" * 10**5,
+    ):
+        (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+        assert why_broken(tmp_path) == "model.safetensors cut off"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from .configs import CancelGRPOConfig
-from .damage import STATE
+from .damage import STATE, is_count, read_object
 from .secrets import without_secrets, without_tokens
 
 
@@ -129,29 +129,48 @@ def _changed_settings(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str
     aside = {"optim"}  # another one is refused
     if now.get("symmetric_clip") and then.get("symmetric_clip"):  # which sets TRL's bound on the other side itself
         aside.add("delta")
-    by_steps = max(now.get("max_steps", -1), then.get("max_steps", -1)) > 0
-    aside.add("num_train_epochs" if by_steps else "max_steps")
-    if now.get("lr_scheduler_type") in CONSTANT:  # and more steps are no other schedule
-        aside |= {"max_steps", "num_train_epochs"}
+    aside |= {"max_steps", "num_train_epochs"}
+    lengths = [_length(settings) for settings in (then, now)]
+    # Where the rate is constant, more steps are no other schedule.
+    if None not in lengths and lengths[0] != lengths[1] and now.get("lr_scheduler_type") not in CONSTANT:
+        yield _changed_length(*lengths)
     for name in now.keys() & then.keys() - aside:
         if then[name] != now[name]:
             yield without_tokens(f"{name}: {then[name]} -> {now[name]}")
 
 
+def _length(settings: dict[str, Any]) -> tuple[str, int | float] | None:
+    """What sets the length of a run, `max_steps` where that is greater than 0, and its value; `None` if unknown."""
+    for name in ("max_steps", "num_train_epochs"):
+        value = settings.get(name)
+        if isinstance(value, int | float) and value > 0:
+            return name, value
+    return None
+
+
+def _changed_length(then: tuple[str, int | float], now: tuple[str, int | float]) -> str:
+    if then[0] == now[0]:
+        return f"{then[0]}: {then[1]} -> {now[1]}"
+    return f"length of the run: {'='.join(map(str, then))} -> {'='.join(map(str, now))}"
+
+
 def _saved_record(folder: Path) -> dict[str, Any]:
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        record = state["stateful_callbacks"][SAVED_AS]["attributes"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    record: Any = read_object(folder / STATE)
+    for name in ("stateful_callbacks", SAVED_AS, "attributes"):
+        record = record.get(name)
+        if not isinstance(record, dict):
+            return {}
+    return record
 
 
-def _changed_data(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    if was["rows"] != now["rows"]:
-        yield f"train_dataset: {was['rows']} rows -> {now['rows']} rows"
-    elif None not in (was["digest"], now["digest"]) and was["digest"] != now["digest"]:
-        yield f"train_dataset: {was['rows']} rows -> as many others"
+def _changed_data(was: Any, now: dict[str, Any]) -> Iterator[str]:
+    rows, digest = (was.get(name) if isinstance(was, dict) else None for name in ("rows", "digest"))
+    if not is_count(rows):
+        return
+    if rows != now["rows"]:
+        yield f"train_dataset: {rows} rows -> {now['rows']} rows"
+    elif None not in (digest, now["digest"]) and digest != now["digest"]:
+        yield f"train_dataset: {rows} rows -> as many others"
 
 
 def _data(dataset: Any) -> dict[str, Any] | None:
