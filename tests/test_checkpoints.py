@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from trl_cancel import CancelGRPOTrainer
+from trl_cancel.changed_settings import SAVED_AS, is_same_run
 from trl_cancel.checkpoints import (
     OwnCheckpoints,
     SavingError,
@@ -35,6 +36,7 @@ from trl_cancel.storage import is_storage_error, what_happened
 
 from .kills import PLACES, killed, status_of
 from .runs import OFF_POLICY, assert_same_weights, build, noisy_reward, train
+from .test_finished import files
 
 
 def hardly_ever(completion_ids, **kwargs):
@@ -435,6 +437,79 @@ def test_rotation_goes_by_steps_whatever_the_clock(tiny_model, tmp_path, ahead):
 
 
 # Several runs in one folder
+
+
+def of_another_run(checkpoint, copy, has_name=True):
+    """A copy of a checkpoint that another run might have left, of this package or of TRL's trainer."""
+    shutil.copytree(checkpoint, copy)
+    state = json.loads((copy / "trainer_state.json").read_text())
+    record = state["stateful_callbacks"].pop(SAVED_AS)
+    if has_name:
+        record["attributes"]["run"] = "another"
+        state["stateful_callbacks"][SAVED_AS] = record
+    state["log_history"] = [{"loss": float("nan"), "step": 1}] if has_name else []
+    (copy / "trainer_state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize(
+    ("resume", "kept", "at_the_end"),
+    [(None, [["1", "2", "3"], ["1", "2", "3"]], ["1", "3"]), ("checkpoint-1", [["2"], ["3"]], ["3"])],
+    ids=["anew", "resumed"],
+)
+def test_checkpoints_of_other_runs_are_not_rotated(tiny_model, saved, resume, kept, at_the_end, caplog):
+    """Nor at the end, where transformers leaves only the best one of all that are there: here the first of the run."""
+    for number, has_name in ((4, True), (98, False)):
+        of_another_run(saved / "checkpoint-2", saved / f"checkpoint-{number}", has_name)
+    others = [saved / "checkpoint-4", saved / "checkpoint-98"]
+    before, seen = [files(folder) for folder in others], []
+
+    def first_is_best(args, state, *_, **__):
+        state.best_metric = -1.0 if state.best_model_checkpoint else None
+
+    callback = TrainerCallback()
+    callback.on_step_begin = first_is_best
+    callback.on_save = lambda args, *_, **__: seen.append(folders(args.output_dir))
+    settings = {**SAVING, **EVALUATED, "save_steps": 1, "eval_steps": 1, "save_total_limit": 1}
+    settings |= {"metric_for_best_model": "eval_runtime", "greater_is_better": False, "max_steps": 3 if resume else 2}
+    arguments = {"callbacks": [callback], "eval_dataset": load_prompts("test", 4)}
+    resume = resume and str(saved / resume)
+    train(tiny_model, **settings, output_dir=str(saved), resume=resume, arguments=arguments)
+    names = ["4", "98"]
+    assert seen == [[f"checkpoint-{number}" for number in [*each, *names]] for each in kept]
+    assert folders(saved) == [f"checkpoint-{number}" for number in [*at_the_end, *names]]
+    assert [files(folder) for folder in others] == before
+    assert ("They stay, but for those of steps at which this run saves too" in caplog.text) == (resume is None)
+
+
+def test_what_tells_a_run():
+    """Its name; the first log where there is none."""
+
+    def state(run=None, *logs):
+        record = {"stateful_callbacks": {SAVED_AS: {"attributes": {"run": run}}}} if run else {}
+        return {**record, "log_history": [{"loss": loss} for loss in logs]}
+
+    nan = float("nan")
+    for one, other, same in (
+        (state("a", 1.0), state("a", 2.0), True),
+        (state("a", 1.0), state("b", 1.0), False),
+        (state("a", nan), state(None, nan, 2.0), True),
+        (state(None, 1.0, 2.0), state(None, 1.0, 3.0), True),
+        (state(None, 1.0), state(None, 2.0), False),
+        (state(), state(), False),
+        ({}, state("a", 1.0), False),
+        ({"log_history": 3, "stateful_callbacks": 3}, {"log_history": 3}, False),
+    ):
+        assert is_same_run(one, other) == is_same_run(other, one) == same
+
+
+def test_a_run_that_goes_on_elsewhere_is_another(tiny_model, saved, tmp_path_factory):
+    """So that two of them that start from one run leave each other's alone; one that stays is the same."""
+    forks = tmp_path_factory.mktemp("forks")
+    for folder, resume, step in ((forks, 1, 2), (forks, 2, 3), (saved, 3, 4)):
+        settings = {"max_steps": step, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+        train(tiny_model, **settings, output_dir=str(folder), resume=str(saved / f"checkpoint-{resume}"))
+    assert folders(forks) == ["checkpoint-2", "checkpoint-3"]
+    assert folders(saved) == ["checkpoint-4"]
 
 
 def test_a_checkpoint_of_another_run_is_not_taken_for_progress(tiny_model, saved, caplog):

@@ -94,6 +94,33 @@ def run_of(states: Any) -> str | None:
         return None
 
 
+def is_same_run(state: dict[str, Any], other: dict[str, Any]) -> bool:
+    """
+    Whether two checkpoints, or a checkpoint and a result, are of one run: by its name, or by their first log where one
+    has no name, as those of TRL's own trainer. `False` if that cannot be told.
+
+    Args:
+        state, other (`dict`):
+            What their `trainer_state.json` hold.
+    """
+    names = [run_of(each.get("stateful_callbacks")) for each in (state, other)]
+    if None not in names:
+        return names[0] == names[1]
+    return bool(logs_of(state)) and logs_of(state)[:1] == logs_of(other)[:1]
+
+
+def logs_of(state: dict[str, Any]) -> list[str]:
+    """
+    The logs of a run, each as text, in which `nan` equals itself.
+
+    Args:
+        state (`dict`):
+            What `trainer_state.json` holds.
+    """
+    logs = state.get("log_history")
+    return [json.dumps(log, sort_keys=True) for log in logs] if isinstance(logs, list) else []
+
+
 def changes(folder: Path, record: dict[str, Any]) -> list[str]:
     """
     In what a run differs from that of a checkpoint or a model, each as `name: then -> now`; as far as is known.
@@ -130,10 +157,10 @@ def _changed_settings(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str
     if now.get("symmetric_clip") and then.get("symmetric_clip"):  # which sets TRL's bound on the other side itself
         aside.add("delta")
     aside |= {"max_steps", "num_train_epochs"}
-    lengths = [_length(settings) for settings in (then, now)]
+    was, is_now = _length(then), _length(now)
     # Where the rate is constant, more steps are no other schedule.
-    if None not in lengths and lengths[0] != lengths[1] and now.get("lr_scheduler_type") not in CONSTANT:
-        yield _changed_length(*lengths)
+    if was and is_now and was != is_now and now.get("lr_scheduler_type") not in CONSTANT:
+        yield _changed_length(was, is_now)
     for name in now.keys() & then.keys() - aside:
         if then[name] != now[name]:
             yield without_tokens(f"{name}: {then[name]} -> {now[name]}")

@@ -11,13 +11,14 @@ from accelerate.logging import get_logger
 from transformers.trainer_utils import TrainOutput, speed_metrics
 from trl import GRPOTrainer
 
-from .changed_settings import SAVED_AS, changes, held_by_optimizer, run_of, run_record
+from .changed_settings import SAVED_AS, changes, held_by_optimizer, run_record
 from .checkpoints import (
     OwnCheckpoints,
     SavingError,
     agree_on_checkpoint,
     decided_by_main,
     how_to_go_on,
+    keep_only,
     last_whole,
     rotated_when_whole,
     said,
@@ -219,26 +220,31 @@ class Resumable(GRPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        self._note_run()
+        self._note_run(folder.parent)
         with rotated_when_whole(folder, self, self.own_checkpoints):
             super()._save_checkpoint(model, trial)
 
     def _finalize_training(self, trial, num_train_samples, start_time):
-        # A training that is stopped goes on from its last checkpoint, of which transformers would leave only the best
-        # one with save_total_limit=1; and there may be no time to load that.
-        stopped = {"save_total_limit": None, "load_best_model_at_end": False} if self.is_stopped_by_signal else {}
-        self._note_run()
-        with self.args.set_aside(**stopped):
+        folder, best_only = Path(self._get_output_dir(trial=trial)), self.args.save_total_limit == 1
+        is_stopped = self.is_stopped_by_signal
+        # Where transformers leaves only the best checkpoint, those of other runs would go too. A training that is
+        # stopped goes on from its last one; and there may be no time to load the best.
+        aside = {"save_total_limit": None, **({"load_best_model_at_end": False} if is_stopped else {})}
+        self._note_run(folder)
+        with self.args.set_aside(**aside):
             result = super()._finalize_training(trial, num_train_samples, start_time)
-        remark = None if self.is_stopped_by_signal else remark_on(self.state.log_history, self.args)
+        best = self.state.best_model_checkpoint
+        if best_only and best is not None and self.args.should_save and not is_stopped:
+            keep_only(Path(best), folder, self.own_checkpoints)
+        remark = None if is_stopped else remark_on(self.state.log_history, self.args)
         if remark is not None:
             logger.warning(remark)
         return result
 
-    def _note_run(self) -> None:
+    def _note_run(self, folder: Path) -> None:
         """For `trainer_state.json`."""
         states: Any = self.state.stateful_callbacks
-        states[SAVED_AS] = run_record(self, run_of(states))
+        states[SAVED_AS] = run_record(self, self.own_checkpoints.name_in(folder))
 
     def _save_progress(self, error: BaseException) -> None:
         step = self.state.global_step
@@ -284,8 +290,9 @@ def _beside_checkpoints(folder: Path, last: Path) -> str:
     """Of checkpoints that a new run does not go on from; TRL says nothing either, so it is allowed."""
     return (
         f"output_dir={folder} holds checkpoints of another run, the latest {last.name}, and this run starts anew "
-        "beside them. Later, resume_from_checkpoint=True takes the checkpoint of the most steps, whichever run it "
-        "is of. Set another output_dir, or resume_from_checkpoint='auto' to go on from where that run was."
+        "beside them. They stay, but for those of steps at which this run saves too. Later, "
+        "resume_from_checkpoint=True takes the checkpoint of the most steps, whichever run it is of. Set another "
+        "output_dir, or resume_from_checkpoint='auto' to go on from where that run was."
     )
 
 
