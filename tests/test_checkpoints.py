@@ -439,7 +439,7 @@ def test_rotation_goes_by_steps_whatever_the_clock(tiny_model, tmp_path, ahead):
 # Several runs in one folder
 
 
-def of_another_run(checkpoint, copy, has_name=True):
+def of_another_run(checkpoint, copy, has_name=True, step=2):
     """A copy of a checkpoint that another run might have left, of this package or of TRL's trainer."""
     shutil.copytree(checkpoint, copy)
     state = json.loads((copy / "trainer_state.json").read_text())
@@ -447,7 +447,7 @@ def of_another_run(checkpoint, copy, has_name=True):
     if has_name:
         record["attributes"]["run"] = "another"
         state["stateful_callbacks"][SAVED_AS] = record
-    state["log_history"] = [{"loss": float("nan"), "step": 1}] if has_name else []
+    state |= {"log_history": [{"loss": float("nan"), "step": 1}] if has_name else [], "global_step": step}
     (copy / "trainer_state.json").write_text(json.dumps(state))
 
 

@@ -57,15 +57,19 @@ def why_broken(checkpoint: str | os.PathLike) -> str | None:
     return why_not_whole(checkpoint)
 
 
-def last_whole(folder: str | os.PathLike) -> Path | None:
+def last_whole(folder: str | os.PathLike, state: dict[str, Any] | None = None) -> Path | None:
     """
     The latest whole checkpoint in a folder; newer ones that are not whole are named in a warning.
 
     Args:
         folder (`str` or `os.PathLike`):
             Output folder of a run.
+        state (`dict`, *optional*):
+            What a `trainer_state.json` holds, to look only at the checkpoints of its run.
     """
     for checkpoint in reversed(_checkpoints(Path(folder))):
+        if state is not None and not is_same_run(state, read_object(checkpoint / STATE)):
+            continue
         reason = why_broken(checkpoint)
         if reason is None:
             return checkpoint

@@ -1,6 +1,5 @@
 """Runs that can be stopped at any time: whole checkpoints, signals, and progress that is saved when something fails."""
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -25,7 +24,7 @@ from .checkpoints import (
     saved_or_said,
 )
 from .configs import CancelGRPOConfig
-from .damage import STATE, weights_at
+from .damage import STATE, is_count, read_object, weights_at
 from .fit import check_fit, check_kind, check_trainable, fitting_states, kind_of
 from .outcome import remark_on
 from .run_lock import alone_in
@@ -51,6 +50,7 @@ class Resumable(GRPOTrainer):
         check_trainable(self.model)
         self.own_checkpoints = OwnCheckpoints()
         self._held = ExitStack()  # what a training lets go of at its end
+        self._says_finished = True
         self._signals = StopOnSignal(self.accelerator)
         self.add_callback(self._signals)
 
@@ -107,6 +107,21 @@ class Resumable(GRPOTrainer):
         planned = self.planned_steps()
         done = decided_by_main(self.accelerator, lambda: _steps_done(Path(found)))
         return done if done >= planned else None
+
+    def load_finished(self, checkpoint: str | bool | None) -> None:
+        """
+        Loads a checkpoint from which nothing is left to train, as [`train`] does, without saying that nothing is to be
+        done: for whoever has something to do with it.
+
+        Args:
+            checkpoint (`str` or `bool`, *optional*):
+                The checkpoint, as for [`train`].
+        """
+        self._says_finished = False
+        try:
+            self.train(resume_from_checkpoint=checkpoint)
+        finally:
+            self._says_finished = True
 
     def planned_steps(self) -> int:
         """Optimizer steps of a whole run: `max_steps`, or those of `num_train_epochs`."""
@@ -184,10 +199,11 @@ class Resumable(GRPOTrainer):
         self._prepare_for_training(planned, dataloader, checkpoint)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
-        logger.warning(
-            f"Already finished at step {step}; nothing to do. {checkpoint} is loaded, and the run has {planned} steps "
-            "(max_steps, num_train_epochs)."
-        )
+        if self._says_finished:
+            logger.warning(
+                f"Already finished at step {step}; nothing to do. {checkpoint} is loaded, and the run has {planned} "
+                "steps (max_steps, num_train_epochs)."
+            )
         metrics = speed_metrics("train", started, num_samples=0, num_steps=0)
         metrics |= {"total_flos": self.state.total_flos, "train_loss": 0.0}
         self._memory_tracker.stop_and_update_metrics(metrics)
@@ -283,7 +299,8 @@ class Resumable(GRPOTrainer):
 
 
 def _steps_done(checkpoint: Path) -> int:
-    return int(json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("global_step", 0))
+    step: Any = read_object(checkpoint / STATE).get("global_step")
+    return step if is_count(step) else 0
 
 
 def _beside_checkpoints(folder: Path, last: Path) -> str:
