@@ -505,10 +505,15 @@ def test_what_tells_a_run():
 def test_a_run_that_goes_on_elsewhere_is_another(tiny_model, saved, tmp_path_factory):
     """So that two of them that start from one run leave each other's alone; one that stays is the same."""
     forks = tmp_path_factory.mktemp("forks")
-    for folder, resume, step in ((forks, 1, 2), (forks, 2, 3), (saved, 3, 4)):
+    for folder, resume, step in ((forks, 1, 2), (forks, 2, 3), (forks, True, 4), (saved, 3, 4)):
         settings = {"max_steps": step, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
-        train(tiny_model, **settings, output_dir=str(folder), resume=str(saved / f"checkpoint-{resume}"))
-    assert folders(forks) == ["checkpoint-2", "checkpoint-3"]
+        train(
+            tiny_model,
+            **settings,
+            output_dir=str(folder),
+            resume=resume is True or str(saved / f"checkpoint-{resume}"),
+        )
+    assert folders(forks) == ["checkpoint-2", "checkpoint-4"]
     assert folders(saved) == ["checkpoint-4"]
 
 

@@ -55,12 +55,13 @@ def test_a_finished_run_is_left_alone(tmp_path, monkeypatch, capfd, settings, ch
     assert files(tmp_path) == before
 
 
-def test_what_a_finished_run_did_not_come_to_save_is_saved(tmp_path, monkeypatch, capfd):
+def test_what_a_finished_run_did_not_come_to_save_is_saved(tmp_path, monkeypatch, capfd, caplog):
     """Without another step: it was killed after its last checkpoint, beside the results of another run or none."""
     assert train(tmp_path / "run", **SHORT) == 0
     assert train(tmp_path / "other", **SHORT, seed=1) == 0
     model = (tmp_path / "run/model.safetensors").read_bytes()
     must_not_generate(monkeypatch)
+    (tmp_path / "other/all_results.json").write_text('{"steps": 2, "after": {}}')
     before = files(tmp_path / "run")
     (tmp_path / "run/model.safetensors").unlink()
     assert train(tmp_path / "run", **SHORT, resume_from_checkpoint="auto", eval_problems=2) == 0, "not evaluated again"
@@ -89,11 +90,12 @@ def test_what_a_finished_run_did_not_come_to_save_is_saved(tmp_path, monkeypatch
         captured = capfd.readouterr()
         assert "Model saved to" in captured.out
         assert "the model was saved again from" in captured.out
-        assert "nothing to do" not in captured.out + captured.err
+        assert "nothing to do" not in captured.out + caplog.text
         assert (tmp_path / "run/model.safetensors").read_bytes() == model
         results = json.loads((tmp_path / "run/all_results.json").read_text())
         assert results["steps"] == 2
         assert None not in results.values()
+        assert "after" not in results, "which is of the other run"
 
     elsewhere = {**SHORT, "resume_from_checkpoint": tmp_path / "run/checkpoint-2"}
     for said in ("the model was saved again from", "Already finished at step 2; nothing to do."):
