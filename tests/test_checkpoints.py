@@ -768,7 +768,7 @@ def test_jit_checkpoints_of_transformers_are_left_alone(tiny_model, tmp_path):
         assert handler != before
         with trainer._signals.listening():
             assert signal.getsignal(signal.SIGTERM) == handler
-        trainer.state.global_step = 3
+        trainer.state.global_step, trainer.state.train_batch_size = 3, 4  # as in a training
         callback = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "JITCheckpointCallback")
         trainer.create_optimizer_and_scheduler(10)
         callback.jit_manager.execute_jit_checkpoint()

@@ -272,10 +272,8 @@ def _saving(trainer: CancelGRPOTrainer) -> AbstractContextManager[None]:
 def _save(trainer: CancelGRPOTrainer, left: Left) -> None:
     """Saves the model, the logs and the card, but for what is left, before anything else can fail."""
     folder = Path(str(trainer.args.output_dir))
-    if (
-        trainer.is_world_process_zero() and not left.results
-    ):  # those of another model, of a run with as many steps, say
-        for name in (RESULTS, "train_results.json"):
+    if trainer.is_world_process_zero() and not left.results:
+        for name in (RESULTS, "train_results.json"):  # those of another model, whose run had as many steps, say
             (folder / name).unlink(missing_ok=True)
     if trainer.is_fsdp_enabled:  # checkpoints may be sharded, but a model that is loaded elsewhere must not be
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
