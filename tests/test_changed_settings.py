@@ -1,13 +1,16 @@
 """Runs that go on with other settings, or beside the results of others: what differs is said."""
 
+import json
+
 import pytest
 import trl
 from datasets import Dataset
 
+from trl_cancel import CancelGRPOConfig
 from trl_cancel.playground.data import load_prompts
-from trl_cancel.running.changed_settings import changes, run_record, settings_of
+from trl_cancel.running.changed_settings import SAVED_AS, changes, run_record, settings_of, settings_record
 
-from .runs import build, noisy_reward, train
+from .runs import DEFAULTS, build, noisy_reward, train
 
 
 SAVING = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
@@ -75,11 +78,42 @@ def test_data_and_rewards_are_compared(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "noise", ["", "null", "{", '{"stateful_callbacks": []}', '{"stateful_callbacks": {"trl_cancel.Run": 3}}']
+    ("then", "now", "said"),
+    [
+        ({"max_steps": 4}, {"num_train_epochs": 2.0}, ["length of the run: max_steps=4 -> num_train_epochs=2.0"]),
+        ({"num_train_epochs": 2.0}, {"max_steps": 4}, ["length of the run: num_train_epochs=2.0 -> max_steps=4"]),
+        ({"num_train_epochs": 2.0}, {"num_train_epochs": 3.0}, ["num_train_epochs: 2.0 -> 3.0"]),
+        ({"max_steps": 4, "num_train_epochs": 2.0}, {"max_steps": 4, "num_train_epochs": 3.0}, []),
+        ({"max_steps": 4}, {"num_train_epochs": 2.0, "lr_scheduler_type": "constant"}, ["lr_scheduler_type: "]),
+    ],
+)
+def test_the_length_of_a_run_is_told_by_what_sets_it(tmp_path, then, now, said):
+    of_run = [
+        settings_record(CancelGRPOConfig("run", **{**DEFAULTS, "max_steps": -1, **each})) for each in (then, now)
+    ]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"stateful_callbacks": {SAVED_AS: of_run[0]}}))
+    found = changes(tmp_path, of_run[1])
+    assert [line[: len(start)] for line, start in zip(found, said, strict=True)] == said
+
+
+ATTRIBUTES = [
+    *({"settings": noise} for noise in (3, [], {"max_steps": "4"}, {"max_steps": [], "num_train_epochs": {}})),
+    *({"train_dataset": noise} for noise in (3, [3], {"a": 3}, {"rows": "64", "digest": 3})),
+]
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        *(b"", b"null", b"{", b"\xff", b"[" * 10**5, b'{"stateful_callbacks": []}'),
+        *(b'{"stateful_callbacks": {"trl_cancel.Run": %s}}' % noise for noise in (b"3", b"[]", b'{"attributes": 3}')),
+        *(json.dumps({"stateful_callbacks": {SAVED_AS: {"attributes": each}}}).encode() for each in ATTRIBUTES),
+    ],
+    ids=lambda noise: noise.decode("latin-1")[-40:],
 )
 def test_where_nothing_is_known_nothing_is_said(tiny_model, tmp_path, noise):
-    (tmp_path / "trainer_state.json").write_text(noise)
-    assert settings_of(tmp_path) == {}
+    (tmp_path / "trainer_state.json").write_bytes(noise)
+    assert settings_of(tmp_path) == {} or b"max_steps" in noise
     assert changes(tmp_path, run_record(build(tiny_model))) == []
 
 

@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from trl_cancel import CancelGRPOTrainer
 from trl_cancel.evaluation import EvaluationCallback, EvaluationSettings
 from trl_cancel.playground.data import load_prompts
+from trl_cancel.running.changed_settings import SAVED_AS, is_same_run
 from trl_cancel.running.checkpoints import (
     OwnCheckpoints,
     SavingError,
@@ -35,6 +36,7 @@ from trl_cancel.running.storage import is_storage_error, what_happened
 
 from .kills import PLACES, killed, status_of
 from .runs import OFF_POLICY, assert_same_weights, build, noisy_reward, train
+from .test_finished import files
 
 
 def hardly_ever(completion_ids, **kwargs):
@@ -229,6 +231,14 @@ LAYOUTS = {
 }
 
 
+# The least that is read of such a file.
+WHOLE = {
+    "trainer_state.json": {"global_step": 1, "train_batch_size": 4},
+    "config.json": {"model_type": "qwen3"},
+    "adapter_config.json": {"peft_type": "LORA"},
+}
+
+
 def write(folder, files):
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +247,48 @@ def write(folder, files):
         elif name.endswith(".safetensors"):
             save_file({}, folder / name)
         else:
-            (folder / name).write_text("{}")
+            (folder / name).write_text(json.dumps(WHOLE.get(Path(name).name, {})))
+
+
+OTHER_FORMS = {
+    "trainer_state.json": [
+        *({"global_step": 1}, {"train_batch_size": 4}),
+        *({**WHOLE["trainer_state.json"], "global_step": noise} for noise in ("1", 1.5, -1, True, None, [])),
+        *({**WHOLE["trainer_state.json"], "log_history": noise} for noise in (3, {}, [3], None)),
+        *({**WHOLE["trainer_state.json"], "stateful_callbacks": noise} for noise in (3, [], {"a": 3}, {"a": [3]})),
+    ],
+    "config.json": [{"model_type": 3}],
+    "adapter_config.json": [{"peft_type": None}],
+    "model.safetensors.index.json": [{"weight_map": noise} for noise in (3, {"a": 3}, {"a": []})],
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMS)
+def test_json_of_another_form_is_damage(tmp_path, name):
+    """Valid JSON, but not what is read of the file; and what is no JSON at all. The checkpoint before is taken."""
+    for number in (1, 2):
+        write(tmp_path / f"checkpoint-{number}", ["trainer_state.json", *LAYOUTS["transformers"]])
+    forms = [json.dumps(form).encode() for form in [*OTHER_FORMS[name], {}, [], 3, None, "text"]]
+    for form in [*forms, b"\xff\xfe", b"", b"[" * 10**5]:
+        (tmp_path / "checkpoint-2" / name).write_bytes(form)
+        assert name in why_broken(tmp_path / "checkpoint-2"), form[:80]
+        assert find_checkpoint("auto", tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+def test_headers_of_weights_of_another_form_are_damage(tmp_path):
+    """The length comes first, then JSON, which is read without what is behind it."""
+    write(tmp_path, ["trainer_state.json", *LAYOUTS["transformers"]])
+    for header in (
+        b'{"a": {"data_offsets": [0, "x"]}}',
+        b'{"a": {"data_offsets": 3}}',
+        b"[]",
+        b"3",
+        b"null",
+        b"\xff",
+        b"[" * 10**5,
+    ):
+        (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+        assert why_broken(tmp_path) == "model.safetensors cut off"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -386,6 +437,84 @@ def test_rotation_goes_by_steps_whatever_the_clock(tiny_model, tmp_path, ahead):
 
 
 # Several runs in one folder
+
+
+def of_another_run(checkpoint, copy, has_name=True, step=2):
+    """A copy of a checkpoint that another run might have left, of this package or of TRL's trainer."""
+    shutil.copytree(checkpoint, copy)
+    state = json.loads((copy / "trainer_state.json").read_text())
+    record = state["stateful_callbacks"].pop(SAVED_AS)
+    if has_name:
+        record["attributes"]["run"] = "another"
+        state["stateful_callbacks"][SAVED_AS] = record
+    state |= {"log_history": [{"loss": float("nan"), "step": 1}] if has_name else [], "global_step": step}
+    (copy / "trainer_state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize(
+    ("resume", "kept", "at_the_end"),
+    [(None, [["1", "2", "3"], ["1", "2", "3"]], ["1", "3"]), ("checkpoint-1", [["2"], ["3"]], ["3"])],
+    ids=["anew", "resumed"],
+)
+def test_checkpoints_of_other_runs_are_not_rotated(tiny_model, saved, resume, kept, at_the_end, caplog):
+    """Nor at the end, where transformers leaves only the best one of all that are there: here the first of the run."""
+    for number, has_name in ((4, True), (98, False)):
+        of_another_run(saved / "checkpoint-2", saved / f"checkpoint-{number}", has_name)
+    others = [saved / "checkpoint-4", saved / "checkpoint-98"]
+    before, seen = [files(folder) for folder in others], []
+
+    def first_is_best(args, state, *_, **__):
+        state.best_metric = -1.0 if state.best_model_checkpoint else None
+
+    callback = TrainerCallback()
+    callback.on_step_begin = first_is_best
+    callback.on_save = lambda args, *_, **__: seen.append(folders(args.output_dir))
+    settings = {**SAVING, **EVALUATED, "save_steps": 1, "eval_steps": 1, "save_total_limit": 1}
+    settings |= {"metric_for_best_model": "eval_runtime", "greater_is_better": False, "max_steps": 3 if resume else 2}
+    arguments = {"callbacks": [callback], "eval_dataset": load_prompts("test", 4)}
+    resume = resume and str(saved / resume)
+    train(tiny_model, **settings, output_dir=str(saved), resume=resume, arguments=arguments)
+    names = ["4", "98"]
+    assert seen == [[f"checkpoint-{number}" for number in [*each, *names]] for each in kept]
+    assert folders(saved) == [f"checkpoint-{number}" for number in [*at_the_end, *names]]
+    assert [files(folder) for folder in others] == before
+    assert ("They stay, but for those of steps at which this run saves too" in caplog.text) == (resume is None)
+
+
+def test_what_tells_a_run():
+    """Its name; the first log where there is none."""
+
+    def state(run=None, *logs):
+        record = {"stateful_callbacks": {SAVED_AS: {"attributes": {"run": run}}}} if run else {}
+        return {**record, "log_history": [{"loss": loss} for loss in logs]}
+
+    nan = float("nan")
+    for one, other, same in (
+        (state("a", 1.0), state("a", 2.0), True),
+        (state("a", 1.0), state("b", 1.0), False),
+        (state("a", nan), state(None, nan, 2.0), True),
+        (state(None, 1.0, 2.0), state(None, 1.0, 3.0), True),
+        (state(None, 1.0), state(None, 2.0), False),
+        (state(), state(), False),
+        ({}, state("a", 1.0), False),
+        ({"log_history": 3, "stateful_callbacks": 3}, {"log_history": 3}, False),
+    ):
+        assert is_same_run(one, other) == is_same_run(other, one) == same
+
+
+def test_a_run_that_goes_on_elsewhere_is_another(tiny_model, saved, tmp_path_factory):
+    """So that two of them that start from one run leave each other's alone; one that stays is the same."""
+    forks = tmp_path_factory.mktemp("forks")
+    for folder, resume, step in ((forks, 1, 2), (forks, 2, 3), (forks, True, 4), (saved, 3, 4)):
+        settings = {"max_steps": step, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+        train(
+            tiny_model,
+            **settings,
+            output_dir=str(folder),
+            resume=resume is True or str(saved / f"checkpoint-{resume}"),
+        )
+    assert folders(forks) == ["checkpoint-2", "checkpoint-4"]
+    assert folders(saved) == ["checkpoint-4"]
 
 
 def test_a_checkpoint_of_another_run_is_not_taken_for_progress(tiny_model, saved, caplog):
@@ -639,7 +768,7 @@ def test_jit_checkpoints_of_transformers_are_left_alone(tiny_model, tmp_path):
         assert handler != before
         with trainer._signals.listening():
             assert signal.getsignal(signal.SIGTERM) == handler
-        trainer.state.global_step = 3
+        trainer.state.global_step, trainer.state.train_batch_size = 3, 4  # as in a training
         callback = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "JITCheckpointCallback")
         trainer.create_optimizer_and_scheduler(10)
         callback.jit_manager.execute_jit_checkpoint()

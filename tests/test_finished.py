@@ -4,11 +4,15 @@ import hashlib
 import json
 
 import pytest
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 
+from trl_cancel import CancelGRPOConfig
 from trl_cancel.playground.data import load_prompts
+from trl_cancel.running.changed_settings import SAVED_AS
+from trl_cancel.running.finished import check_replaceable, is_of_another_run, left_by, saved_step
 
-from .runs import assert_same_weights, build, load, train, weights_of
+from .runs import DEFAULTS, assert_same_weights, build, load, train, weights_of
 
 
 SAVED = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
@@ -85,3 +89,72 @@ def test_of_a_finished_run_the_best_is_loaded(tiny_model, tmp_path):
     state.write_text(json.dumps({**json.loads(state.read_text()), "best_model_checkpoint": best}))
     again = train(tiny_model, **settings, resume=True, arguments=arguments)
     assert_same_weights(again.weights, weights_of(load(best)))
+
+
+def write(folder, run=None, step=4, logs=(), **results):
+    """A model or a checkpoint, as far as it is looked at here."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({}, folder / "model.safetensors")
+    record = {SAVED_AS: {"attributes": {"run": run}}} if run else {}
+    state = {"global_step": step, "train_batch_size": 4, "log_history": list(logs), "stateful_callbacks": record}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    if results:
+        (folder / "all_results.json").write_text(json.dumps(results))
+
+
+LOG = {"loss": float("nan"), "step": 1}
+OTHER_LOG = {"loss": 1.0, "step": 1}
+
+
+@pytest.mark.parametrize(
+    ("model", "checkpoint", "refused"),
+    [
+        ({"run": "a"}, {"run": "a"}, None),
+        ({"run": "a"}, {"run": "b"}, "is of another run"),
+        ({"run": "a"}, {"logs": [OTHER_LOG]}, "is of another run"),
+        ({"logs": [LOG, OTHER_LOG]}, {"logs": [LOG]}, None),
+        ({"logs": [LOG]}, {"run": "a", "logs": [LOG, OTHER_LOG]}, None),
+        ({"logs": [LOG]}, {}, "does not tell of which run it is"),
+        (None, {"run": "a"}, None),
+        ({}, {"run": "a"}, None),
+    ],
+    ids=["same", "other", "TRL's, other", "TRL's", "went on from TRL's", "untold", "killed", "killed, of TRL"],
+)
+def test_whose_model_a_checkpoint_may_replace(tmp_path, model, checkpoint, refused):
+    """That of its own run, or one that was saved by a run that was killed before it told which it is."""
+    write(tmp_path, **(model or {}))
+    write(tmp_path / "checkpoint-3", **checkpoint, step=3)
+    if model is None:
+        (tmp_path / "trainer_state.json").write_text("{")
+    args = CancelGRPOConfig(str(tmp_path), **DEFAULTS)
+    assert is_of_another_run(tmp_path, tmp_path / "checkpoint-3") == bool(refused)
+    if not refused:
+        check_replaceable(tmp_path, tmp_path / "checkpoint-3", args)
+        return
+    with pytest.raises(
+        ValueError, match=rf"It ended at step 4, and \S*checkpoint-3 {refused}\. Set another"
+    ) as raised:
+        check_replaceable(tmp_path, tmp_path / "checkpoint-3", args)
+    assert "resume_from_checkpoint" not in str(raised.value), "it has none"
+
+
+@pytest.mark.parametrize("noise", [b"", b"{}", b"[]", b"3", b"null", b"\xff", b"[" * 10**5])
+def test_what_cannot_be_read_is_no_result(tmp_path, noise):
+    write(tmp_path, "a", logs=[LOG], steps=4)
+    write(tmp_path / "checkpoint-4", "a", logs=[LOG])
+    assert saved_step(tmp_path, tmp_path / "checkpoint-4") == saved_step(tmp_path) == 4
+    assert left_by(tmp_path, tmp_path / "checkpoint-4").results
+    for name in ("all_results.json", "trainer_state.json"):
+        (tmp_path / name).write_bytes(noise)
+        assert saved_step(tmp_path, tmp_path / "checkpoint-4") is saved_step(tmp_path) is None
+        left = left_by(tmp_path, tmp_path / "checkpoint-4")
+        assert (len(left.logs or []), left.results) == (name == "all_results.json", False)
+
+
+def test_forms_of_the_state_of_a_result(tmp_path):
+    write(tmp_path / "checkpoint-4", "a", logs=[LOG])
+    for state in ({"global_step": "4"}, {"global_step": True}, {"global_step": 4, "log_history": 3}):
+        write(tmp_path, steps=state["global_step"])
+        (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+        assert saved_step(tmp_path, tmp_path / "checkpoint-4") is None
+        assert left_by(tmp_path, tmp_path / "checkpoint-4").logs is None

@@ -1,15 +1,19 @@
 """Checkpoints of another model: refused by name, before anything is loaded, and never left aside in silence."""
 
+import json
+
 import pytest
 import torch
 import trl
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from trl_cancel import CancelGRPOConfig
 from trl_cancel.playground.tokenizer import build_tokenizer
 from trl_cancel.playground.warm_start import build_model
+from trl_cancel.running.changed_settings import SAVED_AS
 from trl_cancel.running.fit import check_fit, why_unfit
 
-from .runs import TINY, build, load
+from .runs import DEFAULTS, TINY, build, load
 
 
 def model(**sizes):
@@ -50,6 +54,24 @@ def test_another_kind_of_model(tmp_path):
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"model_type": "qwen3"', '"model_type": "llama"'))
     assert why_unfit(tmp_path, model()) == "it has model_type='llama', and this one 'qwen3'"
+
+
+@pytest.mark.parametrize(
+    ("saved", "file", "damage"),
+    [(model, "config.json", {"hidden_size": "x"}), (adapter, "adapter_config.json", {"peft_type": "of tomorrow"})],
+)
+def test_a_configuration_that_cannot_be_read_is_one_line(tmp_path, saved, file, damage):
+    saved().save_pretrained(tmp_path)
+    (tmp_path / file).write_text(json.dumps({**json.loads((tmp_path / file).read_text()), **damage}))
+    assert f"its {file} cannot be read (" in why_unfit(tmp_path, saved())
+    assert "\n" not in why_unfit(tmp_path, saved())
+
+
+def test_an_optimizer_without_a_name_in_the_record_passes(tmp_path):
+    (tmp_path / "optimizer.pt").touch()
+    record = {"attributes": {"settings": {"optim": ["sgd"]}}}
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"stateful_callbacks": {SAVED_AS: record}}))
+    check_fit(str(tmp_path), model(), CancelGRPOConfig("run", **DEFAULTS))
 
 
 def test_what_holds_no_configuration_passes(tmp_path):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from tests.test_checkpoints import of_another_run
 from tests.test_finished import files
 from tests.test_run_lock import another_run_in
 from trl_cancel.cli import main
@@ -16,6 +17,7 @@ from .test_stopping import train
 
 
 SHORT = {"max_steps": 2, "save_steps": 1}
+KEPT = ("trainer_state.json", "all_results.json", "train_results.json", "README.md")
 
 
 def equal_reward(completions, **kwargs):
@@ -53,12 +55,21 @@ def test_a_finished_run_is_left_alone(tmp_path, monkeypatch, capfd, settings, ch
     assert files(tmp_path) == before
 
 
-def test_what_a_finished_run_did_not_come_to_save_is_saved(tmp_path, monkeypatch, capfd):
+def test_what_a_finished_run_did_not_come_to_save_is_saved(tmp_path, monkeypatch, capfd, caplog):
     """Without another step: it was killed after its last checkpoint, beside the results of another run or none."""
     assert train(tmp_path / "run", **SHORT) == 0
     assert train(tmp_path / "other", **SHORT, seed=1) == 0
     model = (tmp_path / "run/model.safetensors").read_bytes()
     must_not_generate(monkeypatch)
+    (tmp_path / "other/all_results.json").write_text('{"steps": 2, "after": {}}')
+    before = files(tmp_path / "run")
+    (tmp_path / "run/model.safetensors").unlink()
+    assert train(tmp_path / "run", **SHORT, resume_from_checkpoint="auto", eval_problems=2) == 0, "not evaluated again"
+    out, after = capfd.readouterr().out, files(tmp_path / "run")
+    assert f"Already finished at step 2: nothing was trained, and the model was saved again from {tmp_path}" in out
+    kept = [path for path in before if "checkpoint-" in str(path) or path.name in KEPT]
+    assert {path: after[path] for path in kept} == {path: before[path] for path in kept}
+    assert (tmp_path / "run/model.safetensors").read_bytes() == model
     damages = {
         "none": lambda: [path.unlink() for path in (tmp_path / "run").iterdir() if path.is_file()],
         "half": lambda: os.truncate(tmp_path / "run/model.safetensors", 1000),
@@ -69,10 +80,45 @@ def test_what_a_finished_run_did_not_come_to_save_is_saved(tmp_path, monkeypatch
     }
     for name, damage in damages.items():
         damage()
-        assert train(tmp_path / "run", **SHORT, resume_from_checkpoint="auto") == 0, name
-        assert "Model saved to" in capfd.readouterr().out
+        overwrites = {"overwrite_output_dir": "true"} if name == "another" else {}
+        if overwrites:
+            before = files(tmp_path / "run")
+            assert train(tmp_path / "run", **SHORT, resume_from_checkpoint="auto") == 0
+            assert "trained with other settings: seed: 1 -> 42. " in capfd.readouterr().out
+            assert files(tmp_path / "run") == before, "what is not to be overwritten"
+        assert train(tmp_path / "run", **SHORT, **overwrites, resume_from_checkpoint="auto") == 0, name
+        captured = capfd.readouterr()
+        assert "Model saved to" in captured.out
+        assert "the model was saved again from" in captured.out
+        assert "nothing to do" not in captured.out + caplog.text
         assert (tmp_path / "run/model.safetensors").read_bytes() == model
-        assert json.loads((tmp_path / "run/all_results.json").read_text())["steps"] == 2
+        results = json.loads((tmp_path / "run/all_results.json").read_text())
+        assert results["steps"] == 2
+        assert None not in results.values()
+        assert "after" not in results, "which is of the other run"
+
+    elsewhere = {**SHORT, "resume_from_checkpoint": tmp_path / "run/checkpoint-2"}
+    for said in ("the model was saved again from", "Already finished at step 2; nothing to do."):
+        assert train(tmp_path / "new", **elsewhere) == 0
+        assert said in capfd.readouterr().out
+        assert None not in json.loads((tmp_path / "new/all_results.json").read_text()).values()
+
+
+def a_later_checkpoint_of_another_run_replaces_nothing(run, capfd):
+    later = run / "checkpoint-4"
+    of_another_run(run / "checkpoint-2", later, step=4)
+    before = files(run)
+    for settings in ({}, {"overwrite_output_dir": "true"}):
+        assert train(run, **SHORT, **settings, resume_from_checkpoint="auto") == 0
+        said = f"Already finished at step 2; nothing to do. {later} is of another run, and is left alone."
+        assert said in capfd.readouterr().out
+    for settings in ({"max_steps": 6, "resume_from_checkpoint": "auto"}, {"resume_from_checkpoint": later}):
+        assert train(run, **{**SHORT, **settings}) == 2
+        error = capfd.readouterr().err.splitlines()[-1]
+        assert f"It ended at step 2, and {later} is of another run. Set another output_dir, " in error
+        assert error.endswith(f"or resume_from_checkpoint={run}/checkpoint-2 to go on from its last checkpoint.")
+    assert files(run) == before
+    shutil.rmtree(later)
 
 
 def test_a_finished_result_is_replaced_only_on_demand(tmp_path, capfd):
@@ -94,6 +140,7 @@ def test_a_finished_result_is_replaced_only_on_demand(tmp_path, capfd):
         assert "num_generations: 4 -> 2" in error
         assert "overwrite_output_dir" in error
         assert files(tmp_path) == before
+    a_later_checkpoint_of_another_run_replaces_nothing(tmp_path / "run", capfd)
     for flag in ("--overwrite_output_dir", "--overwrite-output-dir=true"):
         settings = {**shorter, "model_name_or_path": "playground", "dataset_name": "playground", "report_to": "none"}
         settings |= {"use_cpu": "true", "bf16": "false", "per_device_train_batch_size": 8, "max_completion_length": 8}

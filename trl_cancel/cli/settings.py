@@ -33,7 +33,7 @@ class RunArguments(GRPOScriptArguments):
         eval_samples (`int`, *optional*, defaults to `4`):
             Sampled answers a prompt.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
-            Whether a new run may replace the finished model that `output_dir` holds.
+            Whether the run may replace the finished model of another that `output_dir` holds.
     """
 
     method: str | None = field(
@@ -50,7 +50,7 @@ class RunArguments(GRPOScriptArguments):
     eval_samples: int = field(default=4, metadata={"help": "Sampled answers a prompt, for `eval_problems`."})
     overwrite_output_dir: bool = field(
         default=False,
-        metadata={"help": "Whether a new run may replace the finished model that `output_dir` holds."},
+        metadata={"help": "Whether the run may replace the finished model of another that `output_dir` holds."},
     )
 
 

@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +32,9 @@ from ..evaluation import evaluate as evaluate_problems
 from ..evaluation.callback import record, steps_trained, trainer_engine, unchanged_random_state
 from ..evaluation.result import shown
 from ..publishing.hub import PushError, check_token
+from ..publishing.model_card import FILE as CARD
 from ..running import checkpoints, damage, sources
+from ..running.finished import RESULTS, Left, left_by
 from ..running.fit import check_fit
 from ..running.inputs import check_rewards, columns_of
 from ..running.outcome import remark_on
@@ -67,8 +69,8 @@ class Results:
             Mean of the shared-prefix residual over the run.
         steps (`int`):
             Optimizer steps.
-        seconds (`float`):
-            Time of the training.
+        seconds (`float`, *optional*):
+            Time of the training; `None` of one that had finished before, whose model is only saved.
     """
 
     before: dict[str, Estimate] | None
@@ -77,11 +79,11 @@ class Results:
     last: dict[str, float]
     residual: float | None
     steps: int
-    seconds: float
+    seconds: float | None
 
     def table(self) -> Table:
         """The table at the end of a run."""
-        table = Table(title="Training finished")
+        table = Table(title="Training finished" if self.seconds is not None else "Training had finished")
         table.add_column("")
         table.add_column("before", justify="right")
         table.add_column("after", justify="right")
@@ -94,8 +96,13 @@ class Results:
         if self.residual is not None:
             table.add_row("shared-prefix residual, mean", "", f"{self.residual:.2g}")
         table.add_row("optimizer steps", "", str(self.steps))
-        table.add_row("training time", "", f"{self.seconds:.0f} s")
+        if self.seconds is not None:
+            table.add_row("training time", "", f"{self.seconds:.0f} s")
         return table
+
+    def known(self) -> dict[str, Any]:
+        """What there is, for `all_results.json`: nothing stands for a score that was not asked for."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, {})}
 
 
 def _scores(evaluation: Evaluation | None) -> dict[str, Estimate] | None:
@@ -169,7 +176,8 @@ def _run(settings: Settings) -> None:
     if settings.precision and trainer.is_world_process_zero():
         console.print(f"Precision: {settings.precision.reason}", markup=False)
     resuming = str(settings.training.resume_from_checkpoint).lower() not in ("none", "false")
-    if resuming and trainer.is_world_process_zero():
+    ended = trainer.finished_at(checkpoint)
+    if resuming and ended is None and trainer.is_world_process_zero():
         console.print(
             f"Going on from {checkpoint}." if checkpoint else "Starting anew: there is no whole checkpoint.",
             markup=False,
@@ -177,7 +185,8 @@ def _run(settings: Settings) -> None:
 
     try:
         with trainer.holding_output_dir():
-            _train(settings, trainer, checkpoint, test, rewards)
+            run = _train if ended is None else _save_again
+            run(settings, trainer, checkpoint, test, rewards)
     except FolderInUse as error:
         raise UsageError(str(error)) from error
     if hasattr(trainer, "end"):  # transformers 5.18: ends trackers and process groups
@@ -198,17 +207,57 @@ def _train(
     finally:
         ProgressBar.close_of(trainer)
     seconds = time.perf_counter() - started
-    folder = Path(str(settings.training.output_dir))
-    with checkpoints.saved_or_said(folder, trainer.own_checkpoints):
-        _save(trainer)
+    with _saving(trainer):
+        _save(trainer, Left())
+    _finish(settings, trainer, test, rewards, before, seconds)
+
+
+def _save_again(
+    settings: Settings,
+    trainer: CancelGRPOTrainer,
+    checkpoint: str | bool | None,
+    test: Dataset | None,
+    rewards: list[Any],
+) -> None:
+    """Of a run that has finished but whose model is not there; what is there of its logs and results stays."""
+    folder = Path(str(trainer.args.output_dir))
+    left = checkpoints.decided_by_main(trainer.accelerator, lambda: left_by(folder, Path(str(checkpoint))))
+    before = None if left.results else evaluate(trainer, test, rewards[0], settings, "Before")
+    trainer.load_finished(checkpoint)
+    trainer.state.log_history = left.logs or trainer.state.log_history
+    with _saving(trainer):
+        _save(trainer, left)
+    if trainer.is_world_process_zero():
+        step = trainer.state.global_step
+        console.print(
+            f"Already finished at step {step}: nothing was trained, and the model was saved again from {checkpoint}.",
+            markup=False,
+        )
+    if not left.results:
+        _finish(settings, trainer, test, rewards, before)
+    elif trainer.is_world_process_zero():
+        push = f" To push it: trl-cancel push {folder}." if trainer.args.push_to_hub else ""
+        console.print(f"Model saved to {folder}, beside its results.{push}", markup=False)
+
+
+def _finish(
+    settings: Settings,
+    trainer: CancelGRPOTrainer,
+    test: Dataset | None,
+    rewards: list[Any],
+    before: Evaluation | None,
+    seconds: float | None = None,
+) -> None:
+    """Evaluates a model that is saved, and publishes what came out."""
     try:
         after = evaluate(trainer, test, rewards[0], settings, "After")
     except Failure as error:
-        raise Failure(f"{str(error).rstrip('.')}. The trained model is saved in {folder}.") from error
+        saved = f"The trained model is saved in {trainer.args.output_dir}."
+        raise Failure(f"{str(error).rstrip('.')}. {saved}") from error
 
     results = Results(_scores(before), _scores(after), *_training_means(trainer), trainer.state.global_step, seconds)
-    with checkpoints.saved_or_said(folder, trainer.own_checkpoints):
-        trainer.save_metrics("train", asdict(results))
+    with _saving(trainer):
+        trainer.save_metrics("train", results.known())
         if trainer.is_world_process_zero():
             console.print(results.table())
             remark = remark_on(trainer.state.log_history, trainer.args)
@@ -217,13 +266,23 @@ def _train(
         _publish(trainer)
 
 
-def _save(trainer: CancelGRPOTrainer) -> None:
-    """Saves the model, the logs and the card, before anything else can fail."""
+def _saving(trainer: CancelGRPOTrainer) -> AbstractContextManager[None]:
+    return checkpoints.saved_or_said(Path(str(trainer.args.output_dir)), trainer.own_checkpoints)
+
+
+def _save(trainer: CancelGRPOTrainer, left: Left) -> None:
+    """Saves the model, the logs and the card, but for what is left, before anything else can fail."""
+    folder = Path(str(trainer.args.output_dir))
+    if trainer.is_world_process_zero() and not left.results:
+        for name in (RESULTS, "train_results.json"):  # those of another model, whose run had as many steps, say
+            (folder / name).unlink(missing_ok=True)
     if trainer.is_fsdp_enabled:  # checkpoints may be sharded, but a model that is loaded elsewhere must not be
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(trainer.args.output_dir), _internal_call=True)  # otherwise it would push, too
-    trainer.save_state()  # after the model: it tells that this is saved, see `saved_step`
-    trainer.create_model_card()
+    trainer.save_model(str(folder), _internal_call=True)  # otherwise it would push, too
+    if left.logs is None:
+        trainer.save_state()  # after the model: it tells that this is saved, see `saved_step`
+    if not (left.results and (folder / CARD).exists()):
+        trainer.create_model_card()
 
 
 def _publish(trainer: CancelGRPOTrainer) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from .damage import STATE
+from .damage import STATE, is_count, read_object
 from .secrets import without_secrets, without_tokens
 
 
@@ -93,6 +93,33 @@ def run_of(states: Any) -> str | None:
         return None
 
 
+def is_same_run(state: dict[str, Any], other: dict[str, Any]) -> bool:
+    """
+    Whether two checkpoints, or a checkpoint and a result, are of one run: by its name, or by their first log where one
+    has no name, as those of TRL's own trainer. `False` if that cannot be told.
+
+    Args:
+        state, other (`dict`):
+            What their `trainer_state.json` hold.
+    """
+    names = [run_of(each.get("stateful_callbacks")) for each in (state, other)]
+    if None not in names:
+        return names[0] == names[1]
+    return bool(logs_of(state)) and logs_of(state)[:1] == logs_of(other)[:1]
+
+
+def logs_of(state: dict[str, Any]) -> list[str]:
+    """
+    The logs of a run, each as text, in which `nan` equals itself.
+
+    Args:
+        state (`dict`):
+            What `trainer_state.json` holds.
+    """
+    logs = state.get("log_history")
+    return [json.dumps(log, sort_keys=True) for log in logs] if isinstance(logs, list) else []
+
+
 def changes(folder: Path, record: dict[str, Any]) -> list[str]:
     """
     In what a run differs from that of a checkpoint or a model, each as `name: then -> now`; as far as is known.
@@ -125,30 +152,48 @@ def held_by_optimizer(changed: list[str]) -> list[str]:
 
 
 def _changed_settings(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    aside = {"optim"}  # another one is refused
-    by_steps = max(now.get("max_steps", -1), then.get("max_steps", -1)) > 0
-    aside.add("num_train_epochs" if by_steps else "max_steps")
-    if now.get("lr_scheduler_type") in CONSTANT:  # and more steps are no other schedule
-        aside |= {"max_steps", "num_train_epochs"}
+    aside = {"optim", "max_steps", "num_train_epochs"}  # another optimizer is refused
+    was, is_now = _length(then), _length(now)
+    # Where the rate is constant, more steps are no other schedule.
+    if was and is_now and was != is_now and now.get("lr_scheduler_type") not in CONSTANT:
+        yield _changed_length(was, is_now)
     for name in now.keys() & then.keys() - aside:
         if then[name] != now[name]:
             yield without_tokens(f"{name}: {then[name]} -> {now[name]}")
 
 
+def _length(settings: dict[str, Any]) -> tuple[str, int | float] | None:
+    """What sets the length of a run, `max_steps` where that is greater than 0, and its value; `None` if unknown."""
+    for name in ("max_steps", "num_train_epochs"):
+        value = settings.get(name)
+        if isinstance(value, int | float) and value > 0:
+            return name, value
+    return None
+
+
+def _changed_length(then: tuple[str, int | float], now: tuple[str, int | float]) -> str:
+    if then[0] == now[0]:
+        return f"{then[0]}: {then[1]} -> {now[1]}"
+    return f"length of the run: {'='.join(map(str, then))} -> {'='.join(map(str, now))}"
+
+
 def _saved_record(folder: Path) -> dict[str, Any]:
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        record = state["stateful_callbacks"][SAVED_AS]["attributes"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    record: Any = read_object(folder / STATE)
+    for name in ("stateful_callbacks", SAVED_AS, "attributes"):
+        record = record.get(name)
+        if not isinstance(record, dict):
+            return {}
+    return record
 
 
-def _changed_data(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    if was["rows"] != now["rows"]:
-        yield f"train_dataset: {was['rows']} rows -> {now['rows']} rows"
-    elif None not in (was["digest"], now["digest"]) and was["digest"] != now["digest"]:
-        yield f"train_dataset: {was['rows']} rows -> as many others"
+def _changed_data(was: Any, now: dict[str, Any]) -> Iterator[str]:
+    rows, digest = (was.get(name) if isinstance(was, dict) else None for name in ("rows", "digest"))
+    if not is_count(rows):
+        return
+    if rows != now["rows"]:
+        yield f"train_dataset: {rows} rows -> {now['rows']} rows"
+    elif None not in (digest, now["digest"]) and digest != now["digest"]:
+        yield f"train_dataset: {rows} rows -> as many others"
 
 
 def _data(dataset: Any) -> dict[str, Any] | None:

@@ -12,16 +12,18 @@ import logging
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 
-from .damage import cut_off, why_not_whole
+from .changed_settings import is_same_run, run_of
+from .damage import STATE, cut_off, read_object, why_not_whole
 from .storage import READ_ONLY, free_bytes, is_storage_error, readable, what_happened
 
 
@@ -55,15 +57,19 @@ def why_broken(checkpoint: str | os.PathLike) -> str | None:
     return why_not_whole(checkpoint)
 
 
-def last_whole(folder: str | os.PathLike) -> Path | None:
+def last_whole(folder: str | os.PathLike, state: dict[str, Any] | None = None) -> Path | None:
     """
     The latest whole checkpoint in a folder; newer ones that are not whole are named in a warning.
 
     Args:
         folder (`str` or `os.PathLike`):
             Output folder of a run.
+        state (`dict`, *optional*):
+            What a `trainer_state.json` holds, to look only at the checkpoints of its run.
     """
     for checkpoint in reversed(_checkpoints(Path(folder))):
+        if state is not None and not is_same_run(state, read_object(checkpoint / STATE)):
+            continue
         reason = why_broken(checkpoint)
         if reason is None:
             return checkpoint
@@ -113,7 +119,9 @@ class OwnCheckpoints:
 
     def __init__(self, resumed: str | None = None):
         self._resumed = Path(resumed).absolute() if resumed else None
+        self._state = read_object(self._resumed / STATE) if self._resumed else {}
         self._paths = [self._resumed] if self._resumed else []
+        self._new_name = uuid.uuid4().hex
 
     def add(self, checkpoint: Path) -> None:
         """Notes one that is written."""
@@ -123,16 +131,42 @@ class OwnCheckpoints:
         """Whether the run has written a checkpoint, or goes on from it, and it is whole."""
         return checkpoint.absolute() in self._paths and why_broken(checkpoint) is None
 
-    def age(self, checkpoint: Path) -> tuple[bool, int]:
-        """What sorts checkpoints by age, from the oldest: those of other runs, then by steps; clocks may go back."""
-        steps, resumed = _steps(checkpoint), self._resumed
-        is_earlier = resumed is not None and checkpoint.absolute().parent == resumed.parent
-        is_earlier = is_earlier and steps <= _steps(cast(Path, resumed))
-        return is_earlier or checkpoint.absolute() in self._paths, steps
+    def name_in(self, folder: Path) -> str:
+        """
+        Name of the run: that of the run it goes on, unless it does so in another folder.
+
+        Args:
+            folder (`Path`):
+                Output folder.
+        """
+        goes_on = self._resumed is not None and self._resumed.parent.resolve() == folder.resolve()
+        return (run_of(self._state.get("stateful_callbacks")) if goes_on else None) or self._new_name
+
+    def by_age(self, folder: Path) -> list[Path]:
+        """
+        Those in a folder, from the oldest: what the run that it goes on had left after the checkpoint that it goes on
+        from, then by steps; clocks may go back. Whatever cannot be told to be of this run is not among them.
+
+        Args:
+            folder (`Path`):
+                Output folder.
+        """
+        return sorted((path for path in _checkpoints(folder) if self._is_own(path)), key=self._age)
 
     def last(self) -> Path | None:
         """The latest that is whole."""
         return next((checkpoint for checkpoint in reversed(self._paths) if why_broken(checkpoint) is None), None)
+
+    def _is_own(self, checkpoint: Path) -> bool:
+        if checkpoint.absolute() in self._paths:
+            return True
+        if self._resumed is None or self._resumed.parent.resolve() != checkpoint.parent.resolve():
+            return False
+        return is_same_run(self._state, read_object(checkpoint / STATE))
+
+    def _age(self, checkpoint: Path) -> tuple[bool, int]:
+        is_earlier = self._resumed is not None and _steps(checkpoint) <= _steps(self._resumed)
+        return is_earlier or checkpoint.absolute() in self._paths, _steps(checkpoint)
 
 
 def how_to_go_on(checkpoint: Path) -> str:
@@ -146,7 +180,8 @@ def how_to_go_on(checkpoint: Path) -> str:
     last = last_whole(checkpoint.parent)
     if last is not None and last.absolute() == checkpoint.absolute():
         return "continue with resume_from_checkpoint=True"
-    taken = f", for True takes {last}, of another run" if last else ""
+    is_same = last is not None and is_same_run(*(read_object(path / STATE) for path in (last, checkpoint)))
+    taken = f", for True takes {last}{'' if is_same else ', of another run'}" if last else ""
     return f"continue with resume_from_checkpoint={str(checkpoint)!r}{taken}"
 
 
@@ -225,7 +260,7 @@ def written_whole(checkpoint: Path, accelerator: Accelerator, own: OwnCheckpoint
 @contextmanager
 def rotated_when_whole(checkpoint: Path, trainer: Trainer, own: OwnCheckpoints) -> Iterator[None]:
     """
-    As [`written_whole`]; and the older checkpoints beyond `save_total_limit` go when this one is whole, not before.
+    As [`written_whole`]; and the run's older checkpoints beyond `save_total_limit` go when this one is whole, not before.
 
     Args:
         checkpoint (`Path`):
@@ -242,6 +277,24 @@ def rotated_when_whole(checkpoint: Path, trainer: Trainer, own: OwnCheckpoints) 
     if args.should_save:
         best = trainer.state.best_model_checkpoint
         _rotate(checkpoint, args.save_total_limit, own, Path(best) if best else None)
+
+
+def keep_only(best: Path, folder: Path, own: OwnCheckpoints) -> None:
+    """
+    Removes all checkpoints of a run but the best one, as transformers does at the end with `save_total_limit=1`, and
+    leaves those of other runs alone.
+
+    Args:
+        best (`Path`):
+            The best one; nothing is removed if there is no such folder.
+        folder (`Path`):
+            Output folder of the run.
+        own ([`OwnCheckpoints`]):
+            The checkpoints of the run.
+    """
+    for checkpoint in own.by_age(folder) if best.is_dir() else []:
+        if not checkpoint.samefile(best):
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 @contextmanager
@@ -324,14 +377,14 @@ def _steps(checkpoint: Path) -> int:
 
 
 def _rotate(newest: Path, limit: int | None, own: OwnCheckpoints, best: Path | None) -> None:
-    """Removes the oldest checkpoints beyond a limit, but neither the newest nor the best one."""
+    """Removes the run's oldest checkpoints beyond a limit, but neither the newest nor the best one."""
     if limit is None or limit <= 0:
         return
     spared = {path.absolute() for path in (newest, best) if path is not None}
-    others = [path for path in _checkpoints(newest.parent) if path.absolute() not in spared]
-    spared_here = sum(path.is_dir() and path.absolute().parent == newest.absolute().parent for path in spared)
+    others = [path for path in own.by_age(newest.parent) if path.absolute() not in spared]
+    spared_here = sum(path.is_dir() and path.parent == newest.absolute().parent for path in spared)
     excess = max(0, len(others) + spared_here - max(limit, spared_here))
-    for checkpoint in sorted(others, key=own.age)[:excess]:
+    for checkpoint in others[:excess]:
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 

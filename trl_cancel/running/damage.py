@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 
 STATE = "trainer_state.json"  # the last file that transformers writes
+COUNTS = ("global_step", "train_batch_size")  # in it
 # What stands for the weights: of transformers, PEFT, FSDP (whose folders get `.metadata` last) and DeepSpeed.
 WEIGHTS = (
     *("*model.safetensors", "*model.bin", "*model.*.index.json", "*/adapter_model.*"),
@@ -34,6 +35,28 @@ CHECKED = ("*.pt", "*.pth", "training_args.bin")
 CHECKED_BYTES = 2**26
 # Text without a form that could be checked, but never empty: what a disk leaves that loses power.
 NEVER_EMPTY = ("tokenizer*.model", "spiece.model", "merges.txt", "vocab.txt")
+# Configurations, and what each is told by.
+TOLD_BY = {"config.json": "model_type", "adapter_config.json": "peft_type"}
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """
+    The object that a JSON file holds; an empty one where the file cannot be read, or holds something else.
+
+    Args:
+        file (`Path`):
+            The file.
+    """
+    try:
+        found = _json(file)
+    except (ValueError, OSError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_count(value: Any) -> bool:
+    """Whether something is a whole number, 0 or more: of steps, say."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def why_unusable(folder: str | os.PathLike) -> str | None:
@@ -86,7 +109,7 @@ def why_not_whole(checkpoint: Path) -> str | None:
             Folder of the checkpoint.
     """
     try:
-        if not isinstance(_json(checkpoint / STATE), dict):
+        if not _can_go_on_from(_json(checkpoint / STATE)):
             return f"{STATE} is damaged"
     except FileNotFoundError:
         return f"{STATE} is missing"
@@ -115,6 +138,9 @@ def _damaged(checkpoint: Path) -> str | None:
             return f"{name} cannot be read"
         if file.name.endswith("config.json") and not isinstance(settings, dict):
             return f"{name} is damaged"
+        told_by = TOLD_BY.get(file.name)
+        if told_by is not None and not isinstance(settings.get(told_by), str):
+            return f"{name} is damaged"
     for adapter in adapters:
         files = weights_cut_off(adapter.parent)
         if files:
@@ -127,7 +153,25 @@ def _damaged(checkpoint: Path) -> str | None:
 
 
 def _json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError as error:  # of thousands of brackets
+        raise ValueError(f"{file} is nested too deeply") from error
+
+
+def _can_go_on_from(state: Any) -> bool:
+    """Whether `trainer_state.json` holds what is read of it before the first step."""
+    if not isinstance(state, dict) or not all(is_count(state.get(name)) for name in COUNTS):
+        return False
+    callbacks = state.get("stateful_callbacks", {})
+    if not isinstance(callbacks, dict):
+        return False
+    of_callbacks = [data if isinstance(data, list) else [data] for data in callbacks.values()]
+    return all(map(_are_objects, [state.get("log_history", []), *of_callbacks]))
+
+
+def _are_objects(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, dict) for value in values)
 
 
 def _agrees_with_checksums(file: Path) -> bool:
@@ -144,11 +188,11 @@ def _weights_missing(checkpoint: Path) -> str | None:
     for index in checkpoint.glob("*model.*.index.json"):
         try:
             shards = set(_json(index)["weight_map"].values())
+            missing = sorted(shard for shard in shards if not (checkpoint / shard).exists())
         except (ValueError, KeyError, TypeError, AttributeError):
             return f"the end of {index.name} is"
-        for shard in sorted(shards):
-            if not (checkpoint / shard).exists():
-                return f"{shard} is"
+        if missing:
+            return f"{missing[0]} is"
     return None
 
 
@@ -167,9 +211,9 @@ def _ends_as_announced(file: Path) -> bool:
         try:
             header = json.loads(_read(stream, *struct.unpack("<Q", _read(stream, 8))))
             ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        except (ValueError, struct.error, KeyError, IndexError, TypeError, AttributeError):
+            return stream.tell() + max(ends, default=0) == file.stat().st_size
+        except (ValueError, struct.error, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             return False
-        return stream.tell() + max(ends, default=0) == file.stat().st_size
 
 
 def _read(stream: BinaryIO, length: int) -> bytes:

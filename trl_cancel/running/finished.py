@@ -1,14 +1,31 @@
 """Results of finished runs: whether an output folder holds one, and what may replace it."""
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .changed_settings import changes, run_of, settings_record
-from .damage import STATE, weights_at, why_unusable
+from .changed_settings import changes, is_same_run, logs_of, run_of, settings_record
+from .checkpoints import last_whole
+from .damage import STATE, is_count, read_object, weights_at, why_unusable
 
 
 RESULTS = "all_results.json"  # the last that a run from the command line saves
+
+
+@dataclass(frozen=True)
+class Left:
+    """
+    What a finished run has left in its output folder beside the model.
+
+    Args:
+        logs (`list[dict]`, *optional*):
+            Its logs up to its end; `None` if they are not there.
+        results (`bool`):
+            Whether its results are there.
+    """
+
+    logs: list[dict[str, Any]] | None = None
+    results: bool = False
 
 
 def saved_step(folder: Path, checkpoint: Path | None = None) -> int | None:
@@ -21,17 +38,59 @@ def saved_step(folder: Path, checkpoint: Path | None = None) -> int | None:
         checkpoint (`Path`, *optional*):
             Last checkpoint of the run; the results of another run, by its name or logs, do not count.
     """
-    state, results = _read(folder / STATE), _read(folder / RESULTS)
-    step = state.get("global_step")
-    if why_unusable(folder) is not None or step is None or results.get("steps") != step:
+    state = read_object(folder / STATE)
+    if why_unusable(folder) is not None or not _has_results(folder, state):
         return None
-    if checkpoint is not None:
-        before = _read(checkpoint / STATE)
-        runs = [run_of(each.get("stateful_callbacks")) for each in (before, state)]
-        logs = before.get("log_history", [])
-        if runs[0] != runs[1] or state.get("log_history", [])[: len(logs)] != logs:
-            return None
-    return step
+    if checkpoint is not None and not _has_gone_on(read_object(checkpoint / STATE), state):
+        return None
+    return state["global_step"]
+
+
+def left_by(folder: Path, checkpoint: Path) -> Left:
+    """
+    What a run has left that ended with a checkpoint, and whose model may be lost.
+
+    Args:
+        folder (`Path`):
+            Output folder of a run from the command line.
+        checkpoint (`Path`):
+            Last checkpoint of the run.
+    """
+    before, state = read_object(checkpoint / STATE), read_object(folder / STATE)
+    if state.get("global_step") != before.get("global_step") or not _has_gone_on(before, state):
+        return Left()
+    return Left(state.get("log_history"), _has_results(folder, state))
+
+
+def is_of_another_run(folder: Path, checkpoint: Path) -> bool:
+    """
+    Whether a folder holds the model of another run than that of a checkpoint. A model beside its checkpoint that does
+    not tell of which run it is, since the run was killed before it could save that, counts as that of the checkpoint.
+
+    Args:
+        folder (`Path`):
+            Output folder.
+        checkpoint (`Path`):
+            A checkpoint.
+    """
+    if weights_at(folder) is None:
+        return False
+    state = read_object(folder / STATE)
+    is_inside = checkpoint.resolve().parent == folder.resolve()
+    return not is_inside or (_tells_run(state) and not is_same_run(state, read_object(checkpoint / STATE)))
+
+
+def keeps_last_checkpoint(folder: Path) -> bool:
+    """
+    Whether a folder with the results of a run holds the checkpoint of its last step, too.
+
+    Args:
+        folder (`Path`):
+            Output folder of a run from the command line.
+    """
+    state = read_object(folder / STATE)
+    last = last_whole(folder, state)
+    return last is not None and last.name == f"checkpoint-{state.get('global_step')}"
 
 
 def check_replaceable(folder: Path, checkpoint: Path | None, args: Any) -> None:
@@ -50,19 +109,48 @@ def check_replaceable(folder: Path, checkpoint: Path | None, args: Any) -> None:
         `ValueError`: If it does; the message says in what that run differed.
     """
     weights = weights_at(folder)
-    if weights is None or (checkpoint is not None and checkpoint.resolve().parent == folder.resolve()):
+    if weights is None or (checkpoint is not None and not is_of_another_run(folder, checkpoint)):
         return
     changed = changes(folder, settings_record(args))
     differs = f" It was trained with other settings: {'; '.join(changed)}." if changed else ""
+    other = "" if checkpoint is None else _says_whose(folder, checkpoint)
+    choices = ["Set another output_dir", "overwrite_output_dir=true to replace it", *_ways_to_go_on(folder)]
     raise ValueError(
-        f"output_dir={folder} holds the model of a finished run ({weights}).{differs} Set another output_dir, "
-        "overwrite_output_dir=true to replace it, or resume_from_checkpoint=auto to go on from its last checkpoint."
+        f"output_dir={folder} holds the model of a finished run ({weights}).{differs}{other} "
+        f"{', '.join(choices[:-1])}, or {choices[-1]}."
     )
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def _has_results(folder: Path, state: dict[str, Any]) -> bool:
+    step = state.get("global_step")
+    return is_count(step) and read_object(folder / RESULTS).get("steps") == step
+
+
+def _has_gone_on(before: dict[str, Any], state: dict[str, Any]) -> bool:
+    """Whether a state is a later one, or the same, of a run, and not that of another one that left the same checkpoint."""
+    runs = [run_of(each.get("stateful_callbacks")) for each in (before, state)]
+    logs = logs_of(before)
+    return runs[0] == runs[1] and logs_of(state)[: len(logs)] == logs
+
+
+def _tells_run(state: dict[str, Any]) -> bool:
+    return run_of(state.get("stateful_callbacks")) is not None or bool(logs_of(state))
+
+
+def _says_whose(folder: Path, checkpoint: Path) -> str:
+    state, before = read_object(folder / STATE), read_object(checkpoint / STATE)
+    if is_same_run(state, before):  # in another folder
+        return ""
+    ended = f"It ended at step {state['global_step']}, and " if is_count(state.get("global_step")) else ""
+    whose = "is of another run" if _tells_run(before) else "does not tell of which run it is"
+    return f" {ended}{checkpoint} {whose}."
+
+
+def _ways_to_go_on(folder: Path) -> list[str]:
+    """From the last checkpoint of the run whose model it is, as far as that is known."""
+    state, last = read_object(folder / STATE), last_whole(folder)
+    if last is None:
+        return []
+    is_own = not _tells_run(state) or is_same_run(state, read_object(last / STATE))
+    named = "auto" if is_own else last_whole(folder, state)
+    return [f"resume_from_checkpoint={named} to go on from its last checkpoint"] if named else []

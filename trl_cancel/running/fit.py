@@ -72,7 +72,14 @@ def why_unfit(checkpoint: Path, model: Any) -> str | None:
     if (checkpoint / "adapter_config.json").is_file():
         if not is_adapter:
             return "it holds an adapter, and this run trains the whole model (no use_peft, no peft_config)"
-        saved = PeftConfig.from_pretrained(str(checkpoint))
+        try:
+            saved = PeftConfig.from_pretrained(str(checkpoint))
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+        ) as error:  # of a kind of adapter, say, that this version does not know
+            return f"its adapter_config.json cannot be read ({type(error).__name__}: {error})"
         return _difference(OF_ADAPTERS, saved, model.active_peft_config)
     if not (checkpoint / "config.json").is_file():
         return None
@@ -81,7 +88,10 @@ def why_unfit(checkpoint: Path, model: Any) -> str | None:
     written = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     if written.get("model_type") != model.config.model_type:
         return f"it has model_type={written.get('model_type')!r}, and this one {model.config.model_type!r}"
-    saved = type(model.config).from_dict(written)
+    try:
+        saved = type(model.config).from_dict(written)
+    except Exception as error:  # of the library that checks types, which says on several lines what it expected
+        return f"its config.json cannot be read ({' '.join(str(error).split())})"
     return _difference(OF_MODELS, saved.get_text_config(), model.config.get_text_config())
 
 
@@ -179,7 +189,7 @@ def check_trainable(model: Any) -> None:
 def _check_optimizers_name(checkpoint: Path, args: Any) -> None:
     holds_state = any(True for pattern in STATES["the optimizer's state"] for _ in checkpoint.glob(pattern))
     then, now = settings_of(checkpoint).get("optim"), getattr(args.optim, "value", args.optim)
-    if holds_state and then not in (None, now) and not any({then, now} <= group for group in ALIKE):
+    if holds_state and isinstance(then, str) and then != now and not any({then, now} <= group for group in ALIKE):
         raise ValueError(_another_optimizer(str(checkpoint), f"optim={then!r}", f"optim={now!r}"))
 
 

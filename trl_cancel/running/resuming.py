@@ -1,6 +1,5 @@
 """Runs that can be stopped at any time: whole checkpoints, signals, and progress that is saved when something fails."""
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -11,19 +10,20 @@ from accelerate.logging import get_logger
 from transformers.trainer_utils import TrainOutput, speed_metrics
 from trl import GRPOTrainer
 
-from .changed_settings import SAVED_AS, changes, held_by_optimizer, run_of, run_record
+from .changed_settings import SAVED_AS, changes, held_by_optimizer, run_record
 from .checkpoints import (
     OwnCheckpoints,
     SavingError,
     agree_on_checkpoint,
     decided_by_main,
     how_to_go_on,
+    keep_only,
     last_whole,
     rotated_when_whole,
     said,
     saved_or_said,
 )
-from .damage import STATE, weights_at
+from .damage import STATE, is_count, read_object, weights_at
 from .fit import check_fit, check_kind, check_trainable, fitting_states, kind_of
 from .outcome import remark_on
 from .run_lock import alone_in
@@ -49,6 +49,7 @@ class Resumable(GRPOTrainer):
         check_trainable(self.model)
         self.own_checkpoints = OwnCheckpoints()
         self._held = ExitStack()  # what a training lets go of at its end
+        self._says_finished = True
         self._signals = StopOnSignal(self.accelerator)
         self.add_callback(self._signals)
 
@@ -105,6 +106,21 @@ class Resumable(GRPOTrainer):
         planned = self.planned_steps()
         done = decided_by_main(self.accelerator, lambda: _steps_done(Path(found)))
         return done if done >= planned else None
+
+    def load_finished(self, checkpoint: str | bool | None) -> None:
+        """
+        Loads a checkpoint from which nothing is left to train, as [`train`] does, without saying that nothing is to be
+        done: for whoever has something to do with it.
+
+        Args:
+            checkpoint (`str` or `bool`, *optional*):
+                The checkpoint, as for [`train`].
+        """
+        self._says_finished = False
+        try:
+            self.train(resume_from_checkpoint=checkpoint)
+        finally:
+            self._says_finished = True
 
     def planned_steps(self) -> int:
         """Optimizer steps of a whole run: `max_steps`, or those of `num_train_epochs`."""
@@ -182,10 +198,11 @@ class Resumable(GRPOTrainer):
         self._prepare_for_training(planned, dataloader, checkpoint)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
-        logger.warning(
-            f"Already finished at step {step}; nothing to do. {checkpoint} is loaded, and the run has {planned} steps "
-            "(max_steps, num_train_epochs)."
-        )
+        if self._says_finished:
+            logger.warning(
+                f"Already finished at step {step}; nothing to do. {checkpoint} is loaded, and the run has {planned} "
+                "steps (max_steps, num_train_epochs)."
+            )
         metrics = speed_metrics("train", started, num_samples=0, num_steps=0)
         metrics |= {"total_flos": self.state.total_flos, "train_loss": 0.0}
         self._memory_tracker.stop_and_update_metrics(metrics)
@@ -218,26 +235,31 @@ class Resumable(GRPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        self._note_run()
+        self._note_run(folder.parent)
         with rotated_when_whole(folder, self, self.own_checkpoints):
             super()._save_checkpoint(model, trial)
 
     def _finalize_training(self, trial, num_train_samples, start_time):
-        # A training that is stopped goes on from its last checkpoint, of which transformers would leave only the best
-        # one with save_total_limit=1; and there may be no time to load that.
-        stopped = {"save_total_limit": None, "load_best_model_at_end": False} if self.is_stopped_by_signal else {}
-        self._note_run()
-        with self.args.set_aside(**stopped):
+        folder, best_only = Path(self._get_output_dir(trial=trial)), self.args.save_total_limit == 1
+        is_stopped = self.is_stopped_by_signal
+        # Where transformers leaves only the best checkpoint, those of other runs would go too. A training that is
+        # stopped goes on from its last one; and there may be no time to load the best.
+        aside = {"save_total_limit": None, **({"load_best_model_at_end": False} if is_stopped else {})}
+        self._note_run(folder)
+        with self.args.set_aside(**aside):
             result = super()._finalize_training(trial, num_train_samples, start_time)
-        remark = None if self.is_stopped_by_signal else remark_on(self.state.log_history, self.args)
+        best = self.state.best_model_checkpoint
+        if best_only and best is not None and self.args.should_save and not is_stopped:
+            keep_only(Path(best), folder, self.own_checkpoints)
+        remark = None if is_stopped else remark_on(self.state.log_history, self.args)
         if remark is not None:
             logger.warning(remark)
         return result
 
-    def _note_run(self) -> None:
+    def _note_run(self, folder: Path) -> None:
         """For `trainer_state.json`."""
         states: Any = self.state.stateful_callbacks
-        states[SAVED_AS] = run_record(self, run_of(states))
+        states[SAVED_AS] = run_record(self, self.own_checkpoints.name_in(folder))
 
     def _save_progress(self, error: BaseException) -> None:
         step = self.state.global_step
@@ -276,15 +298,17 @@ class Resumable(GRPOTrainer):
 
 
 def _steps_done(checkpoint: Path) -> int:
-    return int(json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("global_step", 0))
+    step: Any = read_object(checkpoint / STATE).get("global_step")
+    return step if is_count(step) else 0
 
 
 def _beside_checkpoints(folder: Path, last: Path) -> str:
     """Of checkpoints that a new run does not go on from; TRL says nothing either, so it is allowed."""
     return (
         f"output_dir={folder} holds checkpoints of another run, the latest {last.name}, and this run starts anew "
-        "beside them. Later, resume_from_checkpoint=True takes the checkpoint of the most steps, whichever run it "
-        "is of. Set another output_dir, or resume_from_checkpoint='auto' to go on from where that run was."
+        "beside them. They stay, but for those of steps at which this run saves too. Later, "
+        "resume_from_checkpoint=True takes the checkpoint of the most steps, whichever run it is of. Set another "
+        "output_dir, or resume_from_checkpoint='auto' to go on from where that run was."
     )
 
 
