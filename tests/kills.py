@@ -12,7 +12,7 @@ import torch
 import transformers
 import trl
 
-from trl_cancel import CancelGRPOTrainer
+from trl_cancel.pipeline.rounds import Rounds
 
 
 def die() -> None:
@@ -136,7 +136,7 @@ PLACES = {
     "loss": in_call(5, trl.GRPOTrainer, "compute_loss"),
     "generation": in_call(5, trl.GRPOTrainer, "_generate"),
     "rewards": in_call(5, trl.GRPOTrainer, "_calculate_rewards"),
-    "round": in_call(5, CancelGRPOTrainer, "_fresh_inputs"),
+    "round": in_call(5, Rounds, "_fresh_inputs"),
     "evaluation": in_call(6, trl.GRPOTrainer, "prediction_step"),
     "model": in_model,
     "optimizer": in_optimizer,
