@@ -1,12 +1,16 @@
 """Draws configurations over all fields of `CancelGRPOConfig` and over those of TRL's that bear on training."""
 
 import random
+from dataclasses import fields
 from typing import Any
 
 from trl_cancel.batch.clipping import CLIPPED_LOSSES, LOSS_TYPES
 from trl_cancel.config import CancelGRPOConfig
+from trl_cancel.methods import METHODS
 from trl_cancel.methods.group_weights import TRANSFORMATIONS
+from trl_cancel.methods.method import Method
 
+from ..methods import METHODS as ROWS
 from ..runs import DEFAULTS
 from .standins import CREDITS, MODELS, REWARDS
 
@@ -54,6 +58,18 @@ LEFT_ALONE = {
             "tensor_parallel_size",
         ]
     },
+}
+# Methods whose settings are drawn with more than their choices and those of their rows.
+BY_HAND = {
+    *(
+        "query_preserved",
+        "filter_zero_variance",
+        "reward_balance",
+        "symmetric_clip",
+        "group_weights",
+        "advantage_sign",
+    ),
+    *("nthr", "delta_credit"),
 }
 MOST_ROLLOUTS = 32  # of a generation or an optimizer step, so that a run takes a fraction of a second
 
@@ -178,7 +194,20 @@ def _methods(rng: _Chance) -> dict[str, Any]:
     settings["filter_zero_variance"] = rng.happens(0.15)
     if rng.happens(0.3):
         settings["max_generation_rounds"] = rng.choice((1, 2, 3))
+    for method in METHODS:
+        if method.switch not in BY_HAND and rng.happens(0.15):
+            settings |= _as_in_its_row(rng, method)
     return settings
+
+
+def _as_in_its_row(rng: _Chance, method: Method) -> dict[str, Any]:
+    """Settings of a method: its choices, and what its row in `tests/methods.py` has for them."""
+    row = next(row for row in ROWS.values() if method.switch in row.settings)
+    drawn = {}
+    for setting in fields(method.Settings):
+        values = [settings[setting.name] for settings in (row.settings, row.neutral) if setting.name in settings]
+        drawn[setting.name] = rng.choice(setting.metadata.get("choices") or [setting.default, *values])
+    return drawn
 
 
 def _delta(rng: _Chance) -> dict[str, Any]:
