@@ -14,6 +14,8 @@ import torch
 import trl
 
 from trl_cancel.batch.clipping import CLIPPED_LOSSES
+from trl_cancel.methods import METHODS
+from trl_cancel.methods.method import Method
 
 from ..references import consistent
 from .runs import PROCESSES, ROUNDING, MicroBatch, Run, Watched, value_of
@@ -57,7 +59,8 @@ class Of:
 
     @property
     def has_credits(self) -> bool:
-        return bool(self.nthr or self.delta_credit or self.credits or self.advantage_sign != "both")
+        give_credit = [method for method in METHODS if type(method).credit is not Method.credit]
+        return bool(self.credits) or any(method.is_on(self) for method in give_credit)
 
     @property
     def level(self) -> str:

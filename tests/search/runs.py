@@ -23,7 +23,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from trl_cancel import CancelGRPOTrainer
-from trl_cancel.credit import NTHR, DelTA, SignControl
+from trl_cancel.methods import METHODS
 from trl_cancel.playground.data import load_prompts
 
 from ..runs import build, repeatable, weights_of
@@ -257,7 +257,7 @@ class Watcher(contextlib.ExitStack):
         for name in ("_generate_and_score_completions", "_compute_loss", "_get_per_token_logps_and_entropies"):
             self._wrap(trl.GRPOTrainer, name)
         self._wrap(trl.GRPOTrainer, "get_high_entropy_mask")
-        for credit in (NTHR, DelTA, SignControl, *CREDITS.values()):
+        for credit in (*_of_methods(), *CREDITS.values()):
             self._wrap(credit, "coefficients")
         return super().__enter__()
 
@@ -425,3 +425,9 @@ def _kl_gradient(
 def value_of(settings: dict[str, Any], name: str) -> Any:
     """A setting, or its default."""
     return settings.get(name, default_of(name))
+
+
+def _of_methods() -> list[type]:
+    """The classes of credit that stand in the files of the methods."""
+    files = [vars(sys.modules[type(method).__module__]).values() for method in METHODS]
+    return [cls for names in files for cls in names if isinstance(cls, type) and "coefficients" in vars(cls)]
