@@ -256,18 +256,22 @@ def test_streamed_data(tiny_model, shuffled):
     assert run.trainer._fresh_prompts.drawn > 0
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-def test_resumed_run_equals_the_uninterrupted_one(tiny_model, tmp_path, streamed):
-    dataset = load_prompts("train", 64)
+@pytest.mark.parametrize(
+    ("streamed", "rows", "step"),
+    [(False, 64, 8), (True, 64, 8), (False, 16, 16)],
+    ids=["data set", "stream", "in a later epoch"],
+)
+def test_resumed_run_equals_the_uninterrupted_one(tiny_model, tmp_path, streamed, rows, step):
+    dataset = load_prompts("train", rows)
     arguments = {**RARE, "train_dataset": dataset.to_iterable_dataset() if streamed else dataset}
     settings = {**SPLIT, **WANTED["both"], **DELTA, "max_steps": 24}
     settings |= {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 8}
     whole = train(tiny_model, **settings, arguments=arguments)
-    saved = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
+    saved = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
     assert saved["stateful_callbacks"]["trl_cancel.FreshPrompts"]["attributes"]["drawn"] > 0
-    resumed = train(tiny_model, **settings, arguments=arguments, resume=str(tmp_path / "checkpoint-8"))
+    resumed = train(tiny_model, **settings, arguments=arguments, resume=str(tmp_path / f"checkpoint-{step}"))
     assert_same_weights(resumed.weights, whole.weights)
-    assert resumed.logs[8:-1] == whole.logs[8:-1]
+    assert resumed.logs[step:-1] == whole.logs[step:-1]
 
 
 def test_a_checkpoint_without_a_position_starts_from_the_first_prompt(tiny_model, tmp_path):
