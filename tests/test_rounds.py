@@ -274,6 +274,17 @@ def test_resumed_run_equals_the_uninterrupted_one(tiny_model, tmp_path, streamed
     assert resumed.logs[step:-1] == whole.logs[step:-1]
 
 
+def test_orders_of_the_epochs_are_those_of_trl(tiny_model):
+    trainer = build(tiny_model, **SPLIT, **WANTED["both"], arguments={"train_dataset": load_prompts("train", 16)})
+    ours, theirs = trainer._get_train_sampler(), trl.GRPOTrainer._get_train_sampler(trainer)
+    assert len(ours) == len(theirs)
+    orders = [list(theirs) for _ in range(3)]
+    assert orders[0] != orders[1]
+    for epoch in (2, 0, 1, 1):
+        ours.set_epoch(epoch)
+        assert list(ours) == orders[epoch]
+
+
 def test_a_checkpoint_without_a_position_starts_from_the_first_prompt(tiny_model, tmp_path):
     settings = {**SPLIT, "output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 8}
     train(tiny_model, **{**settings, "max_steps": 8}, arguments=RARE)
