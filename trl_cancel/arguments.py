@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
 
+import numpy
 import torch
 
 
@@ -17,8 +18,13 @@ import torch
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number, `nan` included, and no `bool`."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it is a number of Python's or NumPy's, `nan` included, and no `bool`."""
+    return isinstance(value, (int, float, numpy.integer, numpy.floating)) and not isinstance(value, bool)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, and no `bool`."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_factor(value: Any) -> bool:
@@ -60,7 +66,7 @@ def whole(name: str, value: Any, least: int, most: int | None = None, what: str 
     Raises:
         `ValueError`: If it is none.
     """
-    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    number = int(value) if is_whole(value) else None
     if number is None or number < least or (most is not None and number > most):
         if most is None:
             raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")

@@ -5,13 +5,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from numbers import Real
 from typing import Any
 
 from trl import GRPOConfig
 
 from . import _upstream  # noqa: F401  (refuses an untested TRL before anything else happens)
-from .arguments import is_number, one_of
+from .arguments import is_number, one_of, whole
 from .batching import BatchLayout
 from .credit.controls import SIGNS
 from .credit.delta import ASSIGNMENTS, PROXIES, check_delta, normalization
@@ -19,11 +18,20 @@ from .credit.group_weights import TRANSFORMATIONS, TRUST_REGIONS
 from .credit.nthr import SELECTIONS, check_nthr
 from .removed import KnowsRemoved
 from .secrets import KeepsSecrets, without_secrets
+from .value_rules import check_number, check_values, types_of
 
 
 # Loss types whose surrogate is TRL's clipped one, min(rA, clip(r)A).
 CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 LOSS_TYPES = (*CLIPPED_LOSSES, "cispo", "sapo", "vespo")
+# TRL refuses others too, some of them after the first generation.
+CHOICES_OF_TRL = {
+    "loss_type": LOSS_TYPES,
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "vllm_importance_sampling_mode": ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate"),
+}
 
 
 @dataclass
@@ -339,7 +347,7 @@ class CancelGRPOConfig(KnowsRemoved, KeepsSecrets, GRPOConfig):
     )
 
     def __post_init__(self):
-        self._check_sizes()  # before TRL divides by them
+        self._check_numbers()  # before TRL compares them and divides by them
         try:
             super().__post_init__()
         except ValueError:
@@ -444,7 +452,7 @@ class CancelGRPOConfig(KnowsRemoved, KeepsSecrets, GRPOConfig):
         """
         if isinstance(self.hub_token, str):
             self.hub_token = self.hub_token.strip()
-        self._check_values()
+        self._check_numbers()
         self._check_choices()
         self._check_batches()
         self._check_rounds()
@@ -454,41 +462,28 @@ class CancelGRPOConfig(KnowsRemoved, KeepsSecrets, GRPOConfig):
         self._check_delta()
         self._check_states()
         self._check_logging()
+        self._check_own_numbers()
 
-    def _check_values(self) -> None:
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            if setting.name in _OWN_FIELDS and isinstance(setting.default, bool) and not isinstance(value, bool):
-                raise ValueError(f"{setting.name}={value!r} must be True or False.")
-            if isinstance(value, float) and math.isnan(value):
-                raise ValueError(f"{setting.name}={value!r} must be a number.")
-        if not (isinstance(self.learning_rate, Real) and 0 <= self.learning_rate < math.inf):
-            raise ValueError(f"learning_rate={self.learning_rate!r} must be a number of at least 0, e.g. 1e-6.")
+    def _check_numbers(self) -> None:
         if isinstance(self.delta, bool):
             raise ValueError(
                 f"delta={self.delta}: delta is TRL's name for a bound on the ratio, a number. Did you mean "
                 f"delta_credit={self.delta}?"
             )
-        for name in ("epsilon", "epsilon_high"):
-            value = getattr(self, name)
-            if not (is_number(value) and value > 0) and not (name == "epsilon_high" and value is None):
-                raise ValueError(f"{name}={value!r} must be a positive number, e.g. 0.2.")
-        if not (is_number(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature={self.temperature!r} must be positive, e.g. 1.0.")
-        length = self.max_completion_length
-        if length is not None and not (isinstance(length, int) and length > 0):
-            raise ValueError(f"max_completion_length={length!r} must be a whole number of at least 1.")
+        check_values(self)
         self._check_sizes()
-        for name, known in (("loss_type", LOSS_TYPES), ("importance_sampling_level", ("token", "sequence"))):
-            one_of(name, getattr(self, name), known)
+
+    def _check_own_numbers(self) -> None:
+        """Settings of a method that is off have not been looked at, and must be numbers all the same."""
+        for name, types in types_of(CancelGRPOConfig).items():
+            if name in _OWN_FIELDS and types & {int, float}:
+                check_number(name, getattr(self, name), types)
 
     def _check_sizes(self) -> None:
         for name in BatchLayout.__dataclass_fields__.keys() & self.__dataclass_fields__.keys():
             value, least = getattr(self, name), 2 if name == "num_generations" else 1
-            if value is None and name == "steps_per_generation":
-                continue  # TRL fills it in
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
+            if value is not None or name != "steps_per_generation":  # which TRL fills in
+                whole(name, value, least)
 
     def _check_whole_groups(self) -> None:
         if self.steps_per_generation is None:
@@ -505,9 +500,13 @@ class CancelGRPOConfig(KnowsRemoved, KeepsSecrets, GRPOConfig):
 
     def _check_choices(self) -> None:
         for setting in fields(self):
-            choices = setting.metadata.get("choices")
+            choices, value = setting.metadata.get("choices"), getattr(self, setting.name)
             if setting.name in _OWN_FIELDS and choices:
-                one_of(setting.name, getattr(self, setting.name), choices)
+                one_of(setting.name, value, choices)
+            if setting.name in _OWN_FIELDS and isinstance(setting.default, bool) and not isinstance(value, bool):
+                raise ValueError(f"{setting.name}={value!r} must be True or False.")
+        for name, known in CHOICES_OF_TRL.items():
+            one_of(name, getattr(self, name), known)
 
     def _check_batches(self) -> None:
         layout = self.layout
@@ -606,7 +605,7 @@ class CancelGRPOConfig(KnowsRemoved, KeepsSecrets, GRPOConfig):
                 f"beta={self.beta}) would lose its ratio. Set use_bias_correction_kl=False or beta=0."
             )
         self._check_delta_bound(chosen)
-        if not (is_number(self.group_weights_scale) and self.group_weights_scale > 0):
+        if not (is_number(self.group_weights_scale) and 0 < self.group_weights_scale < math.inf):
             raise ValueError(f"group_weights_scale={self.group_weights_scale!r} must be positive, e.g. 0.5.")
         layout = self.layout
         if layout.is_split and not self.query_preserved:
