@@ -47,6 +47,7 @@ from .rounds import Choice, GroupPool, Scored
 from .states import CPU_SHARE, GIB, LMHead, StateStore
 from .token_credits import TokenCredits, credited, makes_old_logps
 from .update_weights import NEEDED_FOR_GROUPS, UpdateWeights, mean_correction
+from .weights import check_weights, weights_looked_at
 
 
 logger = get_logger(__name__)
@@ -398,7 +399,8 @@ class CancelGRPOTrainer(Published, Resumable):
 
     def _generate_and_score_completions(self, inputs):
         self._check_rows(inputs)
-        batch = super()._generate_and_score_completions(inputs)
+        with weights_looked_at(self.accelerator.unwrap_model(self.model)):
+            batch = super()._generate_and_score_completions(inputs)
         # A class of TRL's kind that stands after this one may have changed them already.
         is_of_trl = is_of(self, "_generate_and_score_completions", CancelGRPOTrainer, GRPOTrainer)
         self._advantages_of_trl = batch["advantages"].clone() if is_of_trl else None
@@ -676,6 +678,14 @@ class CancelGRPOTrainer(Published, Resumable):
     # The loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = self._loss_of(model, inputs, return_outputs, num_items_in_batch)
+        if (
+            isinstance(loss, torch.Tensor) and not loss.isfinite().all()
+        ):  # whoever samples for this model, as vLLM does, may not have failed for it
+            check_weights(self.accelerator.unwrap_model(self.model))
+        return loss
+
+    def _loss_of(self, model, inputs, return_outputs, num_items_in_batch):
         if not (self.model.training and self._acts_in_loss):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         measures = self._was_prepared(inputs) and self.args.cancellation_metrics

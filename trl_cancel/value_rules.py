@@ -58,7 +58,7 @@ FINITE = Range("a finite {number}", math.isfinite)
 ANY = Range("a {number}", lambda value: not math.isnan(value))
 _MOVING_MEAN = Range("a {number} of at least 0 and below 1, e.g. 0.9", lambda value: 0 <= value < 1)
 
-# Of transformers' fields those that bear on training; of TRL's, which must all be finite numbers, those for which more
+# Of transformers' fields those that bear on a run; of TRL's, which must all be finite numbers, those for which more
 # is certain, or less.
 RANGES = {
     "num_train_epochs": FINITE,
@@ -70,6 +70,8 @@ RANGES = {
     "adam_epsilon": _at_least(0, "1e-8"),
     "max_grad_norm": ANY,  # one that is infinite or not positive is no bound
     "neftune_noise_alpha": _at_least(0, "5.0"),
+    "eval_delay": Range("a {number}", lambda value: not math.isnan(value), or_none=True),
+    **dict.fromkeys(["save_total_limit", "eval_accumulation_steps"], ANY),
     "seed": Range("a {number} between 0 and 4294967295, e.g. 42", lambda value: 0 <= value < 2**32),
     "per_device_eval_batch_size": _at_least(1, "8"),
     "learning_rate": _at_least(0, "1e-6"),

@@ -38,6 +38,7 @@ from ..outcome import remark_on
 from ..rewards import RewardError
 from ..run_lock import FolderInUse
 from ..trainers import CancelGRPOTrainer
+from ..weights import WeightsError
 from . import Failure, UsageError
 from ._console import plain_console
 from .output import check_output, says_finished
@@ -128,13 +129,13 @@ def run_training(settings: Settings) -> None:
 
     Raises:
         `UsageError`: If a setting cannot work; nothing has been written then.
-        `Failure`: If the disk is full, or a reward function returns what cannot be used.
+        `Failure`: If the disk is full, a reward function returns what cannot be used, or the weights are not finite.
     """
     check_writable(str(settings.training.output_dir))
     try:
         with no_empty_folder(str(settings.training.output_dir)):
             _run(settings)
-    except (checkpoints.SavingError, RewardError) as error:
+    except (checkpoints.SavingError, RewardError, WeightsError) as error:
         raise Failure(" ".join([str(error), *getattr(error, "__notes__", [])])) from error
 
 

@@ -22,6 +22,7 @@ from ..inputs import check_problems
 from ..intervals import mean_with_interval as mean_with_interval
 from ..rewards import listed, number_of
 from ..states import without_dropout
+from ..weights import weights_looked_at
 
 
 Scores = list[float | None]
@@ -172,7 +173,7 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 def sampling(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """No dropout, no gradients and a seed of its own, all undone at the end."""
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), without_dropout(model):
+    with weights_looked_at(model), torch.random.fork_rng(devices), torch.no_grad(), without_dropout(model):
         torch.manual_seed(seed)
         yield
 
