@@ -109,7 +109,8 @@ class CancelGRPOConfig(KnowsRemoved, KeepsSecrets, GRPOConfig):
             Push those tokens of wrong rollouts down less that would take the likelihood of the right ones down with
             them. Source: section 5 of [2505.18830](https://huggingface.co/papers/2505.18830).
         nthr_beta (`float`, *optional*, defaults to `1.0`):
-            Factor on the threshold above which tokens are selected; `-inf` selects all tokens of wrong rollouts.
+            Factor on the threshold above which tokens are selected, at least 0; `-inf` selects all tokens of wrong
+            rollouts.
         nthr_eta (`str`, *optional*, defaults to `"balanced"`):
             What the advantage of a selected token is multiplied with: `"balanced"`, 2|0.5-p| with the share p of right
             rollouts in the group; `"p"`; `"1-p"`; or a number.
@@ -254,7 +255,7 @@ class CancelGRPOConfig(KnowsRemoved, KeepsSecrets, GRPOConfig):
     )
     nthr_beta: float = field(
         default=1.0,
-        metadata={"help": "Factor on NTHR's threshold; `-inf` selects all tokens of wrong rollouts."},
+        metadata={"help": "Factor on NTHR's threshold, at least 0; `-inf` selects all tokens of wrong rollouts."},
     )
     nthr_eta: str = field(
         default="balanced",

@@ -166,7 +166,7 @@ def _methods(rng: _Chance) -> dict[str, Any]:
     if rng.happens(0.3):
         settings |= {
             "nthr": True,
-            "nthr_beta": rng.often(1.0, 0.0, 0.2, -1.0, 2.0, float("-inf"), share=0.6),
+            "nthr_beta": rng.often(1.0, 0.0, 0.2, 0.7, 2.0, float("-inf"), share=0.6),
             "nthr_eta": rng.often("balanced", "p", "1-p", "0.5", 0.0, share=0.6),
             "nthr_selection": rng.often("score", "random"),
         }

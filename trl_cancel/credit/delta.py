@@ -78,6 +78,8 @@ def delta_coefficients(
     """
     check_delta(refinements, lambda_min, lambda_max, gamma)
     normalize = normalization(normalize)
+    if not (reduce is None or callable(reduce)):
+        raise ValueError(f"reduce={reduce!r} must be a function that sums a tensor over all processes, or None.")
     proxies, advantages = floats(proxies=proxies, advantages=advantages)
     shaped(proxies=(proxies, "N d"), advantages=(advantages, "N"))
     finite(proxies=proxies, advantages=advantages)
