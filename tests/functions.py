@@ -461,7 +461,7 @@ def _(proxies, advantages, refinements, gamma, normalize):
 @row(
     batching.query_preserved_permutation,
     draw=lambda draw: {"num_groups": draw.number(0, 5), "group_size": draw.number(1, 4)},
-    senseless=({"num_groups": 2.5}, {"num_groups": -1}, {"group_size": 0}, {"group_size": "2"}),
+    senseless=({"generator": 5}, {"num_groups": 2.5}, {"num_groups": -1}, {"group_size": 0}, {"group_size": "2"}),
 )
 def _(num_groups, group_size):
     def whole(order):
@@ -854,6 +854,8 @@ def _(weights, advantages):
         {"num_buckets": 0},
         {"num_buckets": 1.5},
         {"energies": torch.tensor([-1.0])},
+        {"energies": [1.0], "token_ids": [0.5]},
+        {"energies": [1.0], "token_ids": ["a"]},
         {"token_ids": torch.ones(9)},
     ),
 )
@@ -912,7 +914,12 @@ def rollouts_of(draw: Draw) -> dict[str, Any]:
     diagnostics.shared_contexts,
     draw=rollouts_of,
     nan={},
-    senseless=({"advantages": torch.ones(9)}, {"token_ids": torch.rand(4, 3)}, {"group_ids": torch.ones(9)}),
+    senseless=(
+        {"advantages": torch.ones(9)},
+        {"token_ids": torch.rand(4, 3)},
+        {"group_ids": torch.ones(9)},
+        {"group_ids": None},
+    ),
 )
 def _(token_ids, mask, group_ids, advantages):
     def prefix(i, t):
@@ -947,7 +954,7 @@ def _(token_ids, mask, group_ids, advantages):
     ),
     hidden={"pushes": unshared, "deserved": unshared},
     nan={"pushes": "passed on"},
-    senseless=({"contexts": torch.ones(5, 5).long()}, {"deserved": torch.ones(1)}),
+    senseless=({"contexts": torch.ones(5, 5).long()}, {"contexts": torch.rand(2, 2)}, {"deserved": torch.ones(1)}),
 )
 def _(pushes, contexts, deserved):
     tokens = [
@@ -1100,6 +1107,8 @@ def graded(draw: Draw) -> dict[str, Any]:
         {"confidence": 0.0},
         {"confidence": 1.5},
         {"confidence": NAN},
+        {"seed": "x"},
+        {"seed": 0.5},
         {"num_resamples": 0},
         {"num_resamples": 2.5},
         {"scores": torch.ones(3)},

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..arguments import doubles, finite, floats, log_probabilities, shaped, single, to_one, whole
+from ..arguments import doubles, finite, floats, log_probabilities, shaped, single, to_one, whole, whole_numbers
 
 
 def gradient_asymmetry(weights: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
@@ -85,10 +85,10 @@ def energy_by_frequency(
         there is none, and their shares of the tokens.
 
     Raises:
-        `ValueError`: If the shapes differ, an energy is negative or not finite, or there is no bucket.
+        `ValueError`: If the shapes differ, an energy is negative or not finite, `token_ids` are not whole numbers, or
+            there is no bucket.
     """
-    (energies,) = floats(energies=energies)
-    token_ids = torch.as_tensor(token_ids)
+    (energies,), (token_ids,) = floats(energies=energies), whole_numbers(token_ids=token_ids)
     shaped(energies=(energies, "N"), token_ids=(token_ids, "N"))
     finite(energies=energies)
     if (energies < 0).any():
