@@ -954,7 +954,11 @@ def _(token_ids, mask, group_ids, advantages):
     ),
     hidden={"pushes": unshared, "deserved": unshared},
     nan={"pushes": "passed on"},
-    senseless=({"contexts": torch.ones(5, 5).long()}, {"contexts": torch.rand(2, 2)}, {"deserved": torch.ones(1)}),
+    senseless=(
+        {"contexts": torch.ones(5, 5).long()},
+        {"pushes": torch.ones(1, 1), "contexts": torch.ones(1, 1), "deserved": torch.ones(1, 1)},
+        {"deserved": torch.ones(1)},
+    ),
 )
 def _(pushes, contexts, deserved):
     tokens = [
