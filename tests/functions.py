@@ -6,6 +6,7 @@ do not count (they are replaced by the worst there is, and must reach neither th
 that counts leads to, and settings that make no sense.
 """
 
+import inspect
 import itertools
 import math
 import random
@@ -14,11 +15,13 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests import references
 from trl_cancel import batching, credit, diagnostics, evaluation
+from trl_cancel.batch.states import LMHead
 
 
 INF, NAN = math.inf, math.nan
@@ -92,6 +95,8 @@ class Row:
         hidden: For arguments whose values do not all count, those that do not.
         nan: What a `nan` that counts does, by argument: `"refused"`, or `"passed on"`.
         senseless: Arguments that make no sense, each to be refused by name.
+        outside: Numbers that one of an argument's may not be where it counts, to be refused by the argument's name;
+            what is neither 0 nor 1 in a mask need not be said.
         tolerance: In units of the precision in which it computes.
         keeps: Whether the result is rounded to the precision of the arguments, or at least single.
         fits: Whether a draw can be judged: not where rounding decides.
@@ -104,6 +109,7 @@ class Row:
     hidden: dict[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
     nan: dict[str, str] = field(default_factory=dict)
     senseless: tuple[dict[str, Any], ...] = ()
+    outside: dict[str, tuple[float, ...]] = field(default_factory=dict)
     tolerance: float = 20.0
     keeps: bool = False
     fits: Callable[..., bool] = lambda **arguments: True
@@ -112,6 +118,12 @@ class Row:
     @property
     def name(self) -> str:
         return self.function.__name__
+
+    @property
+    def forbidden(self) -> dict[str, tuple[float, ...]]:
+        """Those of `outside`, and of all masks."""
+        masks = {"mask", "positive", "counted"} & inspect.signature(self.function).parameters.keys()
+        return {**dict.fromkeys(sorted(masks), (0.5, 2.0, -1.0, NAN)), **self.outside}
 
     def __repr__(self) -> str:
         return self.name
@@ -341,11 +353,18 @@ def for_nthr(draw: Draw) -> dict[str, Any]:
     credit.nthr_scores,
     draw=for_nthr,
     tolerance=100,
-    hidden={"hidden": off, "logps": off},
-    nan={"hidden": "passed on", "logps": "passed on"},
+    hidden={"hidden": off, "logps": off, "token_ids": off},
+    nan={"hidden": "refused", "logps": "refused", "head": "refused"},
+    outside={"hidden": (INF, -INF), "logps": (0.5, INF), "token_ids": (-1, 4, 99), "head": (INF,)},
     senseless=(
         {"temperature": 0.0},
         {"temperature": NAN},
+        {"head": torch.ones(4, 5)},
+        {"head": LMHead(torch.ones(4, 5))},
+        {"head": LMHead(torch.nn.Linear(5, 4))},
+        {"head": torch.ones(4)},
+        {"head": torch.ones(4, 2, 1)},
+        {"head": "lm_head"},
         {"token_ids": torch.rand(3, 3)},
         {"positive": torch.ones(2)},
         {"mask": torch.ones(3, 4)},
@@ -373,7 +392,8 @@ def _(hidden, logps, token_ids, mask, positive, head, temperature):
         "mode": draw.of(["balanced", "p", "1-p", 0.5, "0.25", 0, 2]),
     },
     keeps=True,
-    nan={},
+    nan={"success_rate": "refused"},
+    outside={"success_rate": (1.5, -0.5, INF)},
     senseless=tuple({"mode": mode} for mode in ("half", -0.5, NAN, INF, None, True)),
 )
 def _(success_rate, mode):
@@ -413,6 +433,8 @@ def for_delta(draw: Draw) -> dict[str, Any]:
         {"gamma": NAN},
         {"gamma": "wide"},
         {"normalize": "sides"},
+        {"reduce": 5},
+        {"reduce": torch.ones(2)},
         {"advantages": torch.ones(9)},
         {"proxies": torch.ones(9)},
     ),
@@ -439,7 +461,7 @@ def _(proxies, advantages, refinements, gamma, normalize):
 @row(
     batching.query_preserved_permutation,
     draw=lambda draw: {"num_groups": draw.number(0, 5), "group_size": draw.number(1, 4)},
-    senseless=({"num_groups": 2.5}, {"num_groups": -1}, {"group_size": 0}, {"group_size": "2"}),
+    senseless=({"generator": 5}, {"num_groups": 2.5}, {"num_groups": -1}, {"group_size": 0}, {"group_size": "2"}),
 )
 def _(num_groups, group_size):
     def whole(order):
@@ -476,6 +498,57 @@ def _(rewards, weights, apart):
         return all(len({value for value in column if not math.isnan(value)}) <= 1 for column in by_function)
 
     return [alike(group) for group in rewards]
+
+
+def counted_groups(draw: Draw) -> dict[str, Any]:
+    """In any kind of sequence."""
+    size, count = draw.number(1, 4), draw.number(1, 5)
+    positives = [draw.number(0, size) for _ in range(count)]
+    negatives = [draw.number(0, size - more) for more in positives]
+    kind = draw.of(
+        [list, tuple, np.array, lambda of: np.array(of, np.int32), torch.tensor, lambda of: draw_ints(of, draw)]
+    )
+    return {
+        "positives": kind(positives),
+        "negatives": kind(negatives),
+        "num_groups": draw.number(1, count),
+        "group_size": size,
+        "min_fraction": draw.of([0.0, 0.25, 0.3, 0.5, 1]),
+    }
+
+
+def draw_ints(values: list[int], draw: Draw) -> torch.Tensor:
+    return torch.tensor(values, dtype=draw.of([torch.uint8, torch.int16, torch.int32]))
+
+
+@row(
+    batching.select_balanced_groups,
+    draw=counted_groups,
+    senseless=(
+        {"num_groups": 9},
+        {"num_groups": 0.5},
+        {"group_size": True},
+        {"group_size": 0},
+        {"min_fraction": 1.5},
+        {"min_fraction": NAN},
+        {"min_fraction": "half"},
+        *({"positives": wrong} for wrong in ([0.5], [NAN], ["1"], [None], [[1]], 1, None, torch.ones(2), np.ones(2))),
+    ),
+)
+def _(positives, negatives, num_groups, group_size, min_fraction):
+    def least(groups):
+        return min(sum(positives[group] for group in groups), sum(negatives[group] for group in groups))
+
+    target = min_fraction * num_groups * group_size - 1e-9
+    best = max(map(least, itertools.combinations(range(len(positives)), num_groups)))
+
+    def right(found):
+        groups, satisfied = found
+        assert groups == sorted({*groups})
+        assert len(groups) == num_groups
+        return satisfied == (best >= target) and least(groups) >= min(best, target)
+
+    return right
 
 
 # --- diagnostics
@@ -558,6 +631,9 @@ NO_LAYER = (
     {"token_ids": torch.tensor([-1])},
     {"token_ids": torch.tensor([99])},
     {"token_ids": torch.rand(9)},
+    {"head": torch.ones(4, 5)},
+    {"head": LMHead(torch.nn.Linear(5, 4))},
+    {"head": torch.ones(4)},
 )
 
 
@@ -778,6 +854,8 @@ def _(weights, advantages):
         {"num_buckets": 0},
         {"num_buckets": 1.5},
         {"energies": torch.tensor([-1.0])},
+        {"energies": [1.0], "token_ids": [0.5]},
+        {"energies": [1.0], "token_ids": ["a"]},
         {"token_ids": torch.ones(9)},
     ),
 )
@@ -800,6 +878,7 @@ def _(energies, token_ids, num_buckets):
         "hidden": draw.floats(3, draw.number(1, 3)),
     },
     nan=dict.fromkeys(["weights", "logps", "hidden"], "refused"),
+    outside={"logps": (0.5, INF), "weights": (INF,), "hidden": (INF,)},
     senseless=({"weights": torch.ones(1)}, {"hidden": torch.ones(3)}),
 )
 def _(weights, logps, hidden):
@@ -835,7 +914,12 @@ def rollouts_of(draw: Draw) -> dict[str, Any]:
     diagnostics.shared_contexts,
     draw=rollouts_of,
     nan={},
-    senseless=({"advantages": torch.ones(9)}, {"token_ids": torch.rand(4, 3)}, {"group_ids": torch.ones(9)}),
+    senseless=(
+        {"advantages": torch.ones(9)},
+        {"token_ids": torch.rand(4, 3)},
+        {"group_ids": torch.ones(9)},
+        {"group_ids": None},
+    ),
 )
 def _(token_ids, mask, group_ids, advantages):
     def prefix(i, t):
@@ -870,7 +954,11 @@ def _(token_ids, mask, group_ids, advantages):
     ),
     hidden={"pushes": unshared, "deserved": unshared},
     nan={"pushes": "passed on"},
-    senseless=({"contexts": torch.ones(5, 5).long()}, {"deserved": torch.ones(1)}),
+    senseless=(
+        {"contexts": torch.ones(5, 5).long()},
+        {"pushes": torch.ones(1, 1), "contexts": torch.ones(1, 1), "deserved": torch.ones(1, 1)},
+        {"deserved": torch.ones(1)},
+    ),
 )
 def _(pushes, contexts, deserved):
     tokens = [
@@ -951,6 +1039,7 @@ def _(before, after, mask, advantages, threshold):
         "probability": draw.floats(3, size=1.0).abs().clamp(max=0.9),
     },
     nan=dict.fromkeys(["forced", "free", "probability"], "refused"),
+    outside={"probability": (1.0, 1.5, -0.5), "forced": (INF,)},
     senseless=(
         {"probability": torch.ones(3)},
         {"probability": -torch.ones(3)},
@@ -1022,6 +1111,8 @@ def graded(draw: Draw) -> dict[str, Any]:
         {"confidence": 0.0},
         {"confidence": 1.5},
         {"confidence": NAN},
+        {"seed": "x"},
+        {"seed": 0.5},
         {"num_resamples": 0},
         {"num_resamples": 2.5},
         {"scores": torch.ones(3)},
@@ -1047,7 +1138,6 @@ def _(scores, num_resamples):
 # Public functions without a row.
 ELSEWHERE = {
     "balanced_order": "whole numbers, in tests/batching/test_balance.py",
-    "select_balanced_groups": "whole numbers, in tests/batching/test_balance.py",
     **dict.fromkeys(["best_precision", "explain"], "of devices and configurations"),
     **dict.fromkeys(
         [

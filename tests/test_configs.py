@@ -1,16 +1,22 @@
-"""The recipes: each parses, says what it claims, and those of the playground run."""
+"""The recipes: each parses, says what it claims, and those of the playground run. What values settings may have."""
 
+import math
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from trl import GRPOConfig
 
 from trl_cancel import DFPOConfig, GRPOFixConfig, explain
 from trl_cancel.batching import BatchLayout
+from trl_cancel.cli import UsageError
 from trl_cancel.cli.demo import SETTINGS
 from trl_cancel.cli.settings import Parser
 from trl_cancel.config import _OWN_FIELDS, CancelGRPOConfig
+from trl_cancel.value_rules import RANGES, types_of
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -107,6 +113,109 @@ def test_impossible_values_are_refused(settings, message):
     )
     with pytest.raises(ValueError, match=message):
         CancelGRPOConfig(bf16=False, **also, **settings)
+
+
+NUMBERS = sorted(
+    name
+    for name, types in types_of(CancelGRPOConfig).items()
+    if types & {int, float} and (name in RANGES or name in _OWN_FIELDS or name in GRPOConfig.__annotations__)
+)
+DICTIONARIES = ("lr_scheduler_kwargs", "generation_kwargs", "model_init_kwargs", "gradient_checkpointing_kwargs")
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, "reward_weights"])
+def test_what_is_no_number_is_refused_as_one(name):
+    """In every field that takes one, whether what it belongs to is on or off."""
+    for value in ("many", math.nan, [0.5], {}, *([None] if name in ("beta", "max_steps", "nthr_beta") else [])):
+        given = [1.0, value] if name == "reward_weights" else value
+        with pytest.raises(ValueError, match=rf"{name}=.* must (be|hold)|{name} must"):
+            CancelGRPOConfig(bf16=False, **{name: given})
+
+
+@pytest.mark.parametrize("value", ["x", "{x}", 3, [1]])
+def test_what_is_no_dictionary_is_refused(value):
+    for name in DICTIONARIES:
+        with pytest.raises(ValueError, match=rf"{name}=.* must be a dictionary"):
+            CancelGRPOConfig(bf16=False, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"reward_weights": [[math.inf], [1e39], "1", 1.0]},
+        {
+            "delta": [-1, 0.0],
+            "beta": [-0.1, math.inf],
+            "temperature": [math.inf, True],
+            "learning_rate": [-1, math.inf],
+        },
+        {"top_p": [7, -0.1], "top_k": [-2, 0.5, True], "min_p": [1.5, -1], "repetition_penalty": [0.0, -1.0]},
+        {"weight_decay": [-0.1, math.inf, None], "adam_beta1": [1.0, -0.1], "adam_beta2": [2], "adam_epsilon": [-1]},
+        {"max_steps": [2.5, math.inf], "num_train_epochs": [math.inf], "warmup_steps": [-1], "seed": [-1, 2**32, 0.5]},
+        {"logging_steps": [math.inf], "save_steps": [math.inf], "max_grad_norm": [None], "neftune_noise_alpha": [-1]},
+        {
+            "sapo_temperature_neg": [0.0],
+            "sapo_temperature_pos": [-1],
+            "vespo_k_pos": [math.inf],
+            "entropy_coef": ["x"],
+        },
+        {"top_entropy_quantile": [1.5, -0.5], "ref_model_mixup_alpha": [-1, 2], "ref_model_sync_steps": [0]},
+        {"pad_to_multiple_of": [0, "x", 2.5], "max_completion_length": [2.5, True], "num_generations_eval": [-1]},
+        {"generation_batch_size": [0], "per_device_eval_batch_size": [0], "vllm_importance_sampling_clip_max": [0]},
+        {"scale_rewards": ["groups", None], "multi_objective_aggregation": ["sum"], "use_vllm": ["false"]},
+        {
+            "vllm_importance_sampling_mode": ["token"],
+            "group_weights_scale": ["x"],
+            "per_device_train_batch_size": [True],
+        },
+    ],
+    ids=lambda refused: "-".join(refused),
+)
+def test_values_out_of_range_are_refused(refused):
+    for name, values in refused.items():
+        for value in values:
+            with pytest.raises(ValueError, match=rf"{name}={re.escape(repr(value))} (must|is not one of)"):
+                CancelGRPOConfig(bf16=False, **{name: value})
+
+
+def test_values_that_stock_trl_trains_on_are_taken():
+    """As tried on TRL's trainer: those that mean 'off', 'all' or 'no bound', NumPy's numbers, and text where TRL reads it."""
+    taken = {
+        "top_k": [-1, 0, None, np.int64(5)],
+        "top_p": [0, 1.0, None],
+        "min_p": [None, 0, 1],
+        "repetition_penalty": [None, 0.5],
+        "max_grad_norm": [math.inf, 0, -1],
+        "delta": [math.inf, 0.5, None],
+        "epsilon_high": [math.inf, None, np.float32(0.3)],
+        "off_policy_mask_threshold": [math.inf, -0.1, 0],
+        "vllm_importance_sampling_clip_min": [-1, None],
+        "max_steps": [-1, 0],
+        "num_train_epochs": [-1, 0.5],
+        "save_steps": [0.5, 2.0],
+        "warmup_steps": [0, 0.03],
+        "num_generations_eval": [0, None],
+        "entropy_coef": [-0.1],
+        "entropy_coef_max": [math.inf],
+        "max_completion_length": [None],
+        "pad_to_multiple_of": ["auto", "none", "8", None],
+        "reward_weights": [[-1.0], [0, 1], (0.5,), np.ones(2), None],
+        "scale_rewards": [True, False],
+        "lr_scheduler_kwargs": ['{"a": 1}', {}, None],
+        "nthr_beta": [-math.inf, 0],
+        "delta_gamma": [math.inf, None],
+    }
+    for name, values in taken.items():
+        for value in values:
+            CancelGRPOConfig(bf16=False, **{name: value}).check()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("reward_weights", "nan"), ("top_p", "7"), ("lr_scheduler_kwargs", "x"), ("delta", "-1")]
+)
+def test_the_command_line_refuses_them_too(name, value):
+    with pytest.raises(UsageError, match=f"{name}=.* must "):
+        Parser("test", "").read(["--bf16", "false", "--output_dir", "x", f"--{name}={value}"])
 
 
 def test_demo_is_the_playground_recipe():

@@ -45,14 +45,14 @@ def precision(arguments):
 
 
 def as_lists(arguments):
-    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in arguments.items()}
 
 
 def assert_right(row, found, arguments):
     expected = row.expected(**as_lists(arguments))
     if callable(expected):
         lists = (
-            [part.tolist() for part in found]
+            [part.tolist() if isinstance(part, torch.Tensor) else part for part in found]
             if isinstance(found, tuple) and isinstance(found[0], torch.Tensor)
             else found
         )
@@ -85,6 +85,15 @@ def assert_close(row, found, value, size, drawn):
     assert right.all(), f"{found.tolist()} instead of {value.tolist()}"
 
 
+def counting(row, name, arguments):
+    """The places of an argument whose numbers count."""
+    counts = torch.ones_like(arguments[name], dtype=torch.bool)
+    if name in row.hidden:
+        hidden = row.hidden[name](**arguments)
+        counts &= ~(hidden if hidden.dim() == counts.dim() else hidden.unsqueeze(-1))
+    return counts
+
+
 def parts_of(found):
     if isinstance(found, diagnostics.TokenShifts):
         return found.shifts, *(torch.tensor(astuple(of)) for of in (found.positive, found.negative, found.all))
@@ -109,7 +118,7 @@ def test_what_does_not_count_has_no_effect(row, data):
         places = where(**arguments)
         spoiled[name] = arguments[name].masked_fill(
             places if places.dim() == arguments[name].dim() else places.unsqueeze(-1),
-            data.draw(st.sampled_from([NAN, INF, -INF])),
+            data.draw(st.sampled_from([NAN, INF, -INF] if arguments[name].is_floating_point() else [-100, 2**40])),
         )
     for name in row.gradient:
         spoiled[name] = spoiled[name].clone().requires_grad_()
@@ -132,10 +141,7 @@ def test_what_does_not_count_has_no_effect(row, data):
 def test_what_is_not_a_number_is_not_taken_for_one(row, name, data):
     arguments = data.draw(arguments_of(row))
     tensor = arguments[name] if arguments[name].is_floating_point() else arguments[name].double()
-    counts = torch.ones_like(tensor, dtype=torch.bool)
-    if name in row.hidden:
-        hidden = row.hidden[name](**arguments)
-        counts &= ~(hidden if hidden.dim() == tensor.dim() else hidden.unsqueeze(-1))
+    counts = counting(row, name, arguments)
     if not counts.any():
         return  # nothing counts
     place = data.draw(st.sampled_from(counts.nonzero().tolist()))
@@ -147,6 +153,27 @@ def test_what_is_not_a_number_is_not_taken_for_one(row, name, data):
     else:
         found = row.function(**arguments)
         assert (found[0] if isinstance(found, tuple) else found).isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("row", "name"), [(row, name) for row in ROWS for name in row.forbidden], ids=lambda of: getattr(of, "name", of)
+)
+@FEW
+@given(data=st.data())
+def test_what_a_number_may_not_be_is_refused(row, name, data):
+    """One number of a mask, a probability or a token that there cannot be, anywhere among right ones."""
+    arguments = data.draw(arguments_of(row))
+    wrong = data.draw(st.sampled_from(row.forbidden[name]))
+    tensor = arguments[name]
+    if not tensor.is_floating_point():
+        tensor = tensor.long() if float(wrong).is_integer() else tensor.float()
+    counts = counting(row, name, arguments)
+    if not counts.any():
+        return  # nothing counts
+    arguments[name] = tensor.clone()
+    arguments[name][tuple(data.draw(st.sampled_from(counts.nonzero().tolist())))] = wrong
+    with pytest.raises(ValueError, match=name):
+        row.function(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +221,15 @@ SETTINGS = {
     "nthr_": (
         NTHR,
         {"nthr": True},
-        [{"beta": INF}, {"beta": "1"}, {"eta": "half"}, {"eta": -1}, {"selection": "rand"}],
+        [
+            {"beta": INF},
+            {"beta": "1"},
+            {"beta": -1.0},
+            {"beta": -1e-9},
+            {"eta": "half"},
+            {"eta": -1},
+            {"selection": "rand"},
+        ],
     ),
     "delta_": (
         DelTA,

@@ -144,6 +144,6 @@ def test_weights_keep_their_values(tiny_model):
 def test_emulated_bfloat16_is_remarked(monkeypatch, tiny_model, caplog):
     assert not emulates_bfloat16(torch.device("cpu"))
     monkeypatch.setattr("trl_cancel.trainer.emulates_bfloat16", lambda device: True)
-    with caplog.at_level(logging.WARNING, logger="trl_cancel.trainers"):
+    with caplog.at_level(logging.WARNING, logger="trl_cancel.trainer"):
         build(tiny_model, bf16=True)
     assert "bf16=True, TRL's default, is emulated by this GPU" in caplog.text

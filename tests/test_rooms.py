@@ -21,7 +21,7 @@ ROOMS = [
     ("diagnostics",),
     ("methods",),
     ("pipeline",),
-    ("config", "configs", "explanation"),
+    ("config", "configs", "value_rules", "explanation"),
     ("evaluation",),
     ("diagnostics.probing", "diagnostics.reports"),
     ("publishing",),

@@ -99,10 +99,10 @@ def without_tokens(model):
     ours(model, {"processing_class": tokenizer})
 
 
-def without_weights(model):
-    model = load(model)
+def without_weights(path, **settings):
+    model = load(path)
     torch.nn.init.constant_(model.get_input_embeddings().weight, float("nan"))
-    ours(model, nthr=True)
+    return build(model, arguments={"processing_class": AutoTokenizer.from_pretrained(path)}, **settings)
 
 
 def sharded_by_first_fsdp(model, monkeypatch):
@@ -180,7 +180,8 @@ ERRORS = {
     "chat template, before": lambda model, **_: without_template(model, ours),
     "renamed argument": lambda model, **_: ours(model, {"tokenizer": None}),
     "no tokens": lambda model, **_: without_tokens(model),
-    "weights that are nan": lambda model, **_: without_weights(model),
+    "weights that are nan, before": lambda model, **_: without_weights(model, nthr=True),
+    "weights that are nan": lambda model, **_: without_weights(model).train(),
     "version": lambda **_: check_trl_version("1.17.0"),
     "two adapters": lambda model, **_: theirs(
         get_peft_model(load(model), LoraConfig(**LORA)), {"peft_config": LoraConfig(**LORA)}

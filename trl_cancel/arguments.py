@@ -1,8 +1,9 @@
 """
 What arguments must be, each rule written once: the configuration, the classes and the public functions share them.
 
-Only [`finite`] and [`known`] look at what a tensor holds, for which a GPU must be waited for. The formulas that training
-calls at every step do without them: there a number that is not one gives results that are none.
+[`finite`], [`known`] and those after them look at what a tensor holds, and so does [`marks`] unless its type says it
+already; for that a GPU must be waited for. The formulas that training calls at every step do without: there a number
+that is not one gives results that are none.
 """
 
 import math
@@ -10,6 +11,7 @@ from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
 
+import numpy
 import torch
 
 
@@ -17,8 +19,13 @@ import torch
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number, `nan` included, and no `bool`."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it is a number of Python's or NumPy's, `nan` included, and no `bool`."""
+    return isinstance(value, (int, float, numpy.integer, numpy.floating)) and not isinstance(value, bool)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, and no `bool`."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_factor(value: Any) -> bool:
@@ -60,7 +67,7 @@ def whole(name: str, value: Any, least: int, most: int | None = None, what: str 
     Raises:
         `ValueError`: If it is none.
     """
-    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    number = int(value) if is_whole(value) else None
     if number is None or number < least or (most is not None and number > most):
         if most is None:
             raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
@@ -123,12 +130,16 @@ def doubles(**values: Any) -> list[torch.Tensor]:
 
 def marks(**values: Any) -> list[torch.Tensor]:
     """
-    Tensors of type `bool`, of what is not 0.
+    Tensors of type `bool`, of ones and zeros. What is of that type already is not looked at.
 
     Raises:
-        `ValueError`: If one cannot be a tensor.
+        `ValueError`: If one holds something else, such as weights.
     """
-    return [_tensor(name, value).bool() for name, value in values.items()]
+    tensors = {name: _tensor(name, value) for name, value in values.items()}
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.bool:
+            _refuse(name, tensor, (tensor != 0) & (tensor != 1), "0 or 1")
+    return [tensor.bool() for tensor in tensors.values()]
 
 
 def whole_numbers(**values: Any) -> list[torch.Tensor]:
@@ -198,15 +209,22 @@ def stretch(**tensors: torch.Tensor) -> None:
         raise ValueError(f"{shapes} do not broadcast.") from None
 
 
-def finite(**tensors: torch.Tensor) -> None:
+def finite(counted: torch.Tensor | None = None, /, **tensors: torch.Tensor) -> None:
     """
     Refuses tensors that hold `nan` or infinite numbers.
+
+    Args:
+        counted (`torch.Tensor` of type `bool`, *optional*):
+            The places that count, broadcastable with the tensors; by default, all.
+        **tensors (`torch.Tensor`):
+            The tensors.
 
     Raises:
         `ValueError`: Names the first of them.
     """
     for name, tensor in tensors.items():
-        _refuse(name, tensor, ~tensor.isfinite(), "finite")
+        wrong = ~tensor.isfinite()
+        _refuse(name, tensor, wrong if counted is None else wrong & counted, "finite")
 
 
 def known(**tensors: torch.Tensor) -> None:
@@ -229,6 +247,33 @@ def uncertain(**tensors: torch.Tensor) -> None:
     """
     for name, tensor in tensors.items():
         _refuse(name, tensor, ~((tensor >= 0) & (tensor < 1)), "at least 0 and below 1")
+
+
+def shares(**tensors: torch.Tensor) -> None:
+    """
+    Refuses what is no share, from 0 to 1.
+
+    Raises:
+        `ValueError`: Names the first of them.
+    """
+    for name, tensor in tensors.items():
+        _refuse(name, tensor, ~((tensor >= 0) & (tensor <= 1)), "between 0 and 1")
+
+
+def log_probabilities(**tensors: torch.Tensor) -> None:
+    """
+    Refuses what is no log-probability: above 0 by more than rounding, or `nan`.
+
+    Raises:
+        `ValueError`: Names the first of them.
+    """
+    for name, tensor in tensors.items():
+        _refuse(
+            name,
+            tensor,
+            ~(tensor <= 64 * torch.finfo(tensor.dtype).eps),
+            "0 or less, as logarithms of probabilities are",
+        )
 
 
 def within(size: int | None, **tensors: torch.Tensor) -> None:

@@ -1,18 +1,16 @@
 """The configuration of the trainer: TRL's, the settings of every method, and the few that belong to a run."""
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from inspect import cleandoc
-from numbers import Real
 from typing import Any, ClassVar, TypeVar
 
 from transformers import TrainingArguments
 from trl import GRPOConfig
 
-from .arguments import is_number, one_of
+from .arguments import is_number, one_of, whole
 from .batch.clipping import LOSS_TYPES
 from .batch.layout import BatchLayout
 from .methods import CONFIGURATIONS, METHODS, MethodSettings
@@ -20,6 +18,17 @@ from .methods.method import described, documented
 from .running.removed import KnowsRemoved
 from .running.secrets import KeepsSecrets, without_secrets
 from .upstream import trl as _upstream  # noqa: F401  (refuses an untested TRL before anything else happens)
+from .value_rules import check_number, check_values, types_of
+
+
+# TRL refuses others too, some of them after the first generation.
+CHOICES_OF_TRL = {
+    "loss_type": LOSS_TYPES,
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "vllm_importance_sampling_mode": ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate"),
+}
 
 
 @documented
@@ -76,7 +85,7 @@ class CancelGRPOConfig(KnowsRemoved, KeepsSecrets, MethodSettings, GRPOConfig):
         for name, (value, other, of_paper) in self._gives_way.items():
             if getattr(self, name) == value and getattr(self, other) != of_paper:
                 setattr(self, name, None)
-        self._check_sizes()  # before TRL divides by them
+        self._check_numbers()  # before TRL compares them and divides by them
         try:
             super().__post_init__()
         except ValueError:
@@ -158,43 +167,34 @@ class CancelGRPOConfig(KnowsRemoved, KeepsSecrets, MethodSettings, GRPOConfig):
         """
         if isinstance(self.hub_token, str):
             self.hub_token = self.hub_token.strip()
-        self._check_values()
+        self._check_numbers()
         self._check_choices()
         for method in METHODS:
             method.check(self)
         self._check_rounds()
         self._check_states()
         self._check_logging()
+        self._check_own_numbers()
 
-    def _check_values(self) -> None:
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            if setting.name in _OWN_FIELDS and isinstance(setting.default, bool) and not isinstance(value, bool):
-                raise ValueError(f"{setting.name}={value!r} must be True or False.")
-            if isinstance(value, float) and math.isnan(value):
-                raise ValueError(f"{setting.name}={value!r} must be a number.")
-        if not (isinstance(self.learning_rate, Real) and 0 <= self.learning_rate < math.inf):
-            raise ValueError(f"learning_rate={self.learning_rate!r} must be a number of at least 0, e.g. 1e-6.")
-        for name in ("epsilon", "epsilon_high"):
-            value = getattr(self, name)
-            if not (is_number(value) and value > 0) and not (name == "epsilon_high" and value is None):
-                raise ValueError(f"{name}={value!r} must be a positive number, e.g. 0.2.")
-        if not (is_number(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature={self.temperature!r} must be positive, e.g. 1.0.")
-        length = self.max_completion_length
-        if length is not None and not (isinstance(length, int) and length > 0):
-            raise ValueError(f"max_completion_length={length!r} must be a whole number of at least 1.")
+    def _check_numbers(self) -> None:
+        for method in METHODS:
+            name, what = method.look_alike or ("", "")
+            if name and isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name}={value}: {name} is {what}. Did you mean {method.switch}={value}?")
+        check_values(self)
         self._check_sizes()
-        for name, known in (("loss_type", LOSS_TYPES), ("importance_sampling_level", ("token", "sequence"))):
-            one_of(name, getattr(self, name), known)
+
+    def _check_own_numbers(self) -> None:
+        """Settings of a method that is off have not been looked at, and must be numbers all the same."""
+        for name, types in types_of(CancelGRPOConfig).items():
+            if name in _OWN_FIELDS and types & {int, float}:
+                check_number(name, getattr(self, name), types)
 
     def _check_sizes(self) -> None:
         for name in BatchLayout.__dataclass_fields__.keys() & self.__dataclass_fields__.keys():
             value, least = getattr(self, name), 2 if name == "num_generations" else 1
-            if value is None and name == "steps_per_generation":
-                continue  # TRL fills it in
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
+            if value is not None or name != "steps_per_generation":  # which TRL fills in
+                whole(name, value, least)
 
     def _check_whole_groups(self) -> None:
         if self.steps_per_generation is None:
@@ -211,9 +211,13 @@ class CancelGRPOConfig(KnowsRemoved, KeepsSecrets, MethodSettings, GRPOConfig):
 
     def _check_choices(self) -> None:
         for setting in fields(self):
-            choices = setting.metadata.get("choices")
+            choices, value = setting.metadata.get("choices"), getattr(self, setting.name)
             if setting.name in _OWN_FIELDS and choices:
-                one_of(setting.name, getattr(self, setting.name), choices)
+                one_of(setting.name, value, choices)
+            if setting.name in _OWN_FIELDS and isinstance(setting.default, bool) and not isinstance(value, bool):
+                raise ValueError(f"{setting.name}={value!r} must be True or False.")
+        for name, known in CHOICES_OF_TRL.items():
+            one_of(name, getattr(self, name), known)
 
     def _check_rounds(self) -> None:
         rounds = self.max_generation_rounds

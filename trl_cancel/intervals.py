@@ -27,8 +27,8 @@ def mean_with_interval(
         `tuple[float, float, float]`: Mean, lower and upper end; `nan` where there are no scores.
 
     Raises:
-        `ValueError`: If `scores` has another shape or infinite values, `confidence` is not between 0 and 1, or there is
-            no resample.
+        `ValueError`: If `scores` has another shape or infinite values, `confidence` is not between 0 and 1, there is no
+            resample, or the seed is not a whole number of at least 0.
     """
     (scores,) = doubles(scores=scores)
     shaped(scores=(scores, "P k"))
@@ -37,6 +37,7 @@ def mean_with_interval(
     if not (is_number(confidence) and 0 < confidence < 1):
         raise ValueError(f"confidence={confidence!r} must be between 0 and 1, e.g. 0.95.")
     whole("num_resamples", num_resamples, 1)
+    whole("seed", seed, 0)
     by_prompt = scores.nanmean(1)
     by_prompt = by_prompt[~by_prompt.isnan()]
     if not len(by_prompt):

@@ -35,6 +35,7 @@ from .running.checked import Checked
 from .running.precision import emulates_bfloat16, hold_trained_weights_in_float32
 from .running.removed import ARGUMENTS, refuse_removed
 from .running.resuming import Resumable
+from .running.weights import check_weights, weights_looked_at
 from .upstream.hooks import around, is_of
 from .upstream.trl import get_config_model_id
 
@@ -241,7 +242,8 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
 
     def _generate_and_score_completions(self, inputs):
         self._check_rows(inputs)
-        batch = super()._generate_and_score_completions(inputs)
+        with weights_looked_at(self.accelerator.unwrap_model(self.model)):
+            batch = super()._generate_and_score_completions(inputs)
         # A class of TRL's kind that stands after this one may have changed them already.
         is_of_trl = is_of(self, "_generate_and_score_completions", CancelGRPOTrainer, GRPOTrainer)
         self._scoring.advantages_of_trl = batch["advantages"].clone() if is_of_trl else None
@@ -300,10 +302,15 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         compute = super().compute_loss
-        if not (self.model.training and self._losses.acts):
-            return compute(model, inputs, return_outputs, num_items_in_batch)
-        loss = self._losses.compute(lambda rows: compute(model, rows, return_outputs, num_items_in_batch), inputs)
-        if self.accelerator.sync_gradients:
+        acts = self.model.training and self._losses.acts
+        if acts:
+            loss = self._losses.compute(lambda rows: compute(model, rows, return_outputs, num_items_in_batch), inputs)
+        else:
+            loss = compute(model, inputs, return_outputs, num_items_in_batch)
+        if isinstance(loss, torch.Tensor) and not loss.isfinite().all():
+            # Whoever samples for this model, as vLLM does, may not have failed for it.
+            check_weights(self.accelerator.unwrap_model(self.model))
+        if acts and self.accelerator.sync_gradients:
             for name, value in self._monitor.end_step().items():
                 self._metrics["train"][name].append(value)
         return loss

@@ -2,9 +2,11 @@
 
 import math
 import tracemalloc
+from collections import deque
 from functools import cache
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -162,7 +164,12 @@ REFUSED = {
     "negative": ({"positives": -ONES}, "must fit into groups"),
     "too many": ({"negatives": 4 * ONES}, "must fit into groups of group_size=4"),
     "floats": ({"positives": ONES.float()}, r"positives \(torch.float32 of shape \(4,\)\): must be"),
-    "lists": ({"negatives": [1, 1, 1, 1]}, "negatives .*: must be a tensor"),
+    "a list of floats": ({"negatives": [1, 1.5, 1, 1]}, r"negatives \(\[1, 1.5, 1, 1\]\): must be a tensor or a seq"),
+    "rows of a list": ({"negatives": [[1, 1], [1]]}, "one whole number for each group"),
+    "text": ({"negatives": "1111"}, "one whole number for each group"),
+    "bfloat16": ({"negatives": ONES.bfloat16()}, r"negatives \(torch.bfloat16 of shape"),
+    "nothing": ({"negatives": None}, "one whole number for each group"),
+    "huge": ({"negatives": [1, 1, 1, 2**70]}, "one whole number for each group"),
     "two dimensions": ({"negatives": ONES.view(2, 2)}, "one whole number for each group"),
     "lengths": ({"negatives": ONES[:3]}, "positives are of 4 groups and negatives of 3"),
     "nan": ({"min_fraction": math.nan}, "min_fraction=nan: must be a number between 0 and 1"),
@@ -183,6 +190,15 @@ REFUSALS = [
     *((function, *case) for case in REFUSED.values() for function in (select_balanced_groups, balanced_order)),
     *REFUSED_NUMBERS.values(),
 ]
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor, lambda of: np.array(of, np.uint8), deque])
+def test_any_sequence_of_whole_numbers_will_do(kind):
+    positives, negatives = kind([0, 4, 4, 2]), kind([4, 0, 0, 2])
+    groups, satisfied = select_balanced_groups(positives, negatives, np.int64(2), 4, np.float32(0.5))
+    assert (groups.tolist(), satisfied) == ([0, 1], True)
+    order, enough = balanced_order(kind([1, 2, 0, 3]), positives, negatives, 2, 4, 0.25)
+    assert (sorted(order.tolist()), enough) == ([0, 1, 2, 3], 2)
 
 
 @pytest.mark.parametrize(("function", "wrong", "message"), REFUSALS)

@@ -9,9 +9,9 @@ import pytest
 from tests.test_checkpoints import of_another_run
 from tests.test_finished import files
 from tests.test_run_lock import another_run_in
+from trl_cancel import CancelGRPOTrainer
 from trl_cancel.cli import main
 from trl_cancel.playground import reward as graded
-from trl_cancel.trainers import CancelGRPOTrainer
 
 from .test_stopping import train
 

@@ -21,10 +21,10 @@ import trl.trainer.grpo_trainer
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
-import trl_cancel.trainers
 from tests.methods import METHODS, Row
 from tests.runs import DEFAULTS, OFF_POLICY, build, repeatable
 from trl_cancel.batching import BatchLayout
+from trl_cancel.pipeline import split
 
 from .engines import DEEPSPEED, FSDP, allow_engines_without_gpu, canned_rollouts, leave, whole_weights
 
@@ -62,7 +62,7 @@ def deal_groups_alike() -> None:
             return rows
         return rows.view(2, -1, group_size).transpose(0, 1).flatten()  # what would be two processes', in turn
 
-    trl_cancel.trainers.query_preserved_permutation = in_order
+    split.query_preserved_permutation = in_order
     trl.trainer.grpo_trainer.shuffle_sequence_dict = lambda batch: batch
 
 

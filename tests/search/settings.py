@@ -183,7 +183,7 @@ def _methods(rng: _Chance) -> dict[str, Any]:
     if rng.happens(0.3):
         settings |= {
             "nthr": True,
-            "nthr_beta": rng.often(1.0, 0.0, 0.2, -1.0, 2.0, float("-inf"), share=0.6),
+            "nthr_beta": rng.often(1.0, 0.0, 0.2, 0.7, 2.0, float("-inf"), share=0.6),
             "nthr_eta": rng.often("balanced", "p", "1-p", "0.5", 0.0, share=0.6),
             "nthr_selection": rng.often("score", "random"),
         }
@@ -231,7 +231,8 @@ def _loss(rng: _Chance, chosen: dict[str, Any]) -> dict[str, Any]:
     losses = CLIPPED_LOSSES if symmetric else (*CLIPPED_LOSSES, "cispo") if weighs else LOSS_TYPES
     loss = rng.choice(losses if not rng.happens(0.03) else LOSS_TYPES)
     loss = "grpo" if weighs and rng.happens(0.4) else loss
-    level = rng.often("token", "sequence", share=0.97 if weighs else 0.35)
+    credits = chosen.get("nthr") or chosen.get("delta_credit")
+    level = rng.often("token", "sequence", share=0.97 if weighs else 0.5 if credits else 0.35)
     high = rng.often(None, 0.002, 0.05, 0.28, share=0.4)
     settings: dict[str, Any] = {
         "loss_type": loss,
@@ -252,6 +253,13 @@ def _loss(rng: _Chance, chosen: dict[str, Any]) -> dict[str, Any]:
             settings[name] = rng.often(default_of(name), 0.5, 1.5, 4.0, share=0.4)
     if not symmetric:
         settings["delta"] = rng.often(None, 1.01, 1.1, 1.5, 0.9 if rng.happens(0.1) else 4.0, share=0.35)
+        if loss in CLIPPED_LOSSES and rng.happens(0.4 if level == "sequence" else 0.1):
+            # Far within the clipping range, where it bounds positive advantages alone.
+            settings |= {
+                "epsilon": 0.2,
+                "epsilon_high": rng.often(None, 0.28),
+                "delta": rng.choice((1.0, 1.001, 1.02)),
+            }
     if settings["beta"]:
         settings["use_bias_correction_kl"] = rng.happens(0.1 if weighs else 0.3)
     if rng.happens(0.15):

@@ -14,11 +14,13 @@ import trl
 from trl import GRPOConfig
 
 from tests.distributed.engines import ROOT
-from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
-from trl_cancel.config import _OWN_FIELDS
+from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer, update_weights
+from trl_cancel.config import _OWN_FIELDS, CLIPPED_LOSSES
 from trl_cancel.credit import NTHR, DelTA
 from trl_cancel.pipeline.monitor import UpdateMonitor
+from trl_cancel.pipeline.rounds import Choice, GroupPool
 
+from .promises import Of
 from .report import Report, reproduction
 from .search import METRICS_CHANGE_NOTHING, OFF_IS_TRL, REFUSED_BY_NAME, TRAINS, check, smallest
 from .settings import LEFT_ALONE, draw
@@ -76,6 +78,9 @@ def test_draws_are_repeatable_and_differ():
 OFF_POLICY = {"steps_per_generation": 4, "num_iterations": 2, "max_steps": 4}
 ACCUMULATED = {"steps_per_generation": 4, "gradient_accumulation_steps": 2}
 SEQUENCE = {"importance_sampling_level": "sequence"}
+TWO_SIDED = {**SEQUENCE, **OFF_POLICY, "epsilon": 0.5, "delta": 1.001}  # within the clipping range
+SEVERAL = {"per_device_train_batch_size": 16}  # groups
+RARELY = {"rewards": ["rarely_differs"], "max_generation_rounds": 8}
 
 
 def doubled(original, trainer, model, inputs):
@@ -108,6 +113,39 @@ def not_with_trl(original, trainer, *args, **kwargs):
     return original(trainer, *args, **kwargs) * 1.01
 
 
+def infinite(original, trainer, *args, **kwargs):
+    return original(trainer, *args, **kwargs) * torch.inf
+
+
+def rolled(original, trainer, inputs):
+    """Prompts that are not dealt out group by group."""
+    return original(trainer, [*inputs[1:], inputs[0]])
+
+
+def the_first(original, pool):
+    """The first groups are called good enough."""
+    count = pool.layout.generation_batch_per_process // pool.layout.num_generations
+    return Choice(torch.arange(count), 1.0, torch.arange(count))
+
+
+def after_one_round(original, trainer, *args):
+    with trainer.args.set_aside(max_generation_rounds=1):
+        return original(trainer, *args)
+
+
+def cut_at_delta(original, ratios, advantages, epsilon_low, epsilon_high, delta=None):
+    """As if `delta` bounded negative advantages alone, and always: wrong where it lies within the clipping range."""
+    cut = torch.where(advantages >= 0, ratios > 1 + epsilon_high, ratios < 1 - epsilon_low)
+    cut = cut | ((advantages < 0) & (ratios > (torch.inf if delta is None else delta)))
+    return torch.where(cut, 0.0, ratios)
+
+
+def clipped_at_delta(original, ratios, advantages, epsilon_low, epsilon_high, delta=None):
+    """The same of the weights of groups."""
+    weights = original(ratios, advantages, epsilon_low, epsilon_high)
+    return torch.where(advantages < 0, weights.clamp(max=torch.inf if delta is None else delta), weights)
+
+
 def raises(error):
     def method(original, *args):
         raise error
@@ -118,6 +156,19 @@ def raises(error):
 ONE = torch.tensor([1])
 # Faults that are put into the package, with the promise that must be found broken.
 FAULTS = [
+    ("finite", {"max_steps": 1}, CancelGRPOTrainer, "compute_loss", infinite),
+    ("one_prompt_a_group", SEVERAL, CancelGRPOTrainer, "_generate_and_score_completions", rolled),
+    ("chosen_as_asked", {"filter_zero_variance": True, **RARELY, **SEVERAL}, GroupPool, "choose", the_first),
+    ("chosen_as_asked", {"reward_balance": 0.5, **RARELY}, GroupPool, "choose", the_first),
+    ("chosen_as_asked", {"reward_balance": 0.5, **RARELY}, CancelGRPOTrainer, "_chosen", after_one_round),
+    ("multiplied_as_stated", {**TWO_SIDED, "delta_credit": True}, update_weights, "surrogate_weight", cut_at_delta),
+    (
+        "multiplied_as_stated",
+        {**TWO_SIDED, "group_weights": "identity"},
+        update_weights,
+        "post_clip_weights",
+        clipped_at_delta,
+    ),
     ("whole_groups", OFF_POLICY, CancelGRPOTrainer, "_prepare_inputs", exchanged),
     ("whole_in_micro_batches", ACCUMULATED, CancelGRPOTrainer, "_prepare_inputs", exchanged),
     ("cancels", {**SEQUENCE, "group_weights": "min"}, trl.GRPOTrainer, "_compute_loss", doubled),
@@ -134,13 +185,34 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(
-    ("promise", "settings", "owner", "name", "fault"), FAULTS, ids=[f"{row[0]}-{row[3]}" for row in FAULTS]
+    ("promise", "settings", "owner", "name", "fault"), FAULTS, ids=[f"{row[0]}-{row[4].__name__}" for row in FAULTS]
 )
 def test_a_fault_is_found(monkeypatch, promise, settings, owner, name, fault):
     original = getattr(owner, name)
     assert promise not in check(settings, promise).broken
     monkeypatch.setattr(owner, name, lambda *args, **kwargs: fault(original, *args, **kwargs))
     assert promise in check(settings, promise).broken
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"), [("surrogate_weight", cut_at_delta), ("post_clip_weights", clipped_at_delta)]
+)
+def test_draws_meet_two_sided_clipping_within_the_range(monkeypatch, name, fault):
+    """Often enough that a few of those that bear on it show the fault."""
+    original = getattr(update_weights, name)
+    drawn = [settings for index in range(300) if two_sided_within_range(settings := draw(("two-sided", index)), name)]
+    assert len(drawn) > 5
+    monkeypatch.setattr(update_weights, name, lambda *args: fault(original, *args))
+    assert any("multiplied_as_stated" in check(settings, "multiplied_as_stated").broken for settings in drawn[:4])
+
+
+def two_sided_within_range(settings, name):
+    """Whether ratios leave 1 under a `delta` within the clipping range, where this package weighs rollouts."""
+    of = Of(settings)
+    delta, weighs_groups = of.delta, of.group_weights != "none"
+    weighs = weighs_groups if name == "post_clip_weights" else of.has_credits and not weighs_groups
+    weighs = weighs and of.level == "sequence" and of.loss_type in CLIPPED_LOSSES and not of.bf16
+    return weighs and not of.on_policy and delta is not None and 1 <= delta < 1 + of.epsilons[1]
 
 
 def test_failures_are_brought_to_their_smallest_settings(monkeypatch):

@@ -49,7 +49,7 @@ def sequence_ratios(logps: torch.Tensor, old_logps: torch.Tensor, mask: torch.Te
         token that counts and has none.
 
     Raises:
-        `ValueError`: If the shapes differ.
+        `ValueError`: If the shapes differ, or the mask holds something else than 0 and 1.
     """
     logps, old_logps = floats(logps=logps, old_logps=old_logps)
     (active,) = marks(mask=mask)

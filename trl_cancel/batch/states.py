@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .arguments import finite, floats, shaped, single, within
+
 
 GIB = 2**30
 CPU_SHARE = 4  # CPU memory is cheaper than that of a GPU
@@ -229,8 +231,17 @@ class LMHead:
     def vocabulary_size(self) -> int:
         """V, the words for which there are logits."""
         if isinstance(self.layer, nn.Module):
-            return int(cast(Any, self.layer).out_features)
+            layer = cast(Any, self.layer)
+            return int(getattr(layer, "out_features", None) or layer.weight.size(0))
         return len(self.layer) if isinstance(self.layer, torch.Tensor) else int(self.layer.token_ids.max()) + 1
+
+    @property
+    def width(self) -> int | None:
+        """d, the size of the states that it takes; `None` where the layer does not tell."""
+        if isinstance(self.layer, nn.Module):
+            return getattr(self.layer, "in_features", None)
+        weight = self.layer if isinstance(self.layer, torch.Tensor) else self.layer.weight
+        return weight.size(-1)
 
     @torch.no_grad()
     def restricted_to(self, token_ids: torch.Tensor) -> "LMHead":
@@ -319,6 +330,33 @@ class LMHead:
     def _finish(self, raw: torch.Tensor) -> torch.Tensor:
         scaled = raw * self.scale
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
+
+
+def fitting_head(head: LMHead | torch.Tensor, hidden: torch.Tensor, token_ids: torch.Tensor) -> LMHead:
+    """
+    An output layer for some states and tokens.
+
+    Args:
+        head ([`LMHead`] or `torch.Tensor` of shape `(V, d)`):
+            The layer, or its bare weight.
+        hidden (`torch.Tensor` of shape `(..., d)`):
+            Hidden states.
+        token_ids (`torch.Tensor`):
+            Tokens.
+
+    Raises:
+        `ValueError`: If the layer takes states of another size, or has no such token; or if a bare weight is none, or
+            not finite.
+    """
+    if not isinstance(head, LMHead):
+        (weight,) = single(*floats(head=head))
+        shaped(hidden=(hidden, "... d"), head=(weight, "V d"))
+        finite(head=weight)
+        head = LMHead(weight)
+    elif head.width not in (None, hidden.size(-1)):
+        raise ValueError(f"head takes states of size {head.width}, but hidden has the shape {tuple(hidden.shape)}.")
+    within(head.vocabulary_size, token_ids=token_ids)
+    return head
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from ..running.inputs import check_rewards, columns_of
 from ..running.outcome import remark_on
 from ..running.rewards import RewardError
 from ..running.run_lock import FolderInUse
+from ..running.weights import WeightsError
 from ..trainer import CancelGRPOTrainer
 from . import Failure, UsageError
 from ._console import plain_console
@@ -136,13 +137,13 @@ def run_training(settings: Settings) -> None:
 
     Raises:
         `UsageError`: If a setting cannot work; nothing has been written then.
-        `Failure`: If the disk is full, or a reward function returns what cannot be used.
+        `Failure`: If the disk is full, a reward function returns what cannot be used, or the weights are not finite.
     """
     check_writable(str(settings.training.output_dir))
     try:
         with no_empty_folder(str(settings.training.output_dir)):
             _run(settings)
-    except (checkpoints.SavingError, RewardError) as error:
+    except (checkpoints.SavingError, RewardError, WeightsError) as error:
         raise Failure(" ".join([str(error), *getattr(error, "__notes__", [])])) from error
 
 

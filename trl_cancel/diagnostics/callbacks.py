@@ -67,7 +67,7 @@ class TokenShiftCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for rows, before in self._measured:
             after = self._logps(rows)
-            self._add(token_shifts(before, after, loss_mask(rows), rows["rollout_advantages"], self.threshold))
+            self._add(token_shifts(before, after, loss_mask(rows).bool(), rows["rollout_advantages"], self.threshold))
         self._measured.clear()
         # The step is logged after this.
         for name, value in self._metrics.flush(self.trainer.accelerator.gather).items():

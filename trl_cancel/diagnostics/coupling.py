@@ -13,7 +13,7 @@ Shapes: N tokens, d hidden size, V vocabulary.
 import torch
 
 from ..arguments import finite, floats, known, not_negative, positive, shaped, single, to_one, whole_numbers, within
-from ..batch.states import LMHead
+from ..batch.states import LMHead, fitting_head
 from .forward import pieces, vocabulary_size
 
 
@@ -180,8 +180,8 @@ def _of_layer(
     shaped(hidden=(hidden, "N d"), token_ids=(token_ids, "N"))
     finite(hidden=hidden)
     positive("temperature", temperature, "1.0")
-    head = head if isinstance(head, LMHead) else LMHead(single(*floats(head=head))[0])
-    within(vocabulary_size(head), token_ids=token_ids)
+    head = fitting_head(head, hidden, token_ids)
+    within(vocabulary_size(head), token_ids=token_ids)  # fewer where it is restricted to some of its words
     return hidden, token_ids, head
 
 

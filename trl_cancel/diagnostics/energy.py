@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..arguments import doubles, finite, floats, known, shaped, single, to_one, whole
+from ..arguments import doubles, finite, floats, log_probabilities, shaped, single, to_one, whole, whole_numbers
 
 
 def gradient_asymmetry(weights: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
@@ -85,10 +85,10 @@ def energy_by_frequency(
         there is none, and their shares of the tokens.
 
     Raises:
-        `ValueError`: If the shapes differ, an energy is negative or not finite, or there is no bucket.
+        `ValueError`: If the shapes differ, an energy is negative or not finite, `token_ids` are not whole numbers, or
+            there is no bucket.
     """
-    (energies,) = floats(energies=energies)
-    token_ids = torch.as_tensor(token_ids)
+    (energies,), (token_ids,) = floats(energies=energies), whole_numbers(token_ids=token_ids)
     shaped(energies=(energies, "N"), token_ids=(token_ids, "N"))
     finite(energies=energies)
     if (energies < 0).any():
@@ -124,12 +124,12 @@ def output_row_energy(weights: torch.Tensor, logps: torch.Tensor, hidden: torch.
         `torch.Tensor` of shape `(N,)`, in float32 or better.
 
     Raises:
-        `ValueError`: If the shapes differ, or something is not a number.
+        `ValueError`: If the shapes differ, something is not a number, or a log-probability is above 0.
     """
     weights, logps, hidden = single(*floats(weights=weights, logps=logps, hidden=hidden))
     shaped(weights=(weights, "N"), logps=(logps, "N"), hidden=(hidden, "N d"))
     finite(weights=weights, hidden=hidden)
-    known(logps=logps)
+    log_probabilities(logps=logps)
     hidden, size = to_one(hidden, -1)
     surprise = -torch.expm1(logps.clamp(max=0))  # a log-probability is above 0 by rounding at most
     return weights.abs() * (hidden.norm(dim=-1) * size.squeeze(-1)) * surprise

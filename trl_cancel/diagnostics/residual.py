@@ -108,9 +108,10 @@ def shared_contexts(
         advantage is not finite.
 
     Raises:
-        `ValueError`: If the shapes do not fit, or `token_ids` are not whole numbers.
+        `ValueError`: If the shapes do not fit, or `token_ids` or `group_ids` are not whole numbers.
     """
-    (token_ids,), (present,) = whole_numbers(token_ids=token_ids), marks(mask=mask)
+    token_ids, group_ids = whole_numbers(token_ids=token_ids, group_ids=group_ids)
+    (present,) = marks(mask=mask)
     (advantages,) = single(*floats(advantages=advantages))
     shaped(
         token_ids=(token_ids, "B T"), mask=(present, "B T"), group_ids=(group_ids, "B"), advantages=(advantages, "B")
@@ -154,9 +155,10 @@ def shared_prefix_residual(
         one is not finite; and the number of tokens it is the mean of.
 
     Raises:
-        `ValueError`: If the shapes differ.
+        `ValueError`: If the shapes differ, or the contexts are not whole numbers.
     """
     pushes, deserved = single(*floats(pushes=pushes, deserved=deserved))
+    (contexts,) = whole_numbers(contexts=contexts)
     shaped(pushes=(pushes, "..."), contexts=(contexts, "..."), deserved=(deserved, "..."))
     shared = contexts != 0
     names, index = contexts[shared].unique(return_inverse=True)

@@ -18,8 +18,10 @@ from transformers.tokenization_mistral_common import MistralCommonBackend
 from trl.data_utils import is_conversational
 
 from ..batch.states import without_dropout
+from ..intervals import mean_with_interval as mean_with_interval
 from ..running.inputs import check_problems
 from ..running.rewards import listed, number_of
+from ..running.weights import weights_looked_at
 from ..upstream.trl import get_callable_name
 
 
@@ -171,7 +173,7 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 def sampling(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """No dropout, no gradients and a seed of its own, all undone at the end."""
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), without_dropout(model):
+    with weights_looked_at(model), torch.random.fork_rng(devices), torch.no_grad(), without_dropout(model):
         torch.manual_seed(seed)
         yield
 

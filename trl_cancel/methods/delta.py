@@ -87,6 +87,8 @@ def delta_coefficients(
     """
     check_delta(refinements, lambda_min, lambda_max, gamma)
     normalize = normalization(normalize)
+    if not (reduce is None or callable(reduce)):
+        raise ValueError(f"reduce={reduce!r} must be a function that sums a tensor over all processes, or None.")
     proxies, advantages = floats(proxies=proxies, advantages=advantages)
     shaped(proxies=(proxies, "N d"), advantages=(advantages, "N"))
     finite(proxies=proxies, advantages=advantages)
@@ -568,13 +570,9 @@ class DiscriminativeCredit(Method):
         ),
     )
     logs = ("delta/",)
+    look_alike = ("delta", "TRL's name for a bound on the ratio, a number")
 
     def check(self, args: Config) -> None:
-        if isinstance(args.delta, bool):
-            raise ValueError(
-                f"delta={args.delta}: delta is TRL's name for a bound on the ratio, a number. Did you mean "
-                f"delta_credit={args.delta}?"
-            )
         try:
             args.delta_normalize = normalization(args.delta_normalize)
         except ValueError as error:

@@ -14,6 +14,7 @@ Shapes: the last dimension is the group (G); leading dimensions are free. Rollou
 infinite makes all weights of its group `nan`. Half precision is computed in single.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -445,7 +446,7 @@ class GroupWeights(Method):
             return
         self._check_loss(args)
         scale, layout = args.group_weights_scale, args.layout
-        if not (is_number(scale) and scale > 0):
+        if not (is_number(scale) and 0 < scale < math.inf):
             raise ValueError(f"group_weights_scale={scale!r} must be positive, e.g. 0.5.")
         if args.tears_groups:
             raise ValueError(

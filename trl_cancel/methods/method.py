@@ -182,6 +182,8 @@ class Method:
             from token credit, of which that is known anyway. A subclass that leaves these out is refused.
         sets (`tuple[str, ...]`):
             Settings of TRL's that it sets by itself.
+        look_alike (`tuple[str, str]`, *optional*):
+            A setting of TRL's that is taken for the switch, and what it is.
         says_when_idle (`bool`):
             Whether a run is told that it changes nothing there.
     """
@@ -197,6 +199,7 @@ class Method:
     acts_in_generation: ClassVar[bool] = False
     acts_in_loss: ClassVar[bool] = False
     sets: ClassVar[tuple[str, ...]] = ()
+    look_alike: ClassVar[tuple[str, str] | None] = None
     says_when_idle: ClassVar[bool] = False
 
     _of: ClassVar[dict[type, "Method"]] = {}

@@ -24,11 +24,22 @@ from typing import Any
 
 import torch
 
-from ..arguments import floats, is_factor, is_number, marks, one_of, shaped, single, whole_numbers
+from ..arguments import (
+    finite,
+    floats,
+    is_factor,
+    is_number,
+    log_probabilities,
+    marks,
+    one_of,
+    shaped,
+    shares,
+    whole_numbers,
+)
 from ..arguments import positive as positive_number
 from ..batch.protocol import Scope
 from ..batch.rollouts import Rollouts, generator_of
-from ..batch.states import HELD_LOGITS, LMHead
+from ..batch.states import HELD_LOGITS, LMHead, fitting_head
 from ..papers import Paper
 from .method import ActiveMethod, Config, Method, Named, PaperConfiguration, PaperEvaluation, Row, documented
 
@@ -75,11 +86,12 @@ def nthr_scores(
     Returns:
         `tuple`: `scores`, a `torch.Tensor` of shape `(G, T)` with the score of every token (those of right rollouts
         too), 0 where the mask is; and `threshold`, a scalar: the least mean score of a right rollout (Eq. 9 with
-        \\( \beta = 1 \\)), infinite if there is none. Both are `nan` where a token that counts has no state or
-        log-probability.
+        \\( \beta = 1 \\)), infinite if there is none.
 
     Raises:
-        `ValueError`: If the shapes do not fit, `token_ids` are not whole numbers, or the temperature is not positive.
+        `ValueError`: If the shapes do not fit, a mask holds something else than 0 and 1, the temperature is not
+            positive, or of a token that counts the state is not finite, the log-probability is none, or the output layer
+            has no such token.
     """
     hidden, logps = floats(hidden=hidden, logps=logps)
     (token_ids,) = whole_numbers(token_ids=token_ids)
@@ -92,7 +104,22 @@ def nthr_scores(
         positive=(positive, "G"),
     )
     positive_number("temperature", temperature, "1.0")
-    head = head if isinstance(head, LMHead) else LMHead(single(*floats(head=head))[0])
+    finite(active.unsqueeze(-1), hidden=hidden)
+    log_probabilities(logps=logps.masked_fill(~active, 0.0))
+    head = fitting_head(head, hidden, token_ids.masked_fill(~active, 0))
+    return _scores(hidden, logps, token_ids, active, positive, head, temperature)
+
+
+def _scores(
+    hidden: torch.Tensor,
+    logps: torch.Tensor,
+    token_ids: torch.Tensor,
+    active: torch.Tensor,
+    positive: torch.Tensor,
+    head: LMHead,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`nthr_scores`] of what is known to fit; both are `nan` where a state or a log-probability that counts is."""
     vocabulary, targets = token_ids[active].unique(return_inverse=True)  # (V*,), (N,)
     states, chosen = hidden[active], logps[active]  # (N, d), (N,)
     dtype = torch.promote_types(states.dtype, torch.float32)
@@ -137,10 +164,16 @@ def nthr_eta(success_rate: torch.Tensor, mode: str | float) -> torch.Tensor:
         `torch.Tensor` of the same shape.
 
     Raises:
-        `ValueError`: If `mode` is none of these, or a number that is negative or not finite.
+        `ValueError`: If `mode` is none of these, or a number that is negative or not finite; or if a fraction is not
+            between 0 and 1.
     """
     (success_rate,) = floats(success_rate=success_rate)
     check_eta("mode", mode)
+    shares(success_rate=success_rate)
+    return _eta(success_rate, mode)
+
+
+def _eta(success_rate: torch.Tensor, mode: str | float) -> torch.Tensor:
     if mode == "balanced":
         return 2 * (0.5 - success_rate).abs()
     if mode == "p":
@@ -176,8 +209,11 @@ def check_nthr(beta: Any, eta: Any, selection: Any, prefix: str = "") -> None:
     Raises:
         `ValueError`: Names the setting.
     """
-    if not is_number(beta) or math.isnan(beta) or beta == math.inf:
-        raise ValueError(f"{prefix}beta={beta!r} must be a number, e.g. 1.0.")
+    if not (is_number(beta) and (0 <= beta < math.inf or beta == -math.inf)):
+        raise ValueError(
+            f"{prefix}beta={beta!r} must be a number of at least 0, e.g. 1.0, or -inf to select all tokens of wrong "
+            "rollouts."
+        )
     check_eta(f"{prefix}eta", eta)
     one_of(f"{prefix}selection", selection, SELECTIONS)
 
@@ -189,7 +225,8 @@ class NTHR:
 
     Args:
         beta (`float`, *optional*, defaults to `1.0`):
-            Factor on the threshold (Eq. 9). `-inf` selects every token of the wrong rollouts.
+            Factor on the threshold (Eq. 9), at least 0: a negative one would turn the order of the thresholds around.
+            `-inf` selects every token of the wrong rollouts.
         eta (`str` or `float`, *optional*, defaults to `"balanced"`):
             See [`nthr_eta`].
         selection (`str`, *optional*, defaults to `"score"`):
@@ -218,7 +255,7 @@ class NTHR:
             hidden = rollouts.states[rows]
             positive, negative = rollouts.advantages[rows] > 0, rollouts.advantages[rows] < 0
             punished = active[rows] & (negative & positive.any()).unsqueeze(1)  # (G, T)
-            scores, threshold = nthr_scores(
+            scores, threshold = _scores(
                 hidden,
                 rollouts.old_logps[rows],
                 rollouts.completion_ids[rows],
@@ -232,7 +269,7 @@ class NTHR:
             selected = punished & ((scores > threshold) | (self.beta == -math.inf))
             if self.selection == "random":
                 selected = _as_many(selected, punished, generator_of(rollouts.completion_ids[rows]))
-            eta = nthr_eta(positive.float().mean(), self.eta)
+            eta = _eta(positive.float().mean(), self.eta)
             credit[rows] = torch.where(selected, eta, 1.0).to(credit)
 
             groups.append((punished, selected, scores, threshold))
@@ -271,7 +308,7 @@ class Settings:
         Push those tokens of wrong rollouts down less that would take the likelihood of the right ones down with
         them. Source: section 5 of [2505.18830](https://huggingface.co/papers/2505.18830).
     nthr_beta (`float`, *optional*, defaults to `1.0`):
-        Factor on NTHR's threshold, above which tokens are selected; `-inf` selects all tokens of wrong rollouts.
+        Factor on NTHR's threshold, above which tokens are selected, at least 0; `-inf` selects all tokens of wrong rollouts.
     nthr_eta (`str`, *optional*, defaults to `"balanced"`):
         What the advantage of a token that NTHR selects is multiplied with: `balanced`, 2|0.5-p| with the share p of
         right rollouts in the group; `p`; `1-p`; or a number.

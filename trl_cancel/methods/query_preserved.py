@@ -36,7 +36,7 @@ def query_preserved_permutation(
         `torch.Tensor` of shape `(num_groups * group_size,)`: Indices of the rollouts in their new order.
 
     Raises:
-        `ValueError`: If a number is not whole, or negative.
+        `ValueError`: If a number is not whole, or negative, or `generator` is none.
 
     Example:
 
@@ -47,6 +47,8 @@ def query_preserved_permutation(
     """
     whole("num_groups", num_groups, 0)
     whole("group_size", group_size, 1)
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise ValueError(f"generator={generator!r} must be a torch.Generator, or None.")
     groups = torch.randperm(num_groups, generator=generator)
     return (groups.unsqueeze(1) * group_size + torch.arange(group_size)).flatten()
 

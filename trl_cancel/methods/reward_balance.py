@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..arguments import is_number
+from ..arguments import is_number, is_whole
 from ..batch.groups import Choice, Groups
 from ..knapsack.choosing import Pool, bound, choose, exchanged
 from ..knapsack.spreading import fill_steps
@@ -24,8 +24,11 @@ from .dynamic_sampling import check_whole_groups
 from .method import ActiveMethod, Config, Method, Named, Row, documented
 
 
+Counts = torch.Tensor | np.ndarray | Sequence[int]
+
+
 def select_balanced_groups(
-    positives: torch.Tensor, negatives: torch.Tensor, num_groups: int, group_size: int, min_fraction: float
+    positives: Counts, negatives: Counts, num_groups: int, group_size: int, min_fraction: float
 ) -> tuple[torch.Tensor, bool]:
     r"""
     Chooses groups that hold enough rollouts of either sign together.
@@ -34,9 +37,9 @@ def select_balanced_groups(
     the one-sided than the mixed; if no choice meets the target, the one that comes nearest is taken.
 
     Args:
-        positives (`torch.Tensor` of shape `(M,)`):
+        positives (`torch.Tensor` of shape `(M,)`, or `Sequence[int]`):
             Rollouts of positive advantage in each group, in the order in which the groups came.
-        negatives (`torch.Tensor` of shape `(M,)`):
+        negatives (`torch.Tensor` of shape `(M,)`, or `Sequence[int]`):
             Rollouts of negative advantage in each group.
         num_groups (`int`):
             Groups to choose.
@@ -75,9 +78,9 @@ def select_balanced_groups(
 
 
 def balanced_order(
-    order: torch.Tensor,
-    positives: torch.Tensor,
-    negatives: torch.Tensor,
+    order: Counts,
+    positives: Counts,
+    negatives: Counts,
     num_steps: int,
     group_size: int,
     min_fraction: float,
@@ -90,11 +93,11 @@ def balanced_order(
     together; for large pools with little to spare a search of bounded size may miss a step or two.
 
     Args:
-        order (`torch.Tensor` of shape `(M,)`):
+        order (`torch.Tensor` of shape `(M,)`, or `Sequence[int]`):
             Groups in the order in which they fill the steps.
-        positives (`torch.Tensor` of shape `(M,)`):
+        positives (`torch.Tensor` of shape `(M,)`, or `Sequence[int]`):
             Rollouts of positive advantage in each group.
-        negatives (`torch.Tensor` of shape `(M,)`):
+        negatives (`torch.Tensor` of shape `(M,)`, or `Sequence[int]`):
             Rollouts of negative advantage in each group.
         num_steps (`int`):
             Optimizer steps, each of M / `num_steps` groups.
@@ -111,10 +114,11 @@ def balanced_order(
     """
     counts = _counts(positives, negatives, group_size)
     num_steps = _whole("num_steps", num_steps)
+    given = _whole_numbers("order", order)
+    order = order if isinstance(order, torch.Tensor) else torch.from_numpy(given)
     _check_order(order, len(counts), num_steps)
     room = len(order) // num_steps
     target = _target(min_fraction, room * group_size)
-    given = order.cpu().numpy()
     enough = int((counts[given].reshape(num_steps, room, 2).sum(1).min(1) >= target).sum())
     if enough == num_steps:
         return order, enough
@@ -126,18 +130,27 @@ def balanced_order(
     return order[torch.as_tensor([*filled, *left_over], device=order.device)], len(steps)
 
 
-def _counts(positives: torch.Tensor, negatives: torch.Tensor, group_size: int) -> np.ndarray:
+def _whole_numbers(name: str, given: Counts) -> np.ndarray:
+    """One for each group, of shape `(M,)`."""
+    try:
+        numbers = given.cpu().numpy() if isinstance(given, torch.Tensor) else np.asarray(given)
+    except (TypeError, ValueError):  # a type that NumPy does not have, or rows of unequal length
+        numbers = np.zeros(())
+    if numbers.ndim != 1 or not (numbers.dtype.kind in "iub" or numbers.size == 0):
+        what = f"{given.dtype} of shape {tuple(np.shape(given))}" if hasattr(given, "dtype") else repr(given)
+        raise ValueError(f"{name} ({what}): must be a tensor or a sequence of one whole number for each group.")
+    return numbers.astype(np.int64)
+
+
+def _counts(positives: Counts, negatives: Counts, group_size: int) -> np.ndarray:
     """Rollouts of either sign in each group, of shape `(M, 2)`."""
-    for name, given in (("positives", positives), ("negatives", negatives)):
-        if not isinstance(given, torch.Tensor) or given.dim() != 1 or given.is_floating_point():
-            what = f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, torch.Tensor) else repr(given)
-            raise ValueError(f"{name} ({what}): must be a tensor of one whole number for each group.")
+    columns = [_whole_numbers("positives", positives), _whole_numbers("negatives", negatives)]
     if len(positives) != len(negatives):
         raise ValueError(
             f"positives are of {len(positives)} groups and negatives of {len(negatives)}: must be the same."
         )
     group_size = _whole("group_size", group_size)
-    counts = torch.stack([positives, negatives], dim=1).long().cpu().numpy()
+    counts = np.stack(columns, axis=1)
     if (counts < 0).any() or (counts.sum(1) > group_size).any():
         raise ValueError(f"Counts of positives and negatives must fit into groups of group_size={group_size}.")
     return counts
@@ -145,20 +158,18 @@ def _counts(positives: torch.Tensor, negatives: torch.Tensor, group_size: int) -
 
 def _target(min_fraction: float, rollouts: int) -> int:
     """The rollouts of either sign that a share of all stands for."""
-    if isinstance(min_fraction, bool) or not isinstance(min_fraction, (int, float)) or not 0 <= min_fraction <= 1:
+    if not (is_number(min_fraction) and 0 <= min_fraction <= 1):
         raise ValueError(f"min_fraction={min_fraction!r}: must be a number between 0 and 1; more than 0.5 never fits.")
-    return math.ceil(min_fraction * rollouts - 1e-9)
+    return math.ceil(float(min_fraction) * rollouts - 1e-9)
 
 
 def _whole(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not (is_whole(value) and value >= 1):
         raise ValueError(f"{name}={value!r}: must be a whole number of at least 1.")
-    return value
+    return int(value)
 
 
 def _check_order(order: torch.Tensor, num_groups: int, num_steps: int) -> None:
-    if not isinstance(order, torch.Tensor) or order.is_floating_point() or order.dim() != 1:
-        raise ValueError("order: must be a tensor of the groups' numbers.")
     if sorted(order.tolist()) != list(range(num_groups)):
         raise ValueError(f"order must hold each of the {num_groups} groups once.")
     if num_groups % num_steps:

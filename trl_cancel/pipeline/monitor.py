@@ -48,7 +48,8 @@ class UpdateMonitor:
         # A completion that is masked for being truncated is missing from the update but not from its group.
         present = (ids != pad_token_id) | batch["completion_mask"].bool()
         prompts = same_prompt(rollouts.group_ids, rollouts.prompt_ids, rollouts.prompt_mask)
-        marks = shared_contexts(*self.whole_groups(ids, present.long(), prompts, rollouts.advantages))
+        ids_of_all, present, *of_all = self.whole_groups(ids, present.long(), prompts, rollouts.advantages)
+        marks = shared_contexts(ids_of_all, present.bool(), *of_all)
         contexts, deserved = (self.own_rows(mark)[:, : ids.size(1)] for mark in marks)
         return {"shared_contexts": contexts * rollouts.mask, "deserved": deserved}
 

@@ -57,7 +57,7 @@ class UpdateWeights:
         old_logps = rows.get("old_per_token_logps")
         old_logps = logps.detach() if old_logps is None else old_logps
         if self.args.importance_sampling_level == "sequence":
-            return sequence_ratios(logps, old_logps, loss_mask(rows)).unsqueeze(1)
+            return sequence_ratios(logps, old_logps, loss_mask(rows).bool()).unsqueeze(1)
         return token_ratios(logps, old_logps)
 
     # Weights of whole groups

@@ -28,6 +28,7 @@ from .fit import check_fit, check_kind, check_trainable, fitting_states, kind_of
 from .outcome import remark_on
 from .run_lock import alone_in
 from .stopping import StopOnSignal
+from .weights import WeightsError
 
 
 logger = get_logger(__name__)
@@ -74,6 +75,9 @@ class Resumable(GRPOTrainer):
                 optimizer, or if another process trains into the same folder.
             [`~trl_cancel.running.checkpoints.SavingError`]: If the disk is full or read-only.
             [`~trl_cancel.running.rewards.RewardError`]: If a reward function returns what cannot be used.
+            [`~trl_cancel.checkpoints.SavingError`]: If the disk is full or read-only.
+            [`~trl_cancel.running.rewards.RewardError`]: If a reward function returns what cannot be used.
+            [`~trl_cancel.running.weights.WeightsError`]: If the weights hold `nan` or infinite values; they are not saved.
             `SystemExit`, `KeyboardInterrupt`: If SIGTERM or SIGINT has ended the training; see `save_on_signal`.
         """
         checkpoint = agree_on_checkpoint(resume_from_checkpoint, str(self.args.output_dir), self.accelerator)
@@ -271,7 +275,7 @@ class Resumable(GRPOTrainer):
             return
         # A second signal, or one that is left to Python.
         at_once = isinstance(error, KeyboardInterrupt) and (self._signals.noted or not self.args.save_on_signal)
-        if at_once or isinstance(error, SavingError):
+        if at_once or isinstance(error, (SavingError, WeightsError)):
             return
         try:
             if not self.own_checkpoints.holds(checkpoint):
