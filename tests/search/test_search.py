@@ -14,11 +14,14 @@ import trl
 from trl import GRPOConfig
 
 from tests.distributed.engines import ROOT
-from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer, update_weights
-from trl_cancel.config import _OWN_FIELDS, CLIPPED_LOSSES
+from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
+from trl_cancel.batch import clipping
+from trl_cancel.batch.clipping import CLIPPED_LOSSES
+from trl_cancel.batch.groups import Choice
+from trl_cancel.config import _OWN_FIELDS
 from trl_cancel.credit import NTHR, DelTA
 from trl_cancel.pipeline.monitor import UpdateMonitor
-from trl_cancel.pipeline.rounds import Choice, GroupPool
+from trl_cancel.pipeline.rounds import GroupPool, Rounds
 
 from .promises import Of
 from .report import Report, reproduction
@@ -128,9 +131,9 @@ def the_first(original, pool):
     return Choice(torch.arange(count), 1.0, torch.arange(count))
 
 
-def after_one_round(original, trainer, *args):
-    with trainer.args.set_aside(max_generation_rounds=1):
-        return original(trainer, *args)
+def after_one_round(original, rounds, *args):
+    with rounds.args.set_aside(max_generation_rounds=1):
+        return original(rounds, *args)
 
 
 def cut_at_delta(original, ratios, advantages, epsilon_low, epsilon_high, delta=None):
@@ -160,12 +163,12 @@ FAULTS = [
     ("one_prompt_a_group", SEVERAL, CancelGRPOTrainer, "_generate_and_score_completions", rolled),
     ("chosen_as_asked", {"filter_zero_variance": True, **RARELY, **SEVERAL}, GroupPool, "choose", the_first),
     ("chosen_as_asked", {"reward_balance": 0.5, **RARELY}, GroupPool, "choose", the_first),
-    ("chosen_as_asked", {"reward_balance": 0.5, **RARELY}, CancelGRPOTrainer, "_chosen", after_one_round),
-    ("multiplied_as_stated", {**TWO_SIDED, "delta_credit": True}, update_weights, "surrogate_weight", cut_at_delta),
+    ("chosen_as_asked", {"reward_balance": 0.5, **RARELY}, Rounds, "chosen", after_one_round),
+    ("multiplied_as_stated", {**TWO_SIDED, "delta_credit": True}, clipping, "surrogate_weight", cut_at_delta),
     (
         "multiplied_as_stated",
         {**TWO_SIDED, "group_weights": "identity"},
-        update_weights,
+        clipping,
         "post_clip_weights",
         clipped_at_delta,
     ),
@@ -198,12 +201,12 @@ def test_a_fault_is_found(monkeypatch, promise, settings, owner, name, fault):
     ("name", "fault"), [("surrogate_weight", cut_at_delta), ("post_clip_weights", clipped_at_delta)]
 )
 def test_draws_meet_two_sided_clipping_within_the_range(monkeypatch, name, fault):
-    """Often enough that a few of those that bear on it show the fault."""
-    original = getattr(update_weights, name)
+    """Often enough that some of those that bear on it show the fault."""
+    original = getattr(clipping, name)
     drawn = [settings for index in range(300) if two_sided_within_range(settings := draw(("two-sided", index)), name)]
     assert len(drawn) > 5
-    monkeypatch.setattr(update_weights, name, lambda *args: fault(original, *args))
-    assert any("multiplied_as_stated" in check(settings, "multiplied_as_stated").broken for settings in drawn[:4])
+    monkeypatch.setattr(clipping, name, lambda *args: fault(original, *args))
+    assert any("multiplied_as_stated" in check(settings, "multiplied_as_stated").broken for settings in drawn)
 
 
 def two_sided_within_range(settings, name):

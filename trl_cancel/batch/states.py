@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .arguments import finite, floats, shaped, single, within
+from ..arguments import finite, floats, shaped, single, within
 
 
 GIB = 2**30

@@ -24,12 +24,12 @@ _HOME = {
     "coupling": ("coupling_kernel", "head_gradient", "predicted_shifts", "prediction_errors", "sign_agreement"),
     "displacement": ("gwhes", "likelihood_displacement", "top_k_overlap"),
     "energy": ("energy_by_frequency", "gradient_asymmetry", "jitter2", "output_row_energy"),
-    "probe": ("UpdateProbe",),
+    "probing.probe": ("UpdateProbe",),
     "residual": ("shared_contexts", "shared_prefix_residual"),
-    "sampling": ("sample_rollouts",),
+    "probing.sampling": ("sample_rollouts",),
     "shifts": ("Ratios", "TokenShifts", "token_shifts"),
-    "values": ("TokenValues", "counterfactual_value", "token_values"),
-    "variants": ("Variant",),
+    "probing.values": ("TokenValues", "counterfactual_value", "token_values"),
+    "probing.variants": ("Variant",),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
