@@ -39,7 +39,7 @@ from .monitor import UpdateMonitor
 from .precision import emulates_bfloat16, hold_trained_weights_in_float32
 from .prompts import FreshPrompts
 from .publishing import Published
-from .removed import ARGUMENTS, refuse_removed
+from .removed import ARGUMENTS, init_behind, refuse_unknown
 from .resuming import Resumable
 from .rewards import at_the_mean, check_models, checked
 from .rollouts import ABOUT_IMAGES, Rollouts, Rows, generator_of, loss_mask, of_rollouts, silenced, take_rows
@@ -144,7 +144,7 @@ class CancelGRPOTrainer(Published, Resumable):
         credits: Sequence[Credit] = (),
         **trl_kwargs: Any,
     ):
-        refuse_removed(trl_kwargs, ARGUMENTS, GRPOTrainer.__init__)
+        refuse_unknown(trl_kwargs, ARGUMENTS, init_behind(type(self), CancelGRPOTrainer))
         model = str(model) if isinstance(model, PathLike) else model
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)

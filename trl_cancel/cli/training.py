@@ -37,11 +37,12 @@ from ..inputs import check_rewards, columns_of
 from ..outcome import remark_on
 from ..rewards import RewardError
 from ..run_lock import FolderInUse
+from ..texts import suggestion
 from ..trainers import CancelGRPOTrainer
 from . import Failure, UsageError
 from ._console import plain_console
 from .output import check_output, says_finished
-from .settings import RunArguments, Settings, suggestion
+from .settings import RunArguments, Settings
 
 
 console = plain_console()
