@@ -33,7 +33,19 @@ from .diagnostics.callbacks import TokenShiftCallback
 from .evaluation import Evaluation
 from .explanation import explain, within_generation
 from .hooks import around, is_of, is_overridden, left_out
-from .inputs import PASSED, check_chat_template, check_prompt, check_rewards, check_tokens, columns_of, first_prompt
+from .inputs import (
+    PASSED,
+    PROMPTS,
+    check_chat_template,
+    check_prompt,
+    check_prompts,
+    check_rewards,
+    check_row,
+    check_tokens,
+    columns_of,
+    first_prompt,
+    makes_tokens,
+)
 from .model_card import datasets_of
 from .monitor import UpdateMonitor
 from .precision import emulates_bfloat16, hold_trained_weights_in_float32
@@ -163,6 +175,7 @@ class CancelGRPOTrainer(Published, Resumable):
         self.active_methods = active_methods(args, self._credits.own)
         self._tag_names = self._tags()
         self._checked_columns: set[tuple[str, ...]] = set()
+        self._empty_prompts: dict[str, int | None] = {}
         given = {**dict(zip(_FURTHER, trl_args, strict=False)), **trl_kwargs}
         self._check_inputs(args, train_dataset, reward_funcs, given)
 
@@ -179,6 +192,7 @@ class CancelGRPOTrainer(Published, Resumable):
         elsewhere = self.use_vllm or self.use_transformers_continuous_batching or self.rollout_func is not None
         generates = self._is_trls("_generate", "_generate_single_turn", "_generate_and_score_completions")
         check_tokens(self._tokenizer, ends_answers=generates and not elsewhere)
+        self._check_empty_prompts()
         prompt = first_prompt(self.train_dataset)
         if prompt is not None and self._is_trls(*WAY_OF_ROWS):
             self._check_templates("train_dataset", prompt)
@@ -213,10 +227,14 @@ class CancelGRPOTrainer(Published, Resumable):
             _check_size(train_dataset, args.layout.prompts_per_generation)
             for dataset in evaluated:
                 _check_dataset("eval_dataset", dataset)
-        if args.remove_unused_columns or not self._is_trls(*WAY_OF_ROWS):
+        if not self._is_trls(*WAY_OF_ROWS):
             return
         used = [("train_dataset", train_dataset)]
         used += [("eval_dataset", dataset) for dataset in evaluated if args.eval_strategy != "no"]
+        if environment is None and given.get("rollout_func") is None:
+            self._empty_prompts = {source: check_prompts(source, dataset) for source, dataset in reversed(used)}
+        if args.remove_unused_columns:
+            return
         for source, dataset in used:
             columns = columns_of(dataset)
             if columns is not None:
@@ -225,10 +243,19 @@ class CancelGRPOTrainer(Published, Resumable):
                     reward_funcs, columns, source, passed=passed, may_grow=given.get("rollout_func") is not None
                 )
 
+    def _check_empty_prompts(self) -> None:
+        for source, row in self._empty_prompts.items():
+            if row is not None and not makes_tokens(self._tokenizer):
+                raise ValueError(f"{source}[{row}]['prompt'] is '', of which the tokenizer makes no tokens. {PROMPTS}")
+
     def _check_rows(self, rows: list[dict[str, Any]]) -> None:
         """Refuses rows that nothing fits, where no names of columns were known before; each set of columns once."""
         training = cast(torch.nn.Module, self.model).training
         source, columns = "train_dataset" if training else "eval_dataset", tuple(rows[0])
+        if self.rollout_func is None and self.environment_factories is None and self._is_trls(*WAY_OF_ROWS):
+            for row in rows:
+                if "prompt" in row:
+                    check_row(source, row, self._tokenizer)
         if (source, *columns) in self._checked_columns:
             return
         environment = self.environment_factories

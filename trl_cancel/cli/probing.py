@@ -26,7 +26,7 @@ from ..evaluation.scoring import awaited
 from ..inputs import check_prompt, check_rewards
 from ..rewards import number_of
 from ..secrets import without_secrets
-from ..texts import write_text
+from ..texts import plain, write_text
 from . import UsageError
 from .settings import Parser, RunArguments, Settings
 from .training import (
@@ -127,7 +127,7 @@ def run_probe(settings: Settings, names: list[str], pages: Any) -> None:
             console.print(f"{name}: {reason}", markup=False)
     if all(NOT_MEASURED in found for found in results["seeds"]):
         raise ValueError(results["seeds"][-1][NOT_MEASURED])
-    console.print(f"Report: {index}. Numbers: {index.parent / 'probe.json'}.", markup=False)
+    console.print(f"Report: {plain(index)}. Numbers: {plain(index.parent / 'probe.json')}.", markup=False)
 
 
 def _not_measured(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
