@@ -274,7 +274,10 @@ def secretive(folder):
         vllm_server_base_url="http://user:SECRET@host:8000",
         model_init_kwargs={"proxies": {"https": "http://user:SECRET@proxy:3128"}},
         chat_template_kwargs={"my_pat": "SECRET", "nested": [("x://SECRET@host",)]},
-        generation_kwargs={"extra": {"openai_key": "SECRET"}},
+        generation_kwargs={
+            "extra": {"openai_key": "SECRET", "sshkey": "SECRET", "token2": "SECRET"},
+            "creds": "SECRET",
+        },
         services=[Service("http://u:SECRET@host", "SECRET")],
     )
 
@@ -353,6 +356,15 @@ def test_a_token_that_was_read_from_a_file_is_stripped(tmp_path, kind):
     assert CancelGRPOConfig.adopt(args).hub_token == "hf_token"
 
 
+UNDER_OTHER_NAMES = {
+    "auth": ["user", "SECRET"],
+    "storage_options": {"key": "SECRET", "DB_PASS": "SECRET"},
+    "headers": {"Cookie": "id=SECRET"},
+    "hook": "https://hooks.slack.com/services/T0/B0/SECRET",
+    "PIN": "SECRET",
+}
+
+
 def test_a_run_writes_no_secret(tmp_path, monkeypatch, capfd, caplog):
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
@@ -362,7 +374,7 @@ def test_a_run_writes_no_secret(tmp_path, monkeypatch, capfd, caplog):
         "output_dir": tmp_path / "run",
         "hub_token": SECRETS["hub_token"],
         "vllm_server_base_url": "http://user:SECRET@host:8000",
-        "chat_template_kwargs": json.dumps({"my_pat": "SECRET", "size": 3}),
+        "chat_template_kwargs": json.dumps({"my_pat": "SECRET", "size": 3, **UNDER_OTHER_NAMES}),
         "max_steps": 2,
         "save_steps": 1,
         "max_completion_length": 8,
