@@ -10,6 +10,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset, IterableDataset
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from trl_cancel import CancelGRPOTrainer
@@ -109,6 +110,49 @@ def test_rows_without_a_prompt(tiny_model, no_generation, kind):
     run = functools.partial(build, "no/model") if known else functools.partial(train, tiny_model)
     with pytest.raises(ValueError, match=r"train_dataset has the columns \['answer'.* but no 'prompt'"):
         run(arguments={"train_dataset": WITHOUT_PROMPT[kind]()}, **BASE)
+
+
+def prompts_with(wrong, kind="text"):
+    good = "1+1=" if kind == "text" else [{"role": "user", "content": "1+1="}]
+    return Dataset.from_dict({"prompt": [good, good, wrong, good, good, good, good, good], "answer": ["2"] * 8})
+
+
+WRONG_PROMPTS = {
+    "None": (lambda: prompts_with(None), r"\[2\]\['prompt'\] is None"),
+    "no conversation": (lambda: prompts_with(None, "chat"), r"\[2\]\['prompt'\] is None"),
+    "empty conversation": (lambda: prompts_with([], "chat"), r"\[2\]\['prompt'\] is \[\]"),
+    "empty text": (lambda: prompts_with("").select([3, 2, 4, 5]), r"\[1\]\['prompt'\] is '', of which the tokenizer"),
+    "number": (lambda: Dataset.from_dict({"prompt": [7] * 8, "answer": ["2"] * 8}), r"\[0\]\['prompt'\] is 7"),
+    "all None": (lambda: Dataset.from_dict({"prompt": [None] * 8, "answer": ["2"] * 8}), r"\[0\]\['prompt'\] is None"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONG_PROMPTS)
+def test_prompts_that_are_none(tiny_model, no_generation, kind):
+    """Named by data set and row, before the model is loaded if that does not depend on the tokenizer."""
+    dataset, said = WRONG_PROMPTS[kind]
+    model = tiny_model if kind == "empty text" else "no/model"
+    with pytest.raises(ValueError, match=f"^train_dataset{said}"):
+        build(model, arguments={"train_dataset": dataset()}, **BASE)
+    evaluated = {"train_dataset": TEXTS, "eval_dataset": dataset()}
+    with pytest.raises(ValueError, match=f"^eval_dataset{said}"):
+        build(model, arguments=evaluated, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4)
+    made = dataset().select([int(said[2])] * 8).with_transform(lambda batch: batch)
+    arguments = {"train_dataset": made, "processing_class": AutoTokenizer.from_pretrained(tiny_model)}
+    with pytest.raises(ValueError, match=r"^A row of train_dataset has the prompt .*'answer': '2'"):
+        train(tiny_model, arguments=arguments, **BASE)
+
+
+def test_an_empty_prompt_is_one_where_the_tokenizer_begins_it(tiny_model):
+    """As TRL has it."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<|pad|> $A", special_tokens=[("<|pad|>", tokenizer.pad_token_id)]
+    )
+    assert tokenizer("")["input_ids"]
+    arguments = {"train_dataset": prompts_with("").select([2, 2]), "processing_class": tokenizer}
+    for trainer in (trl.GRPOTrainer, CancelGRPOTrainer):
+        train(tiny_model, trainer, arguments=arguments, max_steps=1)
 
 
 # Reward functions

@@ -13,6 +13,8 @@ from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer, DFPOConfig
 from trl_cancel.cli import main
 from trl_cancel.running.removed import ARGUMENTS, SETTINGS
 
+from .runs import build
+
 
 KNOWN = {field.name for cls in (trl.GRPOConfig, trl.ModelConfig, GRPOScriptArguments) for field in fields(cls)}
 OF_TRAINER = set(inspect.signature(trl.GRPOTrainer).parameters)
@@ -44,6 +46,81 @@ def test_a_setting_that_is_gone(name, tmp_path, capsys):
 def test_an_argument_that_is_gone(name):
     with pytest.raises(TypeError, match=f"{name} is gone since .*: it is {ARGUMENTS[name].replacement} now"):
         CancelGRPOTrainer("no/model", **{name: 1})
+
+
+# What transformers' `TrainingArguments` have had since 3.1 and TRL's `GRPOConfig`, `ModelConfig` and `ScriptArguments`
+# since 0.14 and have no more, found by comparing their fields release by release.
+EVER = """
+    adafactor dispatch_batches evaluate_during_training evaluation_strategy fp16_backend fp16_opt_level
+    fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap gradient_checkpointing_use_reentrant group_by_length
+    half_precision_backend include_inputs_for_metrics include_tokens_per_second jit_mode_eval logging_dir
+    max_prompt_length model_parallel mp_parameters no_cuda overwrite_output_dir past_index per_gpu_eval_batch_size
+    per_gpu_train_batch_size push_to_hub_model_id push_to_hub_organization push_to_hub_token ray_scope save_safetensors
+    sharded_ddp split_batches torch_dtype torchdynamo tp_size tpu_metrics_debug tpu_num_cores use_ipex
+    use_legacy_prediction_loop use_liger_loss use_mps_device vllm_device vllm_dtype vllm_enable_prefix_caching
+    vllm_guided_decoding_regex vllm_max_model_len wandb_log_unique_prompts warmup_ratio xpu_backend
+"""
+
+
+def test_all_that_ever_was_is_known():
+    assert set(EVER.split()) == SETTINGS.keys()
+
+
+MISSPELT = {
+    "nthr_etaa": "; did you mean nthr_eta?",
+    "save_safetensor": ". save_safetensors is gone since transformers 5.0: weights are always",
+    "rollout_func": " (an argument of trainers in Python).",
+    "nothing_of_the_kind": ".",
+}
+
+
+@pytest.mark.parametrize("name", MISSPELT)
+def test_settings_that_never_were(name, tmp_path, capsys):
+    for config in (CancelGRPOConfig, DFPOConfig):
+        with pytest.raises(TypeError) as raised:
+            config(str(tmp_path), **{name: 1})
+        said = f"{config.__name__}.__init__() got an unexpected keyword argument {name!r}{MISSPELT[name]}"
+        assert str(raised.value).startswith(said)
+    assert main(["explain", f"--{name}", "1"]) == 2
+    assert f"{name}: unknown setting{MISSPELT[name]}" in capsys.readouterr().err
+
+
+def test_arguments_on_the_command_line(capsys):
+    assert main(["train", "--model", "x"]) == 2
+    assert "(an argument of trainers in Python; here it is model_name_or_path)." in capsys.readouterr().err
+
+
+ARGUMENTS_MISSPELT = {
+    "reward_func": "; did you mean reward_funcs?",
+    "credit": "; did you mean credits?",
+    "learning_rate": " (a setting: args=CancelGRPOConfig(learning_rate=...)).",
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS_MISSPELT)
+def test_arguments_that_never_were(name):
+    with pytest.raises(TypeError) as raised:
+        CancelGRPOTrainer("no/model", **{name: 1})
+    said = f"GRPOTrainer.__init__() got an unexpected keyword argument {name!r}{ARGUMENTS_MISSPELT[name]}"
+    assert str(raised.value) == said
+
+
+def test_arguments_of_ones_own(tiny_model):
+    """Also of classes between this package's trainer and TRL's."""
+
+    class Between(trl.GRPOTrainer):
+        def __init__(self, *args, grader=None, **kwargs):
+            self.grader = grader
+            super().__init__(*args, **kwargs)
+
+    class Named(trl.GRPOTrainer):
+        def __init__(self, model, reward_funcs, args, train_dataset, learning_rate=0):
+            self.grader = learning_rate
+            super().__init__(model, reward_funcs, args, train_dataset)
+
+    for between, name in ((Between, "grader"), (Named, "learning_rate")):
+        kind = type("Mine", (CancelGRPOTrainer, between), {})
+        assert build(tiny_model, kind, arguments={name: 7}).grader == 7
 
 
 @pytest.mark.parametrize(("flag", "said"), [("--torch_dtype", "it is dtype now"), ("--no_cuda", "unknown setting")])

@@ -61,13 +61,20 @@ SECRET_NAMES = """
     token hub_token hf.token HF_TOKEN slackToken my_token access_tokens auth_token aws_session_token new_hub_token
     api_key API-Key apiKey openai_api_key openai_key OPENAI_KEY wandb_key WANDB_API_KEY my-key ssh_key privateKey
     AWS_ACCESS_KEY_ID aws_secret_access_key github_pat my_pat pat password db_passwd userPassword client_secret mySecret
-    credentials authorization
+    credentials authorization creds db_creds DB_PASS pass userPass pw root_pw passkey pass_phrase passWord
+    openaikey wandbkey sshkey OPENAIKEY APIkey myopenaiapikey hftoken dbpass rootpw token2 token_2 api_key_prod key2
+    openai_key_3 cookie Cookie headers.Cookie session_cookies csrftoken X-CSRF-Token sessionid session_id
+    key KEY storage_options.key PIN card_pin otp salt signature X-Signature sas azure_sas auth http_auth basicauth
+    slack_webhook webhook_url discordwebhook
 """
 PLAIN_NAMES = """
     tokenizer tokenizer_name max_tokens num_tokens tokens eos_token pad_token pad_token_id bos_token image_token
-    decoder_start_token_id end_of_turn_token think_token stop_tokens additional_special_tokens token_type_ids key keys
+    decoder_start_token_id end_of_turn_token think_token stop_tokens additional_special_tokens token_type_ids keys
     keyboard monkey turkey key_value num_key_value_heads key_proj sort_key primary_key public_key prompt_key reward_key
     path pattern patience patch compat dispatch secretary author include_num_input_tokens_seen
+    pass_threshold pass_at_k pass@1 passes forward_pass bypass compass whiskey hockey hotkey keyword key_padding
+    token_ids attn_implementation pin_memory dataloader_pin_memory spin salted saltiness signature_columns
+    input_signature sasquatch authors authority auth_type session session_name cookiecutter webhook_name pwm
 """
 
 
@@ -84,8 +91,42 @@ def test_names_of_what_is_no_secret(name):
     assert without_tokens(f"got {name}='abc' here") == f"got {name}='abc' here"
 
 
+def configurations(kind=trl.GRPOConfig):
+    """A class and all that are derived from it, but in the tests."""
+    derived = {kind}.union(*(configurations(other) for other in kind.__subclasses__()))
+    return {other for other in derived if not other.__module__.startswith("tests.")}
+
+
+USUAL = {
+    "model_init_kwargs": {
+        "attn_implementation": "sdpa", "dtype": "bfloat16", "key_padding": "left", "num_key_value_heads": "2",
+        "quantization_config": {"load_in_4bit": True, "llm_int8_skip_modules": ["key", "lm_head"]},
+        "device_map": {"model.layers.0.self_attn.key": "cpu", "encoder.key": "cpu"},
+    },
+    "chat_template_kwargs": {
+        "pad_token": "<pad>", "bos_token": "[BOS]", "eos_token": "</s>", "token_ids": ["a"], "max_tokens": "9",
+        "tokenizer": "x", "pass_threshold": "1", "enable_thinking": False, "tools": [{"name": "f", "type": "key"}],
+    },
+    "generation_kwargs": {"stop_strings": ["pass"], "token_healing": True, "pad_token_id": 1, "begin_suppress": "a"},
+    "vllm_server_base_url": "http://localhost:8000/v1",
+    "vllm_structured_outputs_regex": "key=(a|b) token=.* pass: [0-9]+",
+    "gradient_checkpointing_kwargs": {"use_reentrant": "no"},
+    "lr_scheduler_kwargs": {"num_cycles": "2"},
+    "optim_args": "betas=(0.9, 0.95), rank=64",
+    "run_name": "key: auth=none, pass@1 of sk-learn",
+    "hub_model_id": "me/webhooks",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [CancelGRPOConfig, DFPOConfig])
+def test_usual_settings_stay_readable(kind, tmp_path):
+    for settings in ({}, USUAL):
+        args = vars(kind(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **settings))
+        assert without_secrets(args) is args
+
+
 def test_no_setting_is_taken_for_a_secret():
-    settings = [CancelGRPOConfig, ModelConfig, DatasetMixtureConfig, LoraConfig, EvaluationSettings, EngineSettings]
+    settings = [*configurations(), ModelConfig, DatasetMixtureConfig, LoraConfig, EvaluationSettings, EngineSettings]
     names = {field.name for kind in settings for field in fields(kind)} | GenerationConfig().to_dict().keys()
     assert {name for name in names if is_secret(name)} == {"hub_token"}
 
@@ -102,6 +143,27 @@ def test_values_of_secrets():
     assert without_secrets(["sk-proj-" + "a1" * 10, "hf_" + "Ab1" * 8, "hf_run"]) == ["***", "***", "hf_run"]
 
 
+def test_what_secrets_may_be():
+    """Passwords may be numbers, those for a service a pair; what is no text opens nothing elsewhere."""
+    numbers = {"PIN": 1234, "db_password": 5, "DB_PASS": 6}
+    assert without_secrets(numbers, "***") == dict.fromkeys(numbers, "***")
+    assert without_tokens(f"{json.dumps(numbers)} otp=12") == f"{json.dumps(dict.fromkeys(numbers, 0))} otp=0".replace(
+        "0", "***"
+    )
+    assert without_secrets({"auth": ("user", "S"), "cookies": {"id": "S"}}, "***") == {"auth": "***", "cookies": "***"}
+    assert without_tokens("requests.get(url, auth=('user', 'S'))") == "requests.get(url, auth=***)"
+    assert without_tokens("got auth={'a': 'S'} with env={'MY_PW': 'S', 'a': 'b'}") == (
+        "got auth=*** with env={'MY_PW': '***', 'a': 'b'}"
+    )
+    headers = {"headers": [("Cookie", "S"), ["X-Api-Key", "S"], ("Accept", "x")]}
+    assert without_secrets(headers, "***") == {"headers": [("Cookie", "***"), ["X-Api-Key", "***"], ("Accept", "x")]}
+    kept = {"pass": 3, "pass@1": (0.5, 0.6), "key": {"r": 8}, "auth": False, "salt": None, "target": ["key", "value"]}
+    kept |= {"sort": {"key": str.lower}, "ranks": {"query": "int8", "key": "int8"}, "keys": ["cookie", "password"]}
+    assert without_secrets(kept) is kept
+    tensor = {"key": torch.ones(2), "auth_token": torch.ones(2)}
+    assert without_secrets(tensor) is tensor
+
+
 @pytest.mark.parametrize(
     ("address", "shown"),
     [
@@ -113,6 +175,16 @@ def test_values_of_secrets():
             "https://host/x?token=***&a=1&api_key=***#key=***",
         ),
         ("https://host/x?X-Amz-Signature=s3cr3t;n=2", "https://host/x?X-Amz-Signature=***;n=2"),
+        ("https://hooks.slack.com/services/T01/B01/s3cr3t", "https://hooks.slack.com/***"),
+        (
+            "https://discord.com/api/v10/webhooks/12/s3cr3t?wait=true",
+            "https://discord.com/api/v10/webhooks/***?wait=true",
+        ),
+        ("https://me.webhook.office.com/webhookb2/s3cr3t", "https://me.webhook.office.com/***"),
+        ("https://api.telegram.org/bot1:s3cr3t/send", "https://api.telegram.org/***"),
+        ("http://chat.org:8065/hooks/s3cr3t1234567890", "http://chat.org:8065/hooks/***"),
+        ("host=db user=me password=s3cr3t", "host=db user=me password=***"),
+        ("run.py --api-key=s3cr3t --key=a", "run.py --api-key=*** --key=a"),
         ("user:s3cr3t@host:8000", "***@host:8000"),
         ("user:s3cr3t@my.host.org/x", "***@my.host.org/x"),
     ],
@@ -127,6 +199,10 @@ def test_addresses(address, shown):
     [
         "http://host:8000/a@b",
         "https://host/@me/x?max_tokens=3&sort=a",
+        "https://docs.github.com/en/webhooks/using-webhooks/creating-webhooks",
+        "https://github.com/me/hooks/blob/main/README.md",
+        "https://slack.com/help",
+        "beta1=0.9 pad_token=x",
         "git@github.com:a/b",
         "me@host.org",
         "runs/lr:3@0.01",
@@ -198,7 +274,10 @@ def secretive(folder):
         vllm_server_base_url="http://user:SECRET@host:8000",
         model_init_kwargs={"proxies": {"https": "http://user:SECRET@proxy:3128"}},
         chat_template_kwargs={"my_pat": "SECRET", "nested": [("x://SECRET@host",)]},
-        generation_kwargs={"extra": {"openai_key": "SECRET"}},
+        generation_kwargs={
+            "extra": {"openai_key": "SECRET", "sshkey": "SECRET", "token2": "SECRET"},
+            "creds": "SECRET",
+        },
         services=[Service("http://u:SECRET@host", "SECRET")],
     )
 
@@ -277,6 +356,15 @@ def test_a_token_that_was_read_from_a_file_is_stripped(tmp_path, kind):
     assert CancelGRPOConfig.adopt(args).hub_token == "hf_token"
 
 
+UNDER_OTHER_NAMES = {
+    "auth": ["user", "SECRET"],
+    "storage_options": {"key": "SECRET", "DB_PASS": "SECRET"},
+    "headers": {"Cookie": "id=SECRET"},
+    "hook": "https://hooks.slack.com/services/T0/B0/SECRET",
+    "PIN": "SECRET",
+}
+
+
 def test_a_run_writes_no_secret(tmp_path, monkeypatch, capfd, caplog):
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
@@ -286,7 +374,7 @@ def test_a_run_writes_no_secret(tmp_path, monkeypatch, capfd, caplog):
         "output_dir": tmp_path / "run",
         "hub_token": SECRETS["hub_token"],
         "vllm_server_base_url": "http://user:SECRET@host:8000",
-        "chat_template_kwargs": json.dumps({"my_pat": "SECRET", "size": 3}),
+        "chat_template_kwargs": json.dumps({"my_pat": "SECRET", "size": 3, **UNDER_OTHER_NAMES}),
         "max_steps": 2,
         "save_steps": 1,
         "max_completion_length": 8,

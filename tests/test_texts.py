@@ -120,6 +120,16 @@ def test_runs_in_folders_of_odd_names_are_compared(name, tmp_path, monkeypatch, 
         assert r"\u202e" in error
 
 
+def test_line_feeds_of_a_folder_can_be_seen(tmp_path, monkeypatch, capfd):
+    """In messages on one line, and where a run says where its results are."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["push", "no\nrun\there", "--hub_model_id=me/a"]) == 2
+    assert r"no\nrun\there: there is no such folder." in capfd.readouterr().err
+    common = ["--model_name_or_path", "playground", "--dataset_name", "playground", "--num_problems", "1"]
+    assert main(["eval", *common, "--num_samples", "0", "--max_completion_length", "4", "--output=a\nb"]) == 0
+    assert r"Samples and results: a\nb." in capfd.readouterr().out
+
+
 def odd(name):
     def rewarding(completion_ids, **kwargs):
         return [float(len(set(ids))) for ids in completion_ids]

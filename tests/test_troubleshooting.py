@@ -158,6 +158,7 @@ ERRORS = {
     ),
     "columns": lambda model, **_: ours(model, {"train_dataset": ROWS.rename_column("prompt", "question")}),
     "splits": lambda model, **_: ours(model, {"train_dataset": {"train": ROWS}}),
+    "prompt": lambda model, **_: ours(model, {"train_dataset": Dataset.from_dict({"prompt": ["1+1=", None] * 2})}),
     "size": lambda model, **_: ours(model, {"train_dataset": ROWS.select([0])}, steps_per_generation=4),
     "number of rewards": lambda model, **_: theirs(model, {"reward_funcs": one_reward}),
     "signature": lambda model, **_: theirs(model, {"reward_funcs": my_reward}),

@@ -1,7 +1,9 @@
 """Names and texts from outside, made fit to be printed and written: no control characters, nothing that turns them round."""
 
+import difflib
 import re
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -64,6 +66,20 @@ def python_string(text: str) -> str:
         return literal
     inner = literal[1:-1].replace(r"\'", "'").replace('"', r"\"")
     return f'"{inner}"'
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """
+    The end of a sentence about a name that there is not.
+
+    Args:
+        name (`str`):
+            The name.
+        known (`Iterable[str]`):
+            Those that there are.
+    """
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else "."
 
 
 def write_text(path: Path, text: str) -> None:

@@ -33,7 +33,7 @@ from .publishing.model_card import datasets_of
 from .publishing.published import Published
 from .running.checked import Checked
 from .running.precision import emulates_bfloat16, hold_trained_weights_in_float32
-from .running.removed import ARGUMENTS, refuse_removed
+from .running.removed import ARGUMENTS, init_behind, refuse_unknown
 from .running.resuming import Resumable
 from .running.weights import check_weights, weights_looked_at
 from .upstream.hooks import around, is_of
@@ -108,7 +108,7 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
         credits: Sequence[Credit] = (),
         **trl_kwargs: Any,
     ):
-        refuse_removed(trl_kwargs, ARGUMENTS, GRPOTrainer.__init__)
+        refuse_unknown(trl_kwargs, ARGUMENTS, init_behind(type(self), CancelGRPOTrainer))
         model = str(model) if isinstance(model, PathLike) else model
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)

@@ -258,6 +258,45 @@ MISTAKES = {
         ["train", *flags(**{**QUICK, "dataset_train_split": "dev"})],
         "dataset_train_split=dev: the data set has the splits train, test",
     ),
+    "reward in a file": (
+        ["train", *flags(**{**QUICK, "reward_funcs": "/no/such/grader.py:length"})],
+        "not the path of a file is taken, but, as by TRL's script, a dotted path: module.function, where Python finds the "
+        "module from the current folder. Give grader.length, started in /no/such or with that folder in PYTHONPATH.",
+    ),
+    "reward in a file here": (
+        ["train", *flags(**{**QUICK, "reward_funcs": "rewards/grader.py"})],
+        " Give rewards.grader.FUNCTION.",
+    ),
+    "argument of the model": (
+        ["train", *flags(**{**QUICK, "model_init_kwargs": '{"openai_key": "SECRET"}'})],
+        "model_init_kwargs: unknown argument 'openai_key', which Qwen3ForCausalLM does not take.",
+    ),
+    "arguments that are none": (
+        ["train", *flags(**{**QUICK, "model_init_kwargs": "[1]"})],
+        "model_init_kwargs='[1]': must be a dictionary, as JSON",
+    ),
+    "argument of the schedule": (
+        [
+            "train",
+            *flags(
+                **{
+                    **QUICK,
+                    "lr_scheduler_type": "linear",
+                    "eval_problems": 0,
+                    "lr_scheduler_kwargs": '{"nonsense": 1}',
+                }
+            ),
+        ],
+        "lr_scheduler_kwargs: unknown argument 'nonsense', which get_linear_schedule_with_warmup does not take.",
+    ),
+    "line feed": (
+        ["train", *flags(**{**QUICK, "model_name_or_path": "./a\nb"})],
+        "model_name_or_path=./a\\nb: there is no such folder.",
+    ),
+    "address of a model": (
+        ["train", *flags(**{**QUICK, "model_name_or_path": "https://huggingface.co/a/b"})],
+        "it is an address; give the Hub id, a/b.",
+    ),
     "reward": (
         ["train", *flags(**{**QUICK, "reward_funcs": "acuracy_reward"})],
         "reward_funcs=acuracy_reward: not found",
@@ -323,6 +362,7 @@ def test_mistakes(mistake, tmp_path, capsys, monkeypatch):
     assert message in error
     assert error.count("\n") == 1
     assert "Traceback" not in error
+    assert "SECRET" not in error
     assert not list(tmp_path.iterdir())
 
 

@@ -80,6 +80,9 @@ MISSING = {
     "empty.jsonl": "it is empty",
     "broken.jsonl": "JSON",
     "nameless": "its name tells no kind of file; use one of .json",
+    "a.xlsx": "files of the kind .xlsx are not read; make it one of .json, .jsonl,",
+    "https://example.org/a.jsonl": "it is an address; download what is there and give the file or folder",
+    "https://huggingface.co/datasets/a/b": "it is an address; give the Hub id, a/b",
 }
 
 
@@ -89,7 +92,7 @@ def test_files_that_cannot_be_read(name, command, home, capsys, monkeypatch):
     monkeypatch.setattr(sources, "_why_unreachable", lambda: pytest.fail("the Hub was asked"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     (home / "data").mkdir()
-    for file, text in (("empty.jsonl", ""), ("broken.jsonl", "{a\n"), ("nameless", LINES)):
+    for file, text in (("empty.jsonl", ""), ("broken.jsonl", "{a\n"), ("nameless", LINES), ("a.xlsx", "x")):
         (home / file).write_text(text)
     assert run(command, dataset_name=name) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
@@ -130,8 +133,16 @@ def test_a_hub_that_cannot_be_reached(setting, command, no_network, capsys):
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "no-such/thing" in said
     assert "cannot load it: http://127.0.0.1:9 cannot be reached (" in said
+    assert "of that name nor the cache holds it." in said
     assert sum(no_network) <= 1, "no further attempts are made for each file"
     assert constants.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.parametrize("setting", ["model_name_or_path", "dataset_name"])
+@pytest.mark.parametrize("command", ["train", "eval", "probe"])
+def test_the_playground_is_suggested(setting, command, no_network, capsys):
+    assert run(command, **{setting: "playgrund"}) == 1
+    assert capsys.readouterr().err.strip().endswith("Did you mean playground?")
 
 
 def test_which_of_two_models_it_is(no_network, capsys):

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return import_module(f".{name}", __package__).run(arguments)
     except (UsageError, Failure) as error:
-        print(f"trl-cancel {name}: {plain(without_tokens(' '.join(str(error).split())))}", file=sys.stderr)
+        print(f"trl-cancel {name}: {plain(without_tokens(_one_line(str(error), arguments)))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print(f"trl-cancel {name}: interrupted.", file=sys.stderr)
@@ -75,6 +75,16 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(without_tokens(traceback.format_exc()), file=sys.stderr, end="")
         return 1
+
+
+def _one_line(text: str, arguments: list[str]) -> str:
+    """A message in one line, in which line feeds and tabs of what was given can be seen."""
+    given = {
+        part for argument in arguments for part in (argument, argument.partition("=")[2]) if not part.isprintable()
+    }
+    for part in sorted(given, key=len, reverse=True):
+        text = text.replace(part, plain(part))
+    return " ".join(text.split())
 
 
 def _help() -> str:

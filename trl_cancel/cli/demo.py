@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..methods import NAMED
+from ..texts import plain
 from . import OneLineErrors, UsageError
 from ._quiet import quiet
 
@@ -74,7 +75,7 @@ def _train(options: argparse.Namespace) -> int:
         console.print(INTRODUCTION.format(method=options.method, summary=NAMED[options.method].summary))
         run_training(settings)
         other = "query-preserved" if options.method == "grpo" else "grpo"
-        console.print(NEXT_STEPS.format(output=options.output, other=other), markup=False)
+        console.print(NEXT_STEPS.format(output=plain(options.output), other=other), markup=False)
     return 0
 
 

@@ -46,7 +46,7 @@ from ..texts import plain, write_text
 from . import Failure, UsageError
 from ._console import plain_console
 from .settings import StrictParser
-from .training import cannot_load, check_model_path, check_writable, console, find_reward
+from .training import cannot_load, check_model_path, check_writable, console, find_reward, nowhere
 
 
 PLAYGROUND_REWARD = "trl_cancel.playground.reward.answer_reward"
@@ -249,7 +249,7 @@ def run_evaluation(settings: EvalSettings) -> None:
         ]
     if state.is_main_process:
         console.print(table(evaluations))
-        console.print(f"Samples and results: {run.output}.", markup=False)
+        console.print(f"Samples and results: {plain(run.output)}.", markup=False)
 
 
 @contextmanager
@@ -389,8 +389,7 @@ def evaluate_model(name: str, sets: list[DataSet], settings: EvalSettings) -> li
     """
     state = PartialState()
     path = sources.expanded(str(playground.CHECKPOINTS.get(name, name)))
-    of_data = [data.facts["dataset_name"] for data in sets if data.facts["dataset_name"] not in playground.CHECKPOINTS]
-    with sources.within_reach(path, *of_data) as out_of_reach:
+    with sources.within_reach(path, *_sources_of(sets)) as out_of_reach:
         engine, prepared = _prepare(name, path, sets, settings, out_of_reach)
     evaluations = []
     for data, rows, how, folder, log in prepared:
@@ -401,6 +400,11 @@ def evaluate_model(name: str, sets: list[DataSet], settings: EvalSettings) -> li
             _write(folder / "results.json", evaluations[-1], how, samples)
             _say_what_was_odd(label, samples)
     return evaluations
+
+
+def _sources_of(sets: list[DataSet]) -> list[str]:
+    """Files, folders and Hub ids of data sets; the playground needs none."""
+    return [data.facts["dataset_name"] for data in sets if data.facts["dataset_name"] not in playground.CHECKPOINTS]
 
 
 def _prepare(
@@ -424,10 +428,11 @@ def _prepare(
     try:
         problems = [data.load(chats(tokenizer)) for data in sets]
     except ValueError as error:
-        if out_of_reach is None or error.__cause__ is None:
+        asked = [source for source in _sources_of(sets) if source in str(error) and not sources.needs_no_hub(source)]
+        if out_of_reach is None or error.__cause__ is None or not asked:
             raise
-        what = str(error).partition(" (")[0]
-        raise Failure(f"{what}: {out_of_reach}, and the cache does not hold it.") from error
+        what, meant = str(error).partition(" (")[0], sources.said_of_playground(asked[0])
+        raise Failure(f"{what}: {nowhere(out_of_reach)}{meant}") from error
     for data, rows in zip(sets, problems, strict=True):
         check_problems(f"data set {data.name}", rows.column_names, first_prompt(rows), data.reward, tokenizer)
     made_by = [

@@ -27,7 +27,7 @@ from ..running import sources
 from ..running.inputs import check_prompt, check_rewards
 from ..running.rewards import number_of
 from ..running.secrets import without_secrets
-from ..texts import write_text
+from ..texts import plain, write_text
 from . import UsageError
 from .settings import Parser, RunArguments, Settings
 from .training import cannot_load, check_adapter, check_model_path, check_writable, console, find_rewards, load_data
@@ -120,7 +120,7 @@ def run_probe(settings: Settings, names: list[str], pages: Any) -> None:
             console.print(f"{name}: {reason}", markup=False)
     if all(NOT_MEASURED in found for found in results["seeds"]):
         raise ValueError(results["seeds"][-1][NOT_MEASURED])
-    console.print(f"Report: {index}. Numbers: {index.parent / 'probe.json'}.", markup=False)
+    console.print(f"Report: {plain(index)}. Numbers: {plain(index.parent / 'probe.json')}.", markup=False)
 
 
 def _not_measured(found: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -1,9 +1,7 @@
 """Reading settings: TRL's parser, with a method by name and errors of one line."""
 
-import difflib
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +12,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 from ..config import CancelGRPOConfig
 from ..methods import NAMED, complete_settings
 from ..running.precision import Precision, best_precision
-from ..running.removed import SETTINGS, said_of
+from ..running.removed import SETTINGS, advice, said_of
 from ..running.secrets import without_tokens
 from . import OneLineErrors, UsageError
 
@@ -97,7 +95,7 @@ class StrictParser(OneLineErrors, TrlParser):
         for name in [*flags, *yaml_settings]:
             if name not in known:
                 gone = said_of(name, SETTINGS, known)
-                raise UsageError(gone or f"{name}: unknown setting{suggestion(name, known)}")
+                raise UsageError(gone or f"{name}: unknown setting{advice(name, known)}")
 
 
 class Parser(StrictParser):
@@ -157,11 +155,6 @@ class Parser(StrictParser):
 def _flag_names(arguments: list[str]) -> set[str]:
     matches = (re.match(r"--([A-Za-z][\w-]*)", argument) for argument in arguments)
     return {match[1].replace("-", "_") for match in matches if match}
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else "."
 
 
 def _split_config(argument: str) -> list[str]:

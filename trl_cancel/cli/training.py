@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import sys
 import tempfile
 import time
@@ -41,16 +42,21 @@ from ..running.outcome import remark_on
 from ..running.rewards import RewardError
 from ..running.run_lock import FolderInUse
 from ..running.weights import WeightsError
+from ..texts import plain, suggestion
 from ..trainer import CancelGRPOTrainer
 from . import Failure, UsageError
 from ._console import plain_console
 from .output import check_output, says_finished
-from .settings import RunArguments, Settings, suggestion
+from .settings import RunArguments, Settings
 
 
 console = plain_console()
 
 RESIDUAL = "cancel/shared_prefix_residual"
+# What Python and PyTorch say of arguments that a function does not know.
+UNEXPECTED = re.compile(
+    r"(?:(?P<of>[\w.]+)\(\) got an u|U)nexpected keyword arguments?:? (?P<quote>'?)(?P<name>\w+)(?P=quote)"
+)
 EVALUATION_BATCH = 256  # answers to test problems that a process generates at a time
 # Logged values shown at the end of a run.
 LOGGED = {"reward": "reward while training", "completions/mean_length": "tokens a rollout", "entropy": "entropy"}
@@ -140,11 +146,37 @@ def run_training(settings: Settings) -> None:
         `Failure`: If the disk is full, a reward function returns what cannot be used, or the weights are not finite.
     """
     check_writable(str(settings.training.output_dir))
+    check_dictionaries(settings)
     try:
-        with no_empty_folder(str(settings.training.output_dir)):
+        with no_empty_folder(str(settings.training.output_dir)), naming_arguments(settings):
             _run(settings)
     except (checkpoints.SavingError, RewardError, WeightsError) as error:
         raise Failure(" ".join([str(error), *getattr(error, "__notes__", [])])) from error
+
+
+def check_dictionaries(settings: Settings) -> None:
+    """Refuses settings that hold arguments for something, but are no dictionaries."""
+    for name, value in vars(settings.training).items():
+        if name.endswith("_kwargs") and not isinstance(value, dict | None):
+            raise UsageError(f'{name}={value!r}: must be a dictionary, as JSON: {{"name": value}}.')
+
+
+@contextmanager
+def naming_arguments(settings: Settings) -> Iterator[None]:
+    """
+    Refuses arguments that a setting holds for something that does not take them, by the setting. Before these are used
+    nobody knows what is taken.
+    """
+    given = {name: set(value) for name, value in vars(settings.training).items() if isinstance(value, dict)}
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        named = UNEXPECTED.search(str(error))
+        holding = [name for name, arguments in given.items() if named and named["name"] in arguments]
+        if named is None or not holding:
+            raise
+        of = f", which {named['of'].removesuffix('.__init__')} does not take" if named["of"] else ""
+        raise UsageError(f"{' / '.join(holding)}: unknown argument {named['name']!r}{of}.") from error
 
 
 @contextmanager
@@ -180,7 +212,7 @@ def _run(settings: Settings) -> None:
     ended = trainer.finished_at(checkpoint)
     if resuming and ended is None and trainer.is_world_process_zero():
         console.print(
-            f"Going on from {checkpoint}." if checkpoint else "Starting anew: there is no whole checkpoint.",
+            f"Going on from {plain(checkpoint)}." if checkpoint else "Starting anew: there is no whole checkpoint.",
             markup=False,
         )
 
@@ -298,7 +330,7 @@ def _publish(trainer: CancelGRPOTrainer) -> None:
         raise Failure(str(error)) from error
     if trainer.is_world_process_zero():
         pushed = f" and pushed to {trainer.hub_model_id}" if trainer.args.push_to_hub else ""
-        console.print(f"Model saved to {folder}{pushed}.", markup=False)
+        console.print(f"Model saved to {plain(folder)}{pushed}.", markup=False)
 
 
 def check_hub(settings: Settings) -> None:
@@ -372,19 +404,23 @@ def load_data(settings: Settings) -> DatasetDict | dict[str, Any]:
             try:
                 dataset = _load_mixture(mixture) if mixture.datasets else _load_named(run)
             except Exception as error:  # the library raises a dozen types for names, files and connections
-                said = sources.in_short(error)
-                if out_of_reach:
-                    raise Failure(
-                        f"{name}: cannot load it: {out_of_reach}, and the cache does not hold it."
-                    ) from error
+                said = sources.in_short(error, str(run.dataset_name))
+                meant = "" if mixture.datasets else sources.said_of_playground(str(run.dataset_name))
+                if out_of_reach and not all(map(sources.needs_no_hub, paths)):
+                    raise Failure(f"{name}: cannot load it: {nowhere(out_of_reach)}{meant}") from error
                 raise UsageError(
                     f"{name}: cannot load it ({said}). Give a Hub id, a local file or folder that datasets.load_dataset "
-                    f"reads, or '{playground.NAME}'."
+                    f"reads, or '{playground.NAME}'.{meant}"
                 ) from error
     split = run.dataset_train_split
     if split not in dataset:
         raise UsageError(f"dataset_train_split={split}: the data set has the splits {', '.join(dataset)}.")
     return dataset
+
+
+def nowhere(out_of_reach: str) -> str:
+    """Where a data set was looked for, if the Hub cannot be reached."""
+    return f"{out_of_reach}, and neither a file or folder of that name nor the cache holds it."
 
 
 def _load_mixture(mixture: DatasetMixtureConfig) -> DatasetDict:
@@ -450,6 +486,7 @@ def find_reward(name: str) -> Callable[..., Any]:
     """A reward function: one of TRL's, or by its dotted path."""
     if name == "get_soft_overlong_punishment":  # TRL's command line gives it these lengths
         return trl.rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
+    _refuse_file(name)
     module, _, function = name.rpartition(".")
     try:
         if name.startswith("."):
@@ -467,6 +504,22 @@ def find_reward(name: str) -> Callable[..., Any]:
     if not callable(reward):
         raise UsageError(f"reward_funcs={name}: is a {type(reward).__name__}, not a function.")
     return reward
+
+
+def _refuse_file(name: str) -> None:
+    """Refuses what names a file, with the dotted path that may be meant."""
+    if os.sep not in name and ":" not in name and not name.endswith(".py"):
+        return
+    file, _, function = name.partition(".py")
+    path = Path(file).expanduser()
+    inside = path.resolve().is_relative_to(Path.cwd())
+    module = ".".join(path.resolve().relative_to(Path.cwd()).parts) if inside else path.name
+    where = "" if inside else f", started in {path.parent} or with that folder in PYTHONPATH"
+    dotted = f"{module}.{function.strip(':.') or 'FUNCTION'}" if file != name else module.replace(":", ".")
+    raise UsageError(
+        f"reward_funcs={name}: not the path of a file is taken, but, as by TRL's script, a dotted path: module.function, "
+        f"where Python finds the module from the current folder. Give {dotted}{where}."
+    )
 
 
 def _names_in(module: str) -> list[str]:
@@ -534,6 +587,9 @@ def build_trainer(settings: Settings, dataset: Any, rewards: list[Any]) -> Cance
 def check_model_path(path: str) -> None:
     """Refuses a local path without a model in it, of which transformers would speak as of a Hub id."""
     folder = Path(path).expanduser()
+    address = sources.said_of_address(path)
+    if address is not None and not folder.is_dir():
+        raise UsageError(f"model_name_or_path={path}: {address}.")
     if sources.looks_local(path) and not folder.is_dir():
         raise UsageError(f"model_name_or_path={path}: there is no such folder.")
     if folder.is_dir() and not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
@@ -554,12 +610,12 @@ def cannot_load(
     name: Any, error: Exception, out_of_reach: str | None, setting: str = "model_name_or_path"
 ) -> UsageError | Failure:
     """What is said of a model that cannot be loaded: whether its name or the network is to blame."""
-    what = f"{setting}={name}: cannot load it"
+    what, meant = f"{setting}={name}: cannot load it", sources.said_of_playground(str(name))
     if out_of_reach:
-        return Failure(f"{what}: {out_of_reach}, and neither a folder of that name nor the cache holds it.")
+        return Failure(f"{what}: {out_of_reach}, and neither a folder of that name nor the cache holds it.{meant}")
     reason = str(error).splitlines()[0]
     return UsageError(
-        f"{what}: {reason} Give a Hub id, a local folder of a model or an adapter, or '{playground.NAME}'."
+        f"{what}: {reason} Give a Hub id, a local folder of a model or an adapter, or '{playground.NAME}'.{meant}"
     )
 
 

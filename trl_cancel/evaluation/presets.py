@@ -124,7 +124,7 @@ def load_problems(
             saved[source.split] if saved else load_dataset(path, name=source.config, split=source.split, **files)
         )
     except Exception as error:  # the library raises a dozen types for names, files and connections
-        said = sources.in_short(error)
+        said = sources.in_short(error, source.path)
         raise ValueError(f"data set {source.path}, split {source.split!r}: cannot load it ({said}).") from error
     if num_problems is not None:
         dataset = dataset.select(range(min(num_problems, len(dataset))))

@@ -8,7 +8,19 @@ from trl.data_utils import is_conversational
 
 from ..upstream.hooks import is_overridden, own_class
 from ..upstream.trl import WAY_OF_ROWS
-from .inputs import PASSED, check_chat_template, check_prompt, check_rewards, check_tokens, columns_of, first_prompt
+from .inputs import (
+    PASSED,
+    PROMPTS,
+    check_chat_template,
+    check_prompt,
+    check_prompts,
+    check_rewards,
+    check_row,
+    check_tokens,
+    columns_of,
+    first_prompt,
+    makes_tokens,
+)
 from .rewards import check_models, checked
 
 
@@ -22,6 +34,9 @@ class Checked(GRPOTrainer):
         elsewhere = self.use_vllm or self.use_transformers_continuous_batching or self.rollout_func is not None
         generates = self._is_trls("_generate", "_generate_single_turn", "_generate_and_score_completions")
         check_tokens(self._tokenizer, ends_answers=generates and not elsewhere)
+        for source, row in self._empty_prompts.items():
+            if row is not None and not makes_tokens(self._tokenizer):
+                raise ValueError(f"{source}[{row}]['prompt'] is '', of which the tokenizer makes no tokens. {PROMPTS}")
         prompt = first_prompt(self.train_dataset)
         if prompt is not None and self._is_trls(*WAY_OF_ROWS):
             self._check_templates("train_dataset", prompt)
@@ -36,10 +51,15 @@ class Checked(GRPOTrainer):
             _check_size(train_dataset, args.layout.prompts_per_generation)
             for dataset in evaluated:
                 _check_dataset("eval_dataset", dataset)
-        if args.remove_unused_columns or not self._is_trls(*WAY_OF_ROWS):
+        self._empty_prompts: dict[str, int | None] = {}
+        if not self._is_trls(*WAY_OF_ROWS):
             return
         used = [("train_dataset", train_dataset)]
         used += [("eval_dataset", dataset) for dataset in evaluated if args.eval_strategy != "no"]
+        if environment is None and given.get("rollout_func") is None:
+            self._empty_prompts = {source: check_prompts(source, dataset) for source, dataset in reversed(used)}
+        if args.remove_unused_columns:
+            return
         for source, dataset in used:
             columns = columns_of(dataset)
             if columns is not None:
@@ -52,6 +72,10 @@ class Checked(GRPOTrainer):
         """Refuses rows that nothing fits, where no names of columns were known before; each set of columns once."""
         training = cast(torch.nn.Module, self.model).training
         source, columns = "train_dataset" if training else "eval_dataset", tuple(rows[0])
+        if self.rollout_func is None and self.environment_factories is None and self._is_trls(*WAY_OF_ROWS):
+            for row in rows:
+                if "prompt" in row:
+                    check_row(source, row, self._tokenizer)
         known = self.__dict__.setdefault("_checked_columns", set())
         if (source, *columns) in known:
             return

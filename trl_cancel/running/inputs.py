@@ -1,10 +1,13 @@
 """What a run is given, checked before anything is generated: rows, reward functions and tokenizer must fit together."""
 
 import inspect
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
+from itertools import count
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 from trl.data_utils import is_conversational
@@ -16,6 +19,11 @@ from ..upstream.trl import get_callable_name
 PASSED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 # Columns that TRL does not pass on, and parameters that are often taken for what it passes instead.
 KEPT = {"prompt": "prompts", "completion": "completions", "completion_ids": "completion_ids"}
+
+PROMPTS = (
+    "A prompt must be a text or a conversation, [{'role': 'user', 'content': ...}]; leave other rows out, e.g. "
+    "dataset.filter(lambda row: bool(row['prompt']))."
+)
 
 
 def columns_of(dataset: Any) -> list[str] | None:
@@ -63,6 +71,81 @@ def check_prompt(source: str, columns: Iterable[str]) -> None:
             f"{source} has the columns {list(columns)} but no 'prompt'. Rename or map the column that holds the "
             "prompts, e.g. dataset.rename_column('question', 'prompt')."
         )
+
+
+def check_prompts(source: str, dataset: Any) -> int | None:
+    """
+    Refuses prompts that are neither texts nor conversations, where they can be looked at without consequences.
+
+    Args:
+        source (`str`):
+            What the data set is.
+        dataset (`Any`):
+            Data set.
+
+    Returns:
+        `int`, *optional*: The first row whose prompt is an empty text, which some tokenizers make tokens of.
+
+    Raises:
+        `ValueError`: Names the first row that is wrong.
+    """
+    if type(dataset) is not Dataset or "prompt" not in (columns_of(dataset) or ()):
+        return None
+    first = None
+    for start, batch in zip(
+        count(step=1000), dataset.with_format("arrow", columns=["prompt"]).iter(1000), strict=False
+    ):
+        for row in _rows_to_look_at(batch["prompt"]):
+            prompt = batch["prompt"][row].as_py()
+            if prompt == "":
+                first = start + row if first is None else first
+            elif not isinstance(prompt, str) or not prompt:
+                raise ValueError(f"{source}[{start + row}]['prompt'] is {prompt!r}. {PROMPTS}")
+    return first
+
+
+def _rows_to_look_at(prompts: Any) -> list[int]:
+    """Rows that hold nothing, or the first one if all are numbers."""
+    kind = prompts.type
+    if pa.types.is_primitive(kind) or pa.types.is_null(kind):
+        return [0]
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        nothing = pc.equal(pc.binary_length(prompts), 0)
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        nothing = pc.equal(pc.list_value_length(prompts), 0)
+    else:
+        nothing = pc.is_null(prompts)
+    return pc.indices_nonzero(nothing.fill_null(True)).to_pylist()
+
+
+def check_row(source: str, row: Mapping[str, Any], tokenizer: Any) -> None:
+    """
+    Refuses a row whose prompt is missing, a number or empty, unless the tokenizer makes tokens of an empty text.
+
+    Args:
+        source (`str`):
+            What the row is of.
+        row (`Mapping[str, Any]`):
+            The row.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The model's tokenizer.
+
+    Raises:
+        `ValueError`: Quotes the row.
+    """
+    prompt = row["prompt"]
+    nothing = prompt is None or isinstance(prompt, int | float) or (isinstance(prompt, str | list) and not prompt)
+    if not nothing or (prompt == "" and makes_tokens(tokenizer)):
+        return
+    quoted = repr(dict(row))
+    raise ValueError(
+        f"A row of {source} has the prompt {prompt!r}: {quoted if len(quoted) < 200 else quoted[:200] + '...'}. {PROMPTS}"
+    )
+
+
+def makes_tokens(tokenizer: Any) -> bool:
+    """Whether a tokenizer makes tokens of an empty text, such as one that begins it."""
+    return bool(tokenizer("")["input_ids"])
 
 
 def check_rewards(

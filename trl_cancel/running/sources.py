@@ -13,6 +13,9 @@ from typing import Any
 import datasets
 from huggingface_hub import constants, get_session
 
+from . import playground
+from .texts import suggestion
+
 
 # Endings of files that are taken for data, also where there is no such file; the library reads more.
 DATA = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
@@ -24,6 +27,30 @@ def looks_local(name: str) -> bool:
     if "://" in name:
         return False
     return Path(name).is_absolute() or name.startswith((".", "~")) or name.endswith(os.sep) or name.count(os.sep) > 1
+
+
+def said_of_address(name: str) -> str | None:
+    """
+    What to give instead of an address, which is neither a file nor a Hub id.
+
+    Args:
+        name (`str`):
+            File, folder, Hub id or address.
+
+    Returns:
+        `str`, *optional*: `None` if it is no address.
+    """
+    if "://" not in name or name.startswith("hf://"):
+        return None
+    of_hub = re.match(r"https?://(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)", name)
+    instead = f"give the Hub id, {of_hub[1]}" if of_hub else "download what is there and give the file or folder"
+    return f"it is an address; {instead}"
+
+
+def said_of_playground(name: str) -> str:
+    """A sentence about the playground's names, if one of them may be meant; empty otherwise."""
+    meant = suggestion(name, playground.CHECKPOINTS).removeprefix("; d")
+    return f" D{meant}" if meant != "." else ""
 
 
 def is_on_disk(name: str) -> bool:
@@ -71,11 +98,14 @@ def load_arguments(name: str, split: str) -> tuple[str, dict[str, Any]]:
 
     Raises:
         `FileNotFoundError`: If it can only be a file or folder, and is not there.
-        `ValueError`: If it is a file, but not of a kind that is read.
+        `ValueError`: If it is a file, but not of a kind that is read, or an address.
     """
     path = Path(name).expanduser()
+    address = said_of_address(name)
+    if address is not None and not path.exists():
+        raise ValueError(address)
     if path.is_file():
-        if not _is_data(name) and not path.suffix:
+        if not path.suffix:
             raise ValueError(f"its name tells no kind of file; use one of {', '.join(DATA)}, also compressed")
         files = {re.split(r"\W", split)[0]: glob.escape(path.name)}
         return str(path.resolve().parent), {"data_files": files}
@@ -90,15 +120,30 @@ def _is_file_name(name: str) -> bool:
 
 
 def _is_data(name: str) -> bool:
+    return _kind(name) in DATA
+
+
+def _kind(name: str) -> str:
+    """The ending that tells the kind of a file, without that of a compression; only this if there is no other."""
     path = Path(name.lower())
-    return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix in DATA
+    return (path.with_suffix("").suffix if path.suffix in COMPRESSED else "") or path.suffix
 
 
-def in_short(error: Exception) -> str:
-    """What went wrong when a data set was loaded."""
+def in_short(error: Exception, name: str = "") -> str:
+    """
+    What went wrong when a data set was loaded.
+
+    Args:
+        error (`Exception`):
+            What the library has raised.
+        name (`str`, *optional*):
+            File, folder or Hub id.
+    """
     if isinstance(error, StopIteration):  # of the reader of JSON
         return "it is empty"
     said = str(error.__cause__ or error)
+    if said.startswith("Unable to find") and Path(name).expanduser().is_file() and not _is_data(name):
+        return f"files of the kind {_kind(name)} are not read; make it one of {', '.join(DATA)}, also compressed"
     return said.split(" with any supported extension")[0] or type(error).__name__
 
 
@@ -139,7 +184,8 @@ def needs_no_hub(name: str) -> bool:
     try:
         base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):  # no adapter
-        return is_on_disk(name) or looks_local(name) or _is_file_name(name)
+        local = is_on_disk(name) or looks_local(name) or _is_file_name(name)
+        return local or said_of_address(name) is not None
     return base is None or is_on_disk(base)
 
 
