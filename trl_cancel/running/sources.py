@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 from huggingface_hub import constants, get_session
 
-from . import playground
+from .. import playground
 from .texts import suggestion
 
 
