@@ -7,7 +7,7 @@ from typing import Any
 
 from trl import GRPOConfig, GRPOTrainer
 
-from .texts import suggestion
+from ..texts import suggestion
 
 
 @dataclass(frozen=True)

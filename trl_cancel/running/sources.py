@@ -14,7 +14,7 @@ import datasets
 from huggingface_hub import constants, get_session
 
 from .. import playground
-from .texts import suggestion
+from ..texts import suggestion
 
 
 # Endings of files that are taken for data, also where there is no such file; the library reads more.
