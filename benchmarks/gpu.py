@@ -25,7 +25,7 @@ from rich.table import Table
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer, best_precision
-from trl_cancel.methods.named import METHODS
+from trl_cancel.methods import NAMED
 from trl_cancel.playground.data import load_prompts
 from trl_cancel.playground.tokenizer import build_tokenizer
 from trl_cancel.playground.warm_start import build_model
@@ -92,7 +92,7 @@ def run(size: str, method: str) -> dict[str, float]:
                 gradient_checkpointing=gpu,
                 **PROMPTS,
                 **arguments,
-                **METHODS[method].settings,
+                **NAMED[method].settings,
             ),
             train_dataset=load_prompts("train", 64),
             peft_config=lora,
@@ -129,7 +129,7 @@ def _parameters(model: PreTrainedModel) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES)[:2])
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(NAMED), default=list(NAMED))
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

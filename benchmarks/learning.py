@@ -28,7 +28,7 @@ from learning_report import PAGE, Comparison, draw, write_page
 from learning_run import ORACLE, make_checkpoint, run
 from runs import PLAYGROUND, Cell, RunsFailedError, run_all
 
-from trl_cancel.methods.named import complete_settings
+from trl_cancel.methods import complete_settings
 from trl_cancel.playground import CHECKPOINTS, NAME, RICH, VARIED
 from trl_cancel.playground.tasks import task_named
 

@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -219,13 +219,21 @@ def _write(file: Path, results: list[dict[str, Any]]) -> None:
     unfinished.replace(file)
 
 
+def chosen(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that differ from the methods' defaults: what is run stays the same when a method is added."""
+    from trl_cancel.methods import MethodSettings
+
+    defaults = {setting.name: setting.default for setting in fields(MethodSettings)}
+    return {name: value for name, value in settings.items() if name not in defaults or value != defaults[name]}
+
+
 def _key(cell: dict[str, Any]) -> str:
     more = [
         cell[name]
         for name in ("mixture", "tokens", "task", "start", "problems")
         if cell.get(name) not in (None, "usual", "playground", "")
     ]
-    return json.dumps([cell["name"], cell["settings"], cell["seed"], cell["split"], *more], sort_keys=True)
+    return json.dumps([cell["name"], chosen(cell["settings"]), cell["seed"], cell["split"], *more], sort_keys=True)
 
 
 def short(value: float | None) -> float | None:

@@ -6,8 +6,8 @@ import torch
 from tests import references
 from trl_cancel import Rollouts
 from trl_cancel.batch.clipping import CLIPPED_LOSSES
-from trl_cancel.batch.protocol import combine
 from trl_cancel.credit import SignControl
+from trl_cancel.pipeline.credit import combine
 
 from .loss import LossHarness
 from .runs import OFF_POLICY, assert_same_weights, build, load, noisy_reward, train

@@ -5,15 +5,31 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoModelForCausalLM
 
+from trl_cancel import CancelGRPOConfig, methods
 from trl_cancel.config import _OWN_FIELDS
 
 from .methods import METHODS, settings_of
-from .runs import assert_same_weights, build, train, trained_by_trl
+from .runs import DEFAULTS, assert_same_weights, build, train, trained_by_trl
 
 
 def of_trl(settings):
     """The settings that TRL knows too."""
     return {name: value for name, value in settings.items() if name not in _OWN_FIELDS}
+
+
+@pytest.mark.parametrize("method", methods.METHODS, ids=lambda method: method.switch)
+def test_each_method_has_a_row(method):
+    """With its metrics, and with a name for `--method` that turns it on."""
+    rows = [row for row in METHODS.values() if method.is_on(CancelGRPOConfig(**{**DEFAULTS, **settings_of(row)}))]
+    metrics = {metric for row in rows for metric in row.metrics}
+    assert rows
+    assert all(any(metric.startswith(prefix) for metric in metrics) for prefix in method.logs)
+    named = [
+        name
+        for name, named in methods.NAMED.items()
+        if method.is_on(CancelGRPOConfig(**{**DEFAULTS, **named.settings}))
+    ]
+    assert set(named) & set(method.named)
 
 
 @pytest.fixture(params=METHODS, ids=str)

@@ -273,7 +273,7 @@ MISTAKES = {
     ),
     "arguments that are none": (
         ["train", *flags(**{**QUICK, "model_init_kwargs": "[1]"})],
-        "model_init_kwargs='[1]': must be a dictionary, as JSON",
+        "model_init_kwargs='[1]' must be a dictionary, e.g. {'key': 1}, or None.",
     ),
     "argument of the schedule": (
         [

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import trl
 
+import trl_cancel
 from tests.runs import build
-from trl_cancel import trainers
 from trl_cancel.evaluation import rewards_of
-from trl_cancel.running import resuming
 from trl_cancel.upstream import trl as _upstream
 
 
@@ -104,8 +103,9 @@ def test_what_rewards_are_called_with(tiny_model):
 def test_private_names_of_trl_are_used_only_as_declared():
     """Whatever the trainer overrides or reads of TRL's private names is declared, with a reason."""
     declared = {*_upstream.METHODS, *_upstream.ATTRIBUTES}
-    source = "".join(inspect.getsource(module) for module in (trainers, resuming))
-    used = set(re.findall(r"(?:self|super\(\))\.(_(?!_)\w+)", source))
+    files = Path(trl_cancel.__file__).parent.rglob("*.py")
+    source = "".join(path.read_text(encoding="utf-8") for path in files)
+    used = set(re.findall(r"(?:self|super\(\)|trainer)\.(_(?!_)\w+)", source))
     of_trl = {name for name in used if name in TRL_SOURCE}
     assert of_trl - declared == set()
     assert {"_metrics", "_prepare_inputs", "_tokenizer"} <= of_trl, "the search must find something"

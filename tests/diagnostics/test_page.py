@@ -285,7 +285,7 @@ def test_without_the_extra(missing):
 
 
 def test_no_state_of_pyplot():
-    code = "import sys, trl_cancel.diagnostics.page; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, trl_cancel.diagnostics.reports.page; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 

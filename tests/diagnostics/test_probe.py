@@ -456,8 +456,8 @@ def test_advantages_are_those_of_trl(tiny_model):
         arguments={"reward_funcs": lambda completions, **_: flat},
     )
     made = []
-    score = trainer._score
-    trainer._score = lambda *args: made.append(score(*args)) or made[0]
+    score = trainer._scoring.score
+    trainer._scoring.score = lambda *args: made.append(score(*args)) or made[0]
     trainer.train()
     values = torch.tensor([math.nan if value is None else value for value in flat]).view(5, 4)
     torch.testing.assert_close(group_advantages(values), made[0].batch["advantages"].view(5, 4), atol=1e-3, rtol=0)

@@ -139,6 +139,25 @@ def generator_of(token_ids: torch.Tensor) -> torch.Generator:
     return torch.Generator().manual_seed(torch.initial_seed() % 2**32 ^ zlib.crc32(token_ids.cpu().numpy().tobytes()))
 
 
+def as_many_at_random(selected: torch.Tensor, among: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """
+    A control of a selection: as many places of each row as it selects, drawn at random.
+
+    Args:
+        selected (`torch.Tensor` of shape `(N, M)` and type `bool`):
+            The selection.
+        among (`torch.Tensor` of shape `(N, M)` and type `bool`):
+            Places that may be drawn, at least as many.
+        generator (`torch.Generator`):
+            Source of randomness.
+
+    Returns:
+        `torch.Tensor` of shape `(N, M)` and type `bool`.
+    """
+    order = torch.rand(selected.shape, generator=generator).to(selected.device).masked_fill(~among, 2.0)
+    return order.argsort(1).argsort(1) < selected.sum(1, keepdim=True)
+
+
 # A batch as TRL hands it round: a dictionary of tensors and lists whose first dimension runs over the rollouts, with
 # scalars and `None` in between.
 Rows = dict[str, Any]

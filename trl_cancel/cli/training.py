@@ -146,19 +146,11 @@ def run_training(settings: Settings) -> None:
         `Failure`: If the disk is full, a reward function returns what cannot be used, or the weights are not finite.
     """
     check_writable(str(settings.training.output_dir))
-    check_dictionaries(settings)
     try:
         with no_empty_folder(str(settings.training.output_dir)), naming_arguments(settings):
             _run(settings)
     except (checkpoints.SavingError, RewardError, WeightsError) as error:
         raise Failure(" ".join([str(error), *getattr(error, "__notes__", [])])) from error
-
-
-def check_dictionaries(settings: Settings) -> None:
-    """Refuses settings that hold arguments for something, but are no dictionaries."""
-    for name, value in vars(settings.training).items():
-        if name.endswith("_kwargs") and not isinstance(value, dict | None):
-            raise UsageError(f'{name}={value!r}: must be a dictionary, as JSON: {{"name": value}}.')
 
 
 @contextmanager

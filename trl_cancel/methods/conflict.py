@@ -27,7 +27,7 @@ import torch
 
 from ..arguments import floats, is_factor, is_number, marks, one_of, shaped, whole_numbers
 from ..batch.protocol import Scope
-from ..batch.rollouts import Rollouts, generator_of
+from ..batch.rollouts import Rollouts, as_many_at_random, generator_of
 from ..batch.states import HELD_LOGITS, LMHead
 from ..papers import Paper
 from .method import ActiveMethod, Config, Method, Named, Row, documented
@@ -186,7 +186,7 @@ class ConflictTokens:
         folded = zip(*map(rollouts.by_group, (ids, mask, advantages)), strict=True)
         selected = torch.cat([conflict_tokens(*group) for group in folded])
         if self.selection == "random":
-            selected = _as_many(selected, mask, generator_of(ids))
+            selected = as_many_at_random(selected, mask, generator_of(ids))
         signs = advantages.sign().unsqueeze(1)
         factor = torch.where(signs > 0, self.positive, torch.where(signs < 0, self.negative, 1.0))
         credit = torch.where(selected, factor, 1.0).to(advantages.dtype)
@@ -205,12 +205,6 @@ class ConflictTokens:
         rollouts.log("conflict/entropy", entropies, mask.any(1).float())
         rollouts.log("conflict/dropped_fraction", dropped.float(), mask.any(1).float())
         return credit.masked_fill(dropped.unsqueeze(1), 0.0)
-
-
-def _as_many(selected: torch.Tensor, among: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """As many places of each row as are selected, drawn at random from `among`."""
-    order = torch.rand(selected.shape, generator=generator).to(selected.device).masked_fill(~among, 2.0)
-    return order.argsort(1).argsort(1) < selected.sum(1, keepdim=True)
 
 
 @documented

@@ -243,7 +243,7 @@ class Settings:
         section 4 of [2604.13088](https://huggingface.co/papers/2604.13088). One of:
 
         - `"none"`: GSPO's ratios, or GRPO's.
-        - `"identity"`: GSPO's clipped ratios as constant weights; a control.
+        - `"identity"`: GSPO's clipped ratios as constant weights, a control.
         - `"min"`: each rollout gets the smallest weight of its group (Eq. 50).
         - `"orth"`: the nearest orthogonal weights, which can be negative (Eq. 18).
         - `"positive_orth"`: the nearest orthogonal weights that are not negative (Eq. 51).

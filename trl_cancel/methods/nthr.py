@@ -38,7 +38,7 @@ from ..arguments import (
 )
 from ..arguments import positive as positive_number
 from ..batch.protocol import Scope
-from ..batch.rollouts import Rollouts, generator_of
+from ..batch.rollouts import Rollouts, as_many_at_random, generator_of
 from ..batch.states import HELD_LOGITS, LMHead, fitting_head
 from ..papers import Paper
 from .method import ActiveMethod, Config, Method, Named, PaperConfiguration, PaperEvaluation, Row, documented
@@ -268,7 +268,9 @@ class NTHR:
                 threshold = torch.where(threshold.isfinite(), self.beta * threshold, threshold)
             selected = punished & ((scores > threshold) | (self.beta == -math.inf))
             if self.selection == "random":
-                selected = _as_many(selected, punished, generator_of(rollouts.completion_ids[rows]))
+                generator = generator_of(rollouts.completion_ids[rows])
+                drawn = as_many_at_random(selected.view(1, -1), punished.view(1, -1), generator)
+                selected = drawn.view_as(selected)
             eta = _eta(positive.float().mean(), self.eta)
             credit[rows] = torch.where(selected, eta, 1.0).to(credit)
 
@@ -290,14 +292,6 @@ class NTHR:
         rollouts.log("nthr/score_mean", scores.float(), counted)
         known = punished.flatten(1).any(1) & threshold.isfinite()
         rollouts.log("nthr/threshold", threshold.where(known, 0.0).float(), known.float())
-
-
-def _as_many(selected: torch.Tensor, among: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """As many places as are selected, drawn at random from `among`."""
-    order = torch.rand(selected.shape, generator=generator).to(selected.device).masked_fill(~among, 2.0).flatten()
-    drawn = torch.zeros_like(selected).flatten()
-    drawn[order.argsort()[: int(selected.sum())]] = True
-    return drawn.view_as(selected)
 
 
 @documented

@@ -56,13 +56,11 @@ class Settings:
     > Parameters that control credit
 
     advantage_sign (`str`, *optional*, defaults to `"both"`):
-        Rollouts to learn from: of `"both"` signs of the advantage, or only of `"positive"` or `"negative"` ones. The
-        latter two are controls in which nothing cancels. Source: Appendix E.1 of
-        [2605.08666](https://huggingface.co/papers/2605.08666). One of:
+        Rollouts to learn from. Source: Appendix E.1 of [2605.08666](https://huggingface.co/papers/2605.08666). One of:
 
-        - `"both"`
-        - `"positive"`
-        - `"negative"`
+        - `"both"`: all of them.
+        - `"positive"`: those of positive advantage, a control in which nothing cancels.
+        - `"negative"`: those of negative advantage, likewise.
     """
 
     advantage_sign: str = "both"

@@ -73,6 +73,8 @@ METHODS = {
     "_generate_and_score_completions": ["self", "inputs"],
     # Returns the raw rewards of all processes, which the scored batch no longer holds.
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    # The order of the prompts, beside which a stream of fresh ones is kept.
+    "_get_train_sampler": ["self", "dataset"],
     # Splits a generation batch into micro-batches; groups are put together again behind it.
     "_prepare_inputs": ["self", "generation_batch"],
     # The forward pass of the loss: the loss reads `advantages` and `old_per_token_logps` only after it.
@@ -126,6 +128,7 @@ ATTRIBUTES = {
     "is_fsdp_enabled": "whether the model is sharded by FSDP",
     "is_deepspeed_enabled": "whether the model is sharded by DeepSpeed",
     "_tag_names": "tags of the model and its card",
+    "_name": "name of the trainer, on the card",
     "async_loop": "event loop of async reward functions, where there are some; evaluation awaits them in it too",
     "_tokenizer": "tokenizer, also where the processing class is a processor of several kinds of input",
 }
