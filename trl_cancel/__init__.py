@@ -37,10 +37,10 @@ _HOME = {
     "GRPOTrainer": ("trainer", "CancelGRPOTrainer"),
     "NTHRConfig": ("configs", "NTHRConfig"),
     "NTHRTrainer": ("trainers", "NTHRTrainer"),
-    "Precision": ("precision", "Precision"),
-    "Rollouts": ("rollouts", "Rollouts"),
+    "Precision": ("running.precision", "Precision"),
+    "Rollouts": ("batch.rollouts", "Rollouts"),
     "TokenShiftCallback": ("diagnostics.callbacks", "TokenShiftCallback"),
-    "best_precision": ("precision", "best_precision"),
+    "best_precision": ("running.precision", "best_precision"),
     "explain": ("explanation", "explain"),
 }
 

@@ -169,9 +169,9 @@ class CancelGRPOConfig(KnowsRemoved, KeepsSecrets, MethodSettings, GRPOConfig):
             self.hub_token = self.hub_token.strip()
         self._check_numbers()
         self._check_choices()
+        self._check_rounds()
         for method in METHODS:
             method.check(self)
-        self._check_rounds()
         self._check_states()
         self._check_logging()
         self._check_own_numbers()

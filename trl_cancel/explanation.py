@@ -76,7 +76,7 @@ def _generation(config: CancelGRPOConfig) -> Iterator[str]:
     where += "" if layout.num_processes == 1 else f"{layout.num_processes} processes"
     total = layout.prompts_per_generation * layout.num_generations
     yield f"{_count(layout.prompts_per_generation, 'prompt')} x {layout.num_generations} rollouts = {total} rollouts{where}."
-    wanted = [selector.wants for selector in config.selectors]
+    wanted = [selector.wants for selector in reversed(config.selectors)]
     if not wanted:
         return
     yield (

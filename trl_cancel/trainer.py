@@ -53,6 +53,12 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
     A drop-in for [`~trl.GRPOTrainer`]: it takes the same arguments, and with every feature off it computes the same
     losses, gradients and metrics, bit for bit.
 
+    What happens to a rollout: TRL generates and scores it, in `_generation`, which stands around that, as often as the
+    methods want groups to choose from; credits multiply its advantages (those that need hidden states may wait for the
+    loss); TRL cuts the generation batch into micro-batches, which are cut again where groups must stay whole. In the
+    loss of its micro-batch, after the forward pass and before TRL reads them, the advantages get the credits that have
+    waited and the weights of the update.
+
     Example:
 
     ```python
@@ -114,8 +120,8 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self._config_class(f"{name.split('/')[-1]}-GRPO")
         self.args = args = self._own_args(args)
-        token_credits = TokenCredits(args, credits, may_wait=not has_own_loss(type(self)))
-        check_overrides(self, args, token_credits)
+        token_credits = TokenCredits(args, credits, may_wait=not has_own_loss(type(self), CancelGRPOTrainer))
+        check_overrides(self, CancelGRPOTrainer, args, token_credits)
         self.evaluations: list[Evaluation] = []
         self.dataset_names = datasets_of(train_dataset)
         self.active_methods = active_methods(args, token_credits.own)
@@ -141,11 +147,12 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
                 _ = self._passes.head  # an unsuitable model is refused now; one that is yet to be sharded, later
 
     def _own_args(self, args: GRPOConfig) -> CancelGRPOConfig:
-        """The configuration as the loss is to read it: methods may set TRL's bound on the ratio."""
+        """The configuration as the loss is to read it: methods may set bounds of TRL's."""
         own = self._config_class.adopt(args)
         if own.set_by_methods:
-            own = copy.copy(own)
-            own.delta = own.clipping.delta
+            clipping, own = own.clipping, copy.copy(own)
+            for name in own.set_by_methods:
+                setattr(own, name, getattr(clipping, name))
         return own
 
     def _make_stages(self, credits: TokenCredits) -> None:
@@ -166,6 +173,7 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
     # What it says
 
     def _say_what_falls_short(self) -> None:
+        # What weighs groups may act all the same, on the advantages of a subclass.
         idle = [
             method.chosen(self.args)
             for method in self.args.methods
@@ -238,7 +246,7 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
         sampler = super()._get_train_sampler
         if not self.args.selectors:
             return sampler(dataset)
-        return PromptSampler(lambda: sampler(dataset), self._fresh_prompts)
+        return PromptSampler(lambda: sampler(dataset))
 
     def _generate_and_score_completions(self, inputs):
         self._check_rows(inputs)
@@ -322,3 +330,6 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
     def _current_logps(self, inputs: Rows) -> torch.Tensor:
         """Log-probs of a micro-batch now, for callbacks that measure."""
         return self._passes.logps(inputs)
+
+
+CancelGRPOTrainer._base = CancelGRPOTrainer

@@ -79,7 +79,8 @@ def _presets() -> dict[str, Preset]:
     for evaluation in (evaluation for method in METHODS for evaluation in method.evaluations):
         for name in evaluation.data:
             preset = Preset(SOURCES[name], evaluation.paper, EvaluationSettings(**evaluation.settings))
-            presets.setdefault(name, preset)  # the short name is the first paper's
+            if evaluation.is_usual:
+                presets.setdefault(name, preset)
             presets[f"{name}-{evaluation.label}"] = preset
     return presets
 

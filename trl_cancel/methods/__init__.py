@@ -32,8 +32,8 @@ class MethodSettings(
     sign.Settings,
     group_weights.Settings,
     symmetric_clip.Settings,
-    reward_balance.Settings,
     dynamic_sampling.Settings,
+    reward_balance.Settings,
     query_preserved.Settings,
 ):
     """The settings of all methods, and what those that are on give to the pipeline."""

@@ -406,6 +406,7 @@ class GroupWeights(Method):
                 "top_k": 20,
                 "max_completion_length": 31 * 1024,  # 32k tokens of context, of which 1k are left to the prompt
             },
+            is_usual=False,
         ),
     )
     logs = ("group_weights/",)

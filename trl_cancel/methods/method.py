@@ -87,12 +87,15 @@ class PaperEvaluation:
             Names of data sets.
         settings (`dict[str, Any]`):
             Fields of [`~trl_cancel.evaluation.EvaluationSettings`].
+        is_usual (`bool`, *optional*, defaults to `True`):
+            Whether the name of a data set alone may stand for these settings.
     """
 
     label: str
     paper: str
     data: tuple[str, ...]
     settings: dict[str, Any]
+    is_usual: bool = True
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,8 @@ class Method:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        Method._of[cls.Settings] = cls()
+        if "Settings" in vars(cls):
+            Method._of[cls.Settings] = cls()
 
     @staticmethod
     def of(settings: type) -> "Method":
@@ -235,8 +239,8 @@ class Method:
             `ValueError`: Names the settings and what would work.
         """
 
-    def active(self, args: Config) -> ActiveMethod:
-        """What a model card says, where it is on."""
+    def active(self, args: Config) -> ActiveMethod | None:
+        """What a model card says, where it is on; `None` for nothing."""
         raise NotImplementedError
 
     def explain(self, args: Config) -> Iterator[tuple[str, str]]:
@@ -258,7 +262,10 @@ class Method:
         return None
 
     def credit(self, args: Config) -> Credit | None:
-        """What the advantages of tokens are multiplied with."""
+        """
+        What the advantages of tokens are multiplied with: once a generation batch, or, where it needs hidden states and
+        the data are on policy, within the loss of each micro-batch.
+        """
         return None
 
     def clipping(self, args: Config, clipping: Clipping) -> Clipping:

@@ -126,11 +126,11 @@ class QueryPreserved(Method):
             f"query_preserved=True cannot keep groups whole: {problem}. Set one of {', '.join(ways_out)}."
         )
 
-    def active(self, args: Config) -> ActiveMethod:
+    def active(self, args: Config) -> ActiveMethod | None:
+        if not self.acts(args):  # on by default, and nothing that somebody has asked for
+            return None
         does = "all rollouts of a prompt are in the same optimizer step"
-        return ActiveMethod(
-            "Query-preserved mini-batching", does, ("query-preserved",), (CANCELLATION,), self.acts(args)
-        )
+        return ActiveMethod("Query-preserved mini-batching", does, ("query-preserved",), (CANCELLATION,))
 
     def explain(self, args: Config) -> Iterator[tuple[str, str]]:
         yield "Groups", self._groups(args)

@@ -4,7 +4,7 @@ from typing import Any
 
 from trl import GRPOTrainer
 
-from ..upstream.hooks import is_of, left_out, own_class
+from ..upstream.hooks import is_of, left_out
 from .credit import TokenCredits
 
 
@@ -21,19 +21,20 @@ def asked_for_in_loss(args: Any, credits: TokenCredits) -> list[str]:
     return [*chosen, *(f"the token credit {type(credit).__name__}" for credit in there)]
 
 
-def has_own_loss(trainer_class: type) -> bool:
-    """Whether a class computes losses without TRL's."""
-    base = own_class(trainer_class)
+def has_own_loss(trainer_class: type, base: type) -> bool:
+    """Whether a class derived from this package's trainer computes losses without TRL's."""
     return any(left_out(trainer_class, hook, base) for hook in ("compute_loss", "_compute_loss"))
 
 
-def check_overrides(trainer: Any, args: Any, credits: TokenCredits) -> None:
+def check_overrides(trainer: Any, base: type, args: Any, credits: TokenCredits) -> None:
     """
     Refuses subclasses whose overrides leave out what a method cannot do without.
 
     Args:
         trainer ([`~trl_cancel.CancelGRPOTrainer`]):
             The trainer.
+        base (`type`):
+            This package's trainer, from which its class derives.
         args ([`~trl_cancel.CancelGRPOConfig`]):
             Its configuration.
         credits ([`~trl_cancel.pipeline.credit.TokenCredits`]):
@@ -42,7 +43,7 @@ def check_overrides(trainer: Any, args: Any, credits: TokenCredits) -> None:
     Raises:
         `ValueError`: Names the hook, the class and the settings.
     """
-    name, base = type(trainer).__name__, own_class(type(trainer))
+    name = type(trainer).__name__
     generation, loss = asked_for_in_generation(args, credits), asked_for_in_loss(args, credits)
     for hook, asked_for in (("compute_loss", loss), ("_compute_loss", loss), ("_prepare_inputs", generation)):
         if asked_for and not is_of(trainer, hook, base, GRPOTrainer):

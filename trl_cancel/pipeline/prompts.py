@@ -71,18 +71,17 @@ class FreshPrompts(TrainerCallback):
 
 class PromptSampler(Sampler[int]):
     """
-    The order of the prompts of each epoch, as TRL's sampler draws it, beside a stream of fresh ones. Unlike TRL's it is
-    a function of the number of the epoch, so that a run that resumes in a later epoch goes on with that epoch's order.
+    The order of the prompts of each epoch, as TRL's sampler draws it, for runs that draw fresh ones beside it. Unlike
+    TRL's it is a function of the number of the epoch, so that a run that resumes in a later epoch goes on with that
+    epoch's order.
 
     Args:
         of_trl (`Callable`):
             Makes TRL's sampler anew, which draws the same orders each time.
-        fresh ([`FreshPrompts`]):
-            The other stream, whose position checkpoints hold.
     """
 
-    def __init__(self, of_trl: Callable[[], Any], fresh: FreshPrompts):
-        self.of_trl, self.fresh, self.epoch = of_trl, fresh, 0
+    def __init__(self, of_trl: Callable[[], Any]):
+        self.of_trl, self.epoch = of_trl, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called before each epoch with its number."""

@@ -239,12 +239,10 @@ class Rounds:
         for kept in pool.kept(choice.groups):
             self.mark_kept(kept)
         if choice.satisfied < 1:
-            asked_for = " and ".join(
-                method.chosen(self.args) for method in self.args.methods if method.selector(self.args)
-            )
+            asked_for = [method.chosen(self.args) for method in self.args.methods if method.selector(self.args)]
             logger.warning_once(
                 f"{len(pool.rounds)} rounds of generation (max_generation_rounds) did not yield the groups that "
-                f"{asked_for} ask for; the best there are are used. balance/satisfied tells how often that happens: raise "
+                f"{' and '.join(asked_for)} {'asks' if len(asked_for) == 1 else 'ask'} for; the best there are are used. balance/satisfied tells how often that happens: raise "
                 "max_generation_rounds, ask for less, or use prompts of which more have mixed rewards."
             )
         return Chosen(choice, chosen)

@@ -37,7 +37,7 @@ def active_methods(config: GRPOConfig, credits: Sequence[Credit] = ()) -> list[A
     return [
         grpo,
         *_of_trl(config),
-        *(method.active(config) for method in config.methods),
+        *(active for method in config.methods if (active := method.active(config)) is not None),
         *_own(credits),
     ]
 

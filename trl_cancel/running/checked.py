@@ -1,12 +1,12 @@
 """The trainer's part that refuses data, reward functions and tokenizers that do not fit together."""
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 
-from ..upstream.hooks import is_overridden, own_class
+from ..upstream.hooks import is_overridden
 from ..upstream.trl import WAY_OF_ROWS
 from .inputs import (
     PASSED,
@@ -28,6 +28,7 @@ class Checked(GRPOTrainer):
     """The part of [`CancelGRPOTrainer`] that looks at what it is given, as early as it can be seen."""
 
     args: Any
+    _base: ClassVar[type]  # `CancelGRPOTrainer`, whose hooks users override
 
     def _check_given(self) -> None:
         """Refuses a tokenizer that lacks what the run needs, once it is loaded."""
@@ -102,7 +103,7 @@ class Checked(GRPOTrainer):
 
     def _is_trls(self, *methods: str) -> bool:
         """Whether some methods are as they stand here or in TRL's trainer, and not a user's."""
-        return not any(is_overridden(self, name, own_class(type(self))) for name in methods)
+        return not any(is_overridden(self, name, self._base) for name in methods)
 
     def _calculate_rewards(self, *args, **kwargs):
         functions, names = self.reward_funcs, self.reward_func_names

@@ -40,11 +40,6 @@ def around(trainer: Any, hook: str, call: Callable[..., Any]) -> Iterator[None]:
         own.update(before)
 
 
-def own_class(trainer_class: type) -> type:
-    """The class of this package that a user's class derives from, or is."""
-    return next(cls for cls in trainer_class.__mro__ if _is_own(cls))
-
-
 def _is_own(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
 
