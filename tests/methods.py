@@ -299,17 +299,19 @@ METHODS = {
         depends_on_processes=True,
     ),
     "conflict-tokens": Row(
-        settings={"conflict_tokens": True, "max_completion_entropy": 2.5},
-        neutral={
-            "conflict_tokens_positive": 1.0,
-            "conflict_tokens_negative": 1.0,
-            "max_completion_entropy": None,
-            "query_preserved": False,
-        },
-        metrics=("conflict/token_fraction", "conflict/entropy", "conflict/dropped_fraction"),
+        settings={"conflict_tokens": True},
+        neutral={"conflict_tokens_positive": 1.0, "conflict_tokens_negative": 1.0, "query_preserved": False},
+        metrics=("conflict/token_fraction",),
         refused=(
             ({"conflict_tokens_positive": -1.0}, "conflict_tokens_positive=-1.0 must be a number"),
             ({"conflict_tokens_selection": "all"}, "conflict_tokens_selection='all' is not one of"),
+        ),
+    ),
+    "entropy-filter": Row(
+        settings={"max_completion_entropy": 2.5},
+        neutral={"max_completion_entropy": 1e9, "query_preserved": False},
+        metrics=("entropy_filter/entropy", "entropy_filter/dropped_fraction"),
+        refused=(
             ({"max_completion_entropy": "0.7"}, "max_completion_entropy='0.7' must be a positive number of nats"),
         ),
     ),

@@ -47,6 +47,8 @@ def test_only_what_is_on_is_tagged_and_cited():
     methods = active_methods(config(query_preserved=False))
     assert tags_of(methods) == []
     assert cited(methods) == [papers.GRPO, papers.DAPO]  # DAPO's is TRL's default loss
+    whole = active_methods(config(steps_per_generation=1, gradient_accumulation_steps=1))
+    assert [method.name for method in whole] == [method.name for method in methods], "where batches are TRL's"
 
 
 @pytest.mark.parametrize(

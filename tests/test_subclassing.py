@@ -12,7 +12,7 @@ import torch
 import trl
 from accelerate.logging import MultiProcessAdapter
 
-from trl_cancel import CancelGRPOTrainer
+from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer, NTHRTrainer
 
 from .methods import FirstTokens
 from .runs import OFF_POLICY, assert_same_weights, build, noisy_reward, train, trained_by_trl
@@ -442,6 +442,26 @@ def test_super_may_be_reached_by_another_method(tiny_model):
 
     for make in (ByHelper, ByName):
         build(tiny_model, make, **SPLIT, symmetric_clip=True)
+
+
+def test_a_class_between_a_papers_trainer_and_the_packages(tiny_model):
+    """As in class Mine(NTHRTrainer, Bonus): its overrides are told from those behind the package's trainer."""
+
+    class Bonus(CancelGRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return super()._compute_loss(model, inputs)
+
+    class Forgets(CancelGRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return torch.zeros(())
+
+    def make(other):
+        mine = type("Mine", (NTHRTrainer, other), {"_config_class": CancelGRPOConfig})
+        return build(tiny_model, mine, **SPLIT, symmetric_clip=True, nthr=True)
+
+    make(Bonus)
+    with pytest.raises(ValueError, match=r"Forgets\._compute_loss does not call super\(\)\._compute_loss"):
+        make(Forgets)
 
 
 def test_off_policy_mask_of_an_override_decides(tiny_model):

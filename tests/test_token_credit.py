@@ -22,6 +22,7 @@ from .test_methods import of_trl
 
 
 # Where the states come from: TRL's pass for the old log-probs, the loss's own, or one more.
+THRESHOLD = 1.8  # nats
 LAYOUTS = {
     "old log-probs": OFF_POLICY,
     "old log-probs, torn": {**OFF_POLICY, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
@@ -136,6 +137,7 @@ def spread(values, active):
 
 
 NTHR = {"nthr": True, "nthr_beta": 0.5, "learning_rate": 1e-3}
+FILTER = {"max_completion_entropy": THRESHOLD}
 DELTA = {"delta_credit": True, "delta_lambda_min": 0.5, "delta_lambda_max": 1.5, "learning_rate": 1e-3}
 
 
@@ -148,6 +150,19 @@ def test_applied_coefficients_are_those_of_full_logits(monkeypatch, tiny_model, 
     watch = Watch(monkeypatch, expected)
     settings = {**LAYOUTS[layout], **method, "max_steps": 9, "beta": 0.05 if arguments else 0.0, "temperature": 0.8}
     watch.train(tiny_model, **settings, arguments=arguments)
+
+
+def filter_expected(rollouts, hidden, probabilities, active):
+    entropies = torch.special.entr(probabilities).sum(-1) * active
+    return (entropies.sum(1, keepdim=True) / active.sum(1, keepdim=True) <= THRESHOLD).double().expand_as(active)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_entropies_are_those_of_full_logits(monkeypatch, tiny_model, layout):
+    """In every layout: of the loss's pass, of TRL's for the old log-probs, and of one that is made for them."""
+    watch = Watch(monkeypatch, filter_expected)
+    settings = {"max_completion_entropy": THRESHOLD, "max_steps": 9, "temperature": 0.8, "beta": 0.05}
+    watch.train(tiny_model, **{**LAYOUTS[layout], **settings})
 
 
 @pytest.mark.parametrize("gib", [2.0, 2e-6, 0.0], ids=["on the device", "offloaded", "computed again"])
@@ -203,6 +218,9 @@ def passes_of(monkeypatch, tiny_model, trainer, **settings):
         ("on policy", NTHR, 0),
         ("on policy, accumulated", NTHR, 0),
         ("on policy, torn", NTHR, 1),
+        ("on policy", FILTER, 0),
+        ("on policy, torn", FILTER, 1),
+        ("old log-probs", FILTER, 0),
         ("on policy", DELTA, 1),
         ("on policy, accumulated", DELTA, 1),
         ("on policy", {**NTHR, **DELTA}, 1),

@@ -3,7 +3,9 @@
 from .batch.clipping import post_clip_weights, surrogate_weight
 from .batch.protocol import Credit
 from .batch.ratios import sequence_ratios, token_ratios
+from .methods.conflict import ConflictTokens
 from .methods.delta import DelTA, delta_coefficients
+from .methods.entropy_filter import EntropyFilter
 from .methods.group_weights import (
     min_replace,
     orthogonal_projection,
@@ -17,8 +19,10 @@ from .methods.symmetric_clip import symmetric_clip
 
 __all__ = [
     "NTHR",
+    "ConflictTokens",
     "Credit",
     "DelTA",
+    "EntropyFilter",
     "SignControl",
     "delta_coefficients",
     "min_replace",

@@ -11,7 +11,7 @@ from .batch.layout import BatchLayout
 from .batch.protocol import Credit
 from .config import CancelGRPOConfig
 from .methods import METHODS
-from .pipeline.credit import TokenCredits, makes_old_logps
+from .pipeline.token_credits import TokenCredits, makes_old_logps
 
 
 WIDTH, INDENT = 100, 16
@@ -285,9 +285,9 @@ def _own_passes(config: CancelGRPOConfig, credits: TokenCredits) -> Iterator[str
     layout = config.layout
     if credits.in_loss:
         yield "Token credit takes its hidden states from that pass."
-    elif credits.states_when_scored and makes_old_logps(config):
+    elif credits.pass_when_scored and makes_old_logps(config):
         yield "Token credit takes its hidden states from the one for the log-probs."
-    elif credits.states_when_scored:
+    elif credits.pass_when_scored:
         yield "This package adds one without gradients for each generation batch, for the hidden states of token credit."
     if config.weigher is not None and layout.spreads_groups and not layout.is_on_policy:
         yield (

@@ -18,7 +18,7 @@ from .diagnostics.callbacks import TokenShiftCallback
 from .evaluation.result import Evaluation
 from .explanation import explain, within_generation
 from .methods import CONFIGURATIONS
-from .pipeline.credit import CreditStage, TokenCredits
+from .pipeline.credit import CreditStage
 from .pipeline.forward import Passes
 from .pipeline.loss import LossStage
 from .pipeline.monitor import UpdateMonitor
@@ -27,6 +27,7 @@ from .pipeline.prompts import FreshPrompts, PromptSampler
 from .pipeline.rounds import Rounds, Scored
 from .pipeline.scoring import Scoring
 from .pipeline.split import whole_group_batches
+from .pipeline.token_credits import TokenCredits
 from .pipeline.weights import WeightStage
 from .publishing.active_methods import active_methods, tags_of
 from .publishing.model_card import datasets_of
@@ -159,7 +160,7 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
         """The stages of the pipeline, in the order in which a generation batch goes through them."""
         self._credits = credits
         self._monitor = UpdateMonitor(self.accelerator, self.args.layout.groups_are_local)
-        self._passes = Passes(self, super()._compute_loss)
+        self._passes = Passes(self, super()._compute_loss, credits)
         self._rounds = None
         if self.args.selectors:
             self._fresh_prompts.dataset = self.train_dataset

@@ -1,12 +1,12 @@
-"""Conflict tokens against a loop over pairs of rollouts, and entropies against full logits."""
+"""Conflict tokens against a loop over pairs of rollouts, and the filter by entropy."""
 
 import pytest
 import torch
 
 from tests import references
-from tests.credit.test_nthr import group
 from trl_cancel.batch.rollouts import Rollouts
-from trl_cancel.methods.conflict import ConflictTokens, conflict_tokens, mean_entropies
+from trl_cancel.methods.conflict import ConflictTokens, conflict_tokens
+from trl_cancel.methods.entropy_filter import EntropyFilter
 
 
 def rollouts_of(ids, mask, advantages, **changes):
@@ -83,31 +83,28 @@ def test_control_takes_as_many_tokens_of_each_rollout():
     assert not torch.equal(ours, control)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("head", [{}, {"softcap": 2.0}], ids=["plain", "softcap"])
-def test_entropies_against_full_logits(head, temperature):
-    hidden, logps, ids, mask, positive, layer, logits = group(3, temperature=temperature, **head)
-    probabilities = logits.softmax(-1)
-    each = -(probabilities * probabilities.log()).sum(-1)
-    expected = (each * mask).sum(1) / mask.sum(1).clamp(min=1)
-    torch.testing.assert_close(mean_entropies(hidden, mask, layer, temperature), expected)
-    threshold = expected.median().item()
-    advantages = torch.where(positive, 1.0, -1.0).double()
+def test_filter_by_mean_entropy():
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [0, 0, 0]])
+    entropies = torch.tensor([[0.5, 0.7, torch.nan], [0.6, 0.6, 0.9], [0.7, 9.0, 9.0], [9.0, 9.0, 9.0]])
     logged = {}
     rollouts = rollouts_of(
-        ids,
+        torch.zeros(4, 3, dtype=torch.long),
         mask,
-        advantages,
-        states=hidden,
-        head=layer,
-        old_logps=logps,
-        temperature=temperature,
-        log=lambda name, values, weights=None: logged.update({name: values}),
+        torch.tensor([1.0, -1.0, 1.0, -1.0]),
+        entropies=entropies,
+        log=lambda name, values, weights: logged.update({name: (values, weights)}),
     )
-    credit = ConflictTokens(1.0, 1.0, max_entropy=threshold).coefficients(rollouts)
-    assert torch.equal(credit, (expected <= threshold).double().unsqueeze(1).expand_as(credit))
-    assert logged["conflict/dropped_fraction"].any()
-    assert not logged["conflict/dropped_fraction"].all()
+    credit = EntropyFilter(0.65).coefficients(rollouts)
+    assert credit.tolist() == [[1.0], [0.0], [0.0], [1.0]]
+    values, weights = logged["entropy_filter/entropy"]
+    torch.testing.assert_close(values[:3], torch.tensor([0.6, 0.7, 0.7]))
+    assert weights.tolist() == [1.0, 1.0, 1.0, 0.0]
+
+
+def test_entropies_are_there_for_those_who_ask():
+    rollouts = rollouts_of(torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1), torch.ones(2))
+    with pytest.raises(ValueError, match="Set needs_entropies = True"):
+        rollouts.entropies[0]
 
 
 def test_settings_that_make_no_sense_are_refused():
@@ -115,7 +112,9 @@ def test_settings_that_make_no_sense_are_refused():
         ({"positive": -1.0}, "positive=-1.0 must be a number that is not negative"),
         ({"negative": float("nan")}, "negative=nan must be"),
         ({"selection": "all"}, "selection='all' is not one of 'conflict', 'random'"),
-        ({"max_entropy": 0.0}, "max_entropy=0.0 must be a positive number of nats"),
     ):
         with pytest.raises(ValueError, match=message):
             ConflictTokens(**settings)
+    for threshold in (0.0, float("nan"), "0.7", None):
+        with pytest.raises(ValueError, match=f"max_entropy={threshold!r} must be a positive number of nats"):
+            EntropyFilter(threshold)

@@ -111,3 +111,14 @@ def test_what_cannot_be_loaded_is_named(hub, monkeypatch):
     monkeypatch.setattr(presets, "load_dataset", lambda *_, **__: Dataset.from_dict({"problem": [], "answer": []}))
     with pytest.raises(ValueError, match="has no problems"):
         load_problems(SOURCES["aime25"])
+
+
+@pytest.mark.parametrize(
+    ("paper", "names"),
+    [
+        ("2605.08666", ("aime24", "aime25", "amc23", "math500", "minerva", "olympiad")),
+        ("2605.21467", ("aime26", "hmmt25-feb", "hmmt25-nov", "hmmt26-feb", "brumo25")),
+    ],
+)
+def test_short_names_stand_for_the_papers_that_the_page_names(paper, names):
+    assert {PRESETS[name].paper for name in names} == {paper}

@@ -29,6 +29,9 @@ class Credit(Protocol):
             pass that is made anyway has them. Credits of a rollout or group may then be called for each micro-batch
             instead, within the loss.
 
+        needs_entropies (`bool`, *optional*):
+            Set it to `True` to find `entropies` in the rollouts, of the same passes.
+
     Example:
 
     ```python

@@ -17,14 +17,14 @@ def _silent(name: str, values: torch.Tensor, weights: torch.Tensor | None = None
 
 
 class _NotAskedFor:
-    """Stands for what only credits with `needs_states = True` find, and says so when it is used."""
+    """Stands for what only credits find that ask for it, and says so when it is used."""
 
-    def __init__(self, name: str):
-        self._name = name
+    def __init__(self, name: str, asks: str = "needs_states"):
+        self._name, self._asks = name, asks
 
     def __getitem__(self, rows: Any) -> Any:
         raise ValueError(
-            f"rollouts.{self._name} is there only for credits that ask for it. Set needs_states = True in the class of "
+            f"rollouts.{self._name} is there only for credits that ask for it. Set {self._asks} = True in the class of "
             "your credit."
         )
 
@@ -70,6 +70,9 @@ class Rollouts:
             be kept in pieces, so take the states of some rollouts at a time: `states[i:j]` has shape `(j - i, T, d)`.
         head ([`~trl_cancel.batch.states.LMHead`], *optional*):
             The output layer that belongs to `states`.
+        entropies (`torch.Tensor` of shape `(B, T)`, *optional*):
+            Entropies, in nats, of the distributions that the tokens were drawn from, at the temperature of the policy,
+            for credits that set `needs_entropies = True`.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of the policy, by which logits are divided.
         reduce (`Callable`, *optional*):
@@ -92,6 +95,7 @@ class Rollouts:
     old_logps: Any = None
     states: Any = field(default=_NotAskedFor("states"), repr=False)
     head: Any = field(default=_NotAskedFor("head"), repr=False)
+    entropies: Any = field(default=_NotAskedFor("entropies", "needs_entropies"), repr=False)
     temperature: float = 1.0
     reduce: Callable[[torch.Tensor], torch.Tensor] = field(default=_identity, repr=False)
     log: Callable[..., None] = field(default=_silent, repr=False)

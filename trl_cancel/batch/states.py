@@ -39,6 +39,7 @@ class StateStore:
         self.keeps, self.offloads = True, False
         self.recompute: Callable[[slice], torch.Tensor] | None = None
         self.logps: torch.Tensor | None = None  # of the pass that has filled it
+        self.entropies: torch.Tensor | None = None  # likewise, where they were asked for
         self._states: list[torch.Tensor] = []
         self._masks: list[torch.Tensor] = []
 

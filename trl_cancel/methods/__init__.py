@@ -13,6 +13,7 @@ from . import (
     conflict,
     delta,
     dynamic_sampling,
+    entropy_filter,
     group_weights,
     nthr,
     query_preserved,
@@ -26,6 +27,7 @@ from .method import Method, Named, PaperConfiguration
 @dataclass
 class MethodSettings(
     # In the order in which they act, from the last to the first: fields of a dataclass come in that order.
+    entropy_filter.Settings,
     conflict.Settings,
     delta.Settings,
     nthr.Settings,
@@ -97,5 +99,6 @@ def complete_settings(name: str) -> dict[str, Any]:
             One of `NAMED`.
     """
     own = {setting.name: setting.default for setting in fields(MethodSettings)}
-    used = sorted(own.keys() & {setting for named in NAMED.values() for setting in named.settings})
+    chosen = {setting for named in NAMED.values() for setting in named.settings}
+    used = sorted(own.keys() & (chosen | {method.switch for method in METHODS}))
     return {**{setting: own[setting] for setting in used}, **NAMED[name].settings}

@@ -9,14 +9,12 @@ chance in the middle is left alone. There the advantage is multiplied with
 $$ \lambda_{it} = 2 \text{ if } A_i > 0, \quad 0 \text{ if } A_i < 0 $$
 
 so where all rollouts of a group share a token the push on it is the sum of all |A| instead of 0: the opposite of what
-cancellation leaves. Rollouts whose mean entropy is above a threshold can be left out.
+cancellation leaves.
 
-Departs from the authors' code: a token in both runs is amplified once, as the paper has it, not twice; losses are not
-divided by the number of conflict tokens; entropies are those of the policy at its temperature, as TRL's are; and the
-threshold holds whatever the entropy at the start of the training. Their penalty on entropy, an offset of the advantage,
-is not part of this: TRL's `entropy_coef` is one on entropy itself.
+Departs from the authors' code: a token in both runs is amplified once, as the paper has it, not twice, and losses are not
+divided by the number of conflict tokens.
 
-Shapes: G rollouts of one prompt, T completion tokens, N tokens, d hidden size.
+Shapes: G rollouts of one prompt, T completion tokens.
 """
 
 from collections.abc import Iterator
@@ -28,9 +26,8 @@ import torch
 from ..arguments import floats, is_factor, is_number, marks, one_of, shaped, whole_numbers
 from ..batch.protocol import Scope
 from ..batch.rollouts import Rollouts, as_many_at_random, generator_of
-from ..batch.states import HELD_LOGITS, LMHead
 from ..papers import Paper
-from .method import ActiveMethod, Config, Method, Named, Row, documented
+from .method import ActiveMethod, Config, Method, Named, Row, check_groups_are_local, documented
 
 
 PAPER = Paper(
@@ -91,61 +88,29 @@ def _any(marked: torch.Tensor, kinds: torch.Tensor, number: int) -> torch.Tensor
     return torch.zeros(number, device=kinds.device).index_add(0, kinds, marked.float()) > 0
 
 
-def mean_entropies(states: torch.Tensor, mask: torch.Tensor, head: LMHead, temperature: float = 1.0) -> torch.Tensor:
-    """
-    Mean entropy of the distributions that each rollout was sampled from.
-
-    Args:
-        states (`torch.Tensor` of shape `(G, T, d)`):
-            Last hidden states, the ones that predict each token.
-        mask (`torch.Tensor` of shape `(G, T)`):
-            1 for the tokens that count.
-        head ([`~trl_cancel.batch.states.LMHead`]):
-            Output layer, of which a copy is made; logits are held for some tokens at a time.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature of the policy.
-
-    Returns:
-        `torch.Tensor` of shape `(G,)`: In nats; 0 where no token counts.
-    """
-    active = mask.bool()
-    vocabulary = torch.arange(head.vocabulary_size, device=states.device)
-    head = head.restricted_to(vocabulary)
-    dtype = torch.promote_types(states.dtype, torch.float32)
-    parts = [torch.zeros(0, dtype=dtype, device=states.device)]
-    for part in states[active].split(max(1, HELD_LOGITS // len(vocabulary))):
-        log_probs = (head.logits(part, vocabulary).to(dtype) / temperature).log_softmax(-1)
-        parts.append(torch.special.entr(log_probs.exp()).sum(-1))
-    values = torch.cat(parts)
-    entropies = values.new_zeros(active.shape).masked_scatter(active, values)
-    return entropies.sum(1) / active.sum(1).clamp(min=1)
-
-
-def check_conflict(positive: Any, negative: Any, selection: Any, max_entropy: Any, names: tuple[str, ...]) -> None:
+def check_conflict(positive: Any, negative: Any, selection: Any, prefix: str = "") -> None:
     """
     Refuses settings that [`ConflictTokens`] cannot follow.
 
     Args:
-        positive, negative, selection, max_entropy:
+        positive, negative, selection:
             As in [`ConflictTokens`].
-        names (`tuple[str, ...]`):
-            What they are called.
+        prefix (`str`, *optional*, defaults to `""`):
+            What stands before their names in a configuration.
 
     Raises:
         `ValueError`: Names the setting.
     """
-    for name, value in zip(names, (positive, negative), strict=False):
-        if isinstance(value, str) or not is_factor(value):
-            raise ValueError(f"{name}={value!r} must be a number that is not negative, e.g. 2.0.")
-    one_of(names[2], selection, SELECTIONS)
-    if max_entropy is not None and not (is_number(max_entropy) and max_entropy > 0):
-        raise ValueError(f"{names[3]}={max_entropy!r} must be a positive number of nats, e.g. 0.7, or None.")
+    for name, value in (("positive", positive), ("negative", negative)):
+        if not (is_number(value) and is_factor(value)):
+            raise ValueError(f"{prefix}{name}={value!r} must be a number that is not negative, e.g. 2.0.")
+    one_of(f"{prefix}selection", selection, SELECTIONS)
 
 
 class ConflictTokens:
     r"""
     Conflict-aware credit: tokens in conflict carry `positive` times the advantage in right rollouts and `negative` times
-    in wrong ones, all others 1; rollouts of too high an entropy carry 0.
+    in wrong ones, all others 1.
 
     Args:
         positive (`float`, *optional*, defaults to `2.0`):
@@ -154,8 +119,6 @@ class ConflictTokens:
             \\( \lambda \\) of wrong ones.
         selection (`str`, *optional*, defaults to `"conflict"`):
             `"random"` takes as many tokens of each rollout, drawn at random: a control.
-        max_entropy (`float`, *optional*):
-            Mean entropy, in nats, above which a rollout is left out. Others may still be in conflict with it.
 
     Raises:
         `ValueError`: If a setting is none of these.
@@ -163,48 +126,21 @@ class ConflictTokens:
 
     scope: Scope = "group"
 
-    def __init__(
-        self,
-        positive: float = 2.0,
-        negative: float = 0.0,
-        selection: str = "conflict",
-        max_entropy: float | None = None,
-    ):
-        check_conflict(
-            positive, negative, selection, max_entropy, ("positive", "negative", "selection", "max_entropy")
-        )
-        self.positive, self.negative, self.selection, self.max_entropy = positive, negative, selection, max_entropy
-
-    @property
-    def needs_states(self) -> bool:
-        """Entropies are made of hidden states; conflict needs the tokens alone."""
-        return self.max_entropy is not None
+    def __init__(self, positive: float = 2.0, negative: float = 0.0, selection: str = "conflict"):
+        check_conflict(positive, negative, selection)
+        self.positive, self.negative, self.selection = positive, negative, selection
 
     def coefficients(self, rollouts: Rollouts) -> torch.Tensor:
         """Coefficients of shape `(B, T)`."""
         mask, advantages, ids = rollouts.mask.bool(), rollouts.advantages, rollouts.completion_ids
-        folded = zip(*map(rollouts.by_group, (ids, mask, advantages)), strict=True)
-        selected = torch.cat([conflict_tokens(*group) for group in folded])
+        groups = zip(*map(rollouts.by_group, (ids, mask, advantages)), strict=True)
+        selected = torch.cat([conflict_tokens(*group) for group in groups])
         if self.selection == "random":
             selected = as_many_at_random(selected, mask, generator_of(ids))
         signs = advantages.sign().unsqueeze(1)
         factor = torch.where(signs > 0, self.positive, torch.where(signs < 0, self.negative, 1.0))
-        credit = torch.where(selected, factor, 1.0).to(advantages.dtype)
-        counted = (mask & (signs != 0)).float()
-        rollouts.log("conflict/token_fraction", selected.float(), counted)
-        if self.max_entropy is None:
-            return credit
-        head = rollouts.head.restricted_to(torch.arange(rollouts.head.vocabulary_size, device=ids.device))
-        groups = [
-            slice(first, first + rollouts.num_generations) for first in range(0, len(ids), rollouts.num_generations)
-        ]
-        entropies = torch.cat(
-            [mean_entropies(rollouts.states[rows], mask[rows], head, rollouts.temperature) for rows in groups]
-        )
-        dropped = entropies > self.max_entropy
-        rollouts.log("conflict/entropy", entropies, mask.any(1).float())
-        rollouts.log("conflict/dropped_fraction", dropped.float(), mask.any(1).float())
-        return credit.masked_fill(dropped.unsqueeze(1), 0.0)
+        rollouts.log("conflict/token_fraction", selected.float(), (mask & (signs != 0)).float())
+        return torch.where(selected, factor, 1.0).to(advantages.dtype)
 
 
 @documented
@@ -223,16 +159,12 @@ class Settings:
 
         - `"conflict"`: those in conflict.
         - `"random"`: as many tokens of each rollout at random, a control.
-    max_completion_entropy (`float`, *optional*):
-        Mean entropy, in nats, above which a rollout is left out (GTPO's filter); the authors take 0.7. Also without
-        `conflict_tokens`.
     """
 
     conflict_tokens: bool = False
     conflict_tokens_positive: float = 2.0
     conflict_tokens_negative: float = 0.0
     conflict_tokens_selection: str = "conflict"
-    max_completion_entropy: float | None = None
 
 
 class Conflict(Method):
@@ -243,10 +175,9 @@ class Conflict(Method):
     row = Row(
         "docs/conflict.md",
         "conflict tokens",
-        "tokens at the same place in good and bad rollouts are not pushed down, and up harder (GTPO); "
-        "`max_completion_entropy` leaves out rollouts of too high an entropy",
+        "tokens at the same place in good and bad rollouts are not pushed down, and up harder (GTPO)",
         "always",
-        "not measured: no pass; the filter takes hidden states, as NTHR does",
+        "not measured; no pass",
         paper=PAPER.id,
     )
     named = {
@@ -261,41 +192,19 @@ class Conflict(Method):
     }
     logs = ("conflict/",)
 
-    def is_on(self, args: Config) -> bool:
-        return args.conflict_tokens or args.max_completion_entropy is not None
-
-    def chosen(self, args: Config) -> str:
-        if args.conflict_tokens:
-            return super().chosen(args)
-        return f"max_completion_entropy={args.max_completion_entropy!r}"
-
     def check(self, args: Config) -> None:
-        if not self.is_on(args):
-            return
-        prefix = "conflict_tokens_"
-        names = (f"{prefix}positive", f"{prefix}negative", f"{prefix}selection", "max_completion_entropy")
-        positive, negative, selection, max_entropy = (getattr(args, name) for name in names)
-        check_conflict(positive, negative, selection, max_entropy, names)
-        layout = args.layout
-        if not layout.groups_are_local:
-            raise ValueError(
-                f"{self.chosen(args)} compares the rollouts of a group, but groups of num_generations="
-                f"{args.num_generations} straddle processes that generate {layout.generation_batch_per_process} rollouts "
-                "each (per_device_train_batch_size x steps_per_generation). Make that a multiple of num_generations."
-            )
+        if args.conflict_tokens:
+            selection = args.conflict_tokens_selection
+            check_conflict(args.conflict_tokens_positive, args.conflict_tokens_negative, selection, "conflict_tokens_")
+            check_groups_are_local("conflict_tokens=True compares the rollouts of a group", args)
 
     def active(self, args: Config) -> ActiveMethod:
-        if not args.conflict_tokens:
-            return ActiveMethod("Entropy filter", self._filter(args), ("entropy-filter",), (PAPER,))
-        control = ", as a control drawn at random" if args.conflict_tokens_selection == "random" else ""
-        tags = ("conflict-tokens", "conflict-tokens-random") if control else ("conflict-tokens",)
-        does = f"tokens that good and bad rollouts share at their ends are not pushed down{control}"
-        return ActiveMethod("Conflict tokens", f"{does}; {self._filter(args)}".removesuffix("; "), tags, (PAPER,))
-
-    def _filter(self, args: Config) -> str:
-        if args.max_completion_entropy is None:
-            return ""
-        return f"rollouts with a mean entropy above {args.max_completion_entropy:g} are left out"
+        is_control = args.conflict_tokens_selection == "random"
+        tags = ("conflict-tokens", "conflict-tokens-random") if is_control else ("conflict-tokens",)
+        which = "drawn at random, as a control," if is_control else "that good and bad rollouts share at their ends"
+        factors = f"{args.conflict_tokens_positive:g} and {args.conflict_tokens_negative:g} times"
+        does = f"tokens {which} carry {factors} the advantage in good and in bad ones"
+        return ActiveMethod("Conflict tokens", does, tags, (PAPER,))
 
     def explain(self, args: Config) -> Iterator[tuple[str, str]]:
         if args.conflict_tokens:
@@ -308,21 +217,12 @@ class Conflict(Method):
                 f"Conflict tokens: those {which} carry {args.conflict_tokens_positive:g} times of it in right rollouts "
                 f"and {args.conflict_tokens_negative:g} times in wrong ones.",
             )
-        if args.max_completion_entropy is not None:
-            yield "Credit", f"{self._filter(args).capitalize()}."
 
     def leaks(self, args: Config) -> Iterator[str]:
         if args.conflict_tokens:
             yield "conflict_tokens=True pushes what both signs share up, instead of letting it cancel."
-        if args.max_completion_entropy is not None:
-            yield "max_completion_entropy drops members of a group after its advantages are computed."
 
     def credit(self, args: Config) -> ConflictTokens:
-        if not args.conflict_tokens:
-            return ConflictTokens(positive=1.0, negative=1.0, max_entropy=args.max_completion_entropy)
         return ConflictTokens(
-            args.conflict_tokens_positive,
-            args.conflict_tokens_negative,
-            args.conflict_tokens_selection,
-            args.max_completion_entropy,
+            args.conflict_tokens_positive, args.conflict_tokens_negative, args.conflict_tokens_selection
         )

@@ -368,6 +368,7 @@ class DelTA:
 
     scope: Scope = "batch"
     needs_states = True
+    reads_states = "2 (delta_refinements + 1) forward passes"
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ import torch
 from ..arguments import floats, shaped, single
 from ..batch.groups import Choice, Groups
 from ..papers import DAPO
-from .method import ActiveMethod, Config, Method, Named, Row, documented
+from .method import ActiveMethod, Config, Method, Named, Row, check_groups_are_local, documented
 
 
 def without_variance(rewards: torch.Tensor, weights: torch.Tensor, apart: bool = False) -> torch.Tensor:
@@ -98,29 +98,7 @@ class DynamicSampling(Method):
 
     def check(self, args: Config) -> None:
         if self.is_on(args):
-            check_whole_groups(self.chosen(args), args)
+            check_groups_are_local(f"{self.chosen(args)} chooses whole groups", args)
 
     def selector(self, args: Config) -> DifferingRewards:
         return DifferingRewards()
-
-
-def check_whole_groups(chosen: str, args: Config) -> None:
-    """
-    Refuses sizes with which no process holds whole groups to choose among.
-
-    Args:
-        chosen (`str`):
-            The setting that asks for the choice.
-        args ([`~trl_cancel.CancelGRPOConfig`]):
-            The configuration.
-
-    Raises:
-        `ValueError`: Names the sizes.
-    """
-    layout = args.layout
-    if not layout.groups_are_local:
-        raise ValueError(
-            f"{chosen} chooses whole groups, but groups of num_generations={args.num_generations} straddle "
-            f"processes that generate {layout.generation_batch_per_process} rollouts each "
-            "(per_device_train_batch_size x steps_per_generation). Make that a multiple of num_generations."
-        )

@@ -285,6 +285,28 @@ class Method:
         """
 
 
+def check_groups_are_local(what: str, args: Config) -> None:
+    """
+    Refuses sizes with which groups straddle processes.
+
+    Args:
+        what (`str`):
+            What needs whole groups on one process, as the beginning of a sentence.
+        args ([`~trl_cancel.CancelGRPOConfig`]):
+            The configuration.
+
+    Raises:
+        `ValueError`: Names the sizes.
+    """
+    layout = args.layout
+    if not layout.groups_are_local:
+        raise ValueError(
+            f"{what}, but groups of num_generations={args.num_generations} straddle processes that generate "
+            f"{layout.generation_batch_per_process} rollouts each (per_device_train_batch_size x steps_per_generation). "
+            "Make that a multiple of num_generations."
+        )
+
+
 def documented(cls: type[T]) -> type[T]:
     """
     Gives the fields of a dataclass of settings their help and choices, which are its docstring's.

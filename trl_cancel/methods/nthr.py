@@ -41,7 +41,17 @@ from ..batch.protocol import Scope
 from ..batch.rollouts import Rollouts, as_many_at_random, generator_of
 from ..batch.states import HELD_LOGITS, LMHead, fitting_head
 from ..papers import Paper
-from .method import ActiveMethod, Config, Method, Named, PaperConfiguration, PaperEvaluation, Row, documented
+from .method import (
+    ActiveMethod,
+    Config,
+    Method,
+    Named,
+    PaperConfiguration,
+    PaperEvaluation,
+    Row,
+    check_groups_are_local,
+    documented,
+)
 
 
 PAPER = Paper(
@@ -238,6 +248,7 @@ class NTHR:
 
     scope: Scope = "group"
     needs_states = True
+    reads_states = "one forward pass over the rollouts"
 
     def __init__(self, beta: float = 1.0, eta: str | float = "balanced", selection: str = "score"):
         check_nthr(beta, eta, selection)
@@ -365,13 +376,7 @@ class NegativeTokenHiddenReward(Method):
         if not args.nthr:
             return
         check_nthr(args.nthr_beta, args.nthr_eta, args.nthr_selection, "nthr_")
-        layout = args.layout
-        if not layout.groups_are_local:
-            raise ValueError(
-                f"nthr=True compares the rollouts of a group, but groups of num_generations={args.num_generations} "
-                f"straddle processes that generate {layout.generation_batch_per_process} rollouts each "
-                "(per_device_train_batch_size x steps_per_generation). Make that a multiple of num_generations."
-            )
+        check_groups_are_local("nthr=True compares the rollouts of a group", args)
 
     def active(self, args: Config) -> ActiveMethod:
         does = "tokens of wrong rollouts that right ones need are pushed down less"

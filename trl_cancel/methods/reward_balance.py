@@ -20,8 +20,7 @@ from ..batch.groups import Choice, Groups
 from ..knapsack.choosing import Pool, bound, choose, exchanged
 from ..knapsack.spreading import fill_steps
 from ..papers import CANCELLATION
-from .dynamic_sampling import check_whole_groups
-from .method import ActiveMethod, Config, Method, Named, Row, documented
+from .method import ActiveMethod, Config, Method, Named, Row, check_groups_are_local, documented
 
 
 Counts = torch.Tensor | np.ndarray | Sequence[int]
@@ -330,7 +329,7 @@ class RewardBalance(Method):
             raise ValueError(f"reward_balance={share!r} must be between 0 and 0.5, e.g. 0.25.")
         if not share:
             return
-        check_whole_groups(self.chosen(args), args)
+        check_groups_are_local(f"{self.chosen(args)} chooses whole groups", args)
         rollouts = args.layout.rollouts_together
         if 2 * math.ceil(share * rollouts - 1e-9) > rollouts:
             raise ValueError(

@@ -1,109 +1,17 @@
-"""Token credit: which credits a run has, when each is computed, and what they make of the advantages."""
+"""Token credit: what the credits of a run make of the advantages."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..batch.clipping import CLIPPED_LOSSES
-from ..batch.protocol import SCOPES, Credit
+from ..batch.protocol import Credit
 from ..batch.rollouts import Rollouts, Rows
 from ..batch.states import StateStore
 from .forward import Passes
-from .rounds import Scored
-
-
-class TokenCredits:
-    """
-    The configured credits and the user's own.
-
-    All are computed when a generation batch has been scored. Those that need hidden states wait for the forward pass of
-    the loss, and so cost no pass of their own, where that sees the weights that sampled and the groups whole.
-
-    Args:
-        args ([`~trl_cancel.CancelGRPOConfig`]):
-            Configuration.
-        own (`Sequence` of [`~trl_cancel.credit.Credit`]):
-            The user's credits.
-        may_wait (`bool`, *optional*, defaults to `True`):
-            Whether credits may wait for the loss; not for that of a subclass that goes its own way.
-
-    Raises:
-        `ValueError`: If a credit is none, or cannot be honoured with these settings.
-    """
-
-    def __init__(self, args: Any, own: Sequence[Credit] = (), may_wait: bool = True):
-        if not isinstance(own, Sequence):
-            raise ValueError(f"credits={own!r} must be a list, e.g. credits=[{type(own).__name__}(...)].")
-        self.own = list(own)
-        self.args, self.layout = args, args.layout
-        self._check()
-        self.all = [*args.token_credits, *self.own]
-        self.of_states = [credit for credit in self.all if getattr(credit, "needs_states", False)]
-        self.in_loss = self.of_states if may_wait and self._fits_loss(self.of_states) else []
-        self.when_scored = [credit for credit in self.all if credit not in self.in_loss]
-        self.states_when_scored = bool(self.of_states) and not self.in_loss
-
-    def __bool__(self) -> bool:
-        return bool(self.all)
-
-    def _fits_loss(self, credits: Sequence[Credit]) -> bool:
-        fits = self.layout.is_on_policy and self.layout.groups_are_local and self.layout.groups_fit_micro_batches
-        return fits and not makes_old_logps(self.args) and all(credit.scope != "batch" for credit in credits)
-
-    def _check(self) -> None:
-        for credit in self.own:
-            name = type(credit).__name__
-            if isinstance(credit, type):
-                raise ValueError(f"credits: {credit.__name__} needs to be an object; pass {credit.__name__}(...).")
-            if not isinstance(credit, Credit) or not callable(credit.coefficients) or credit.scope not in SCOPES:
-                raise ValueError(
-                    f"credits: {name} needs a method coefficients(rollouts) and an attribute scope, one of "
-                    f"{', '.join(map(repr, SCOPES))}; its scope is {getattr(credit, 'scope', None)!r}."
-                )
-            if credit.scope == "group" and not self.layout.groups_are_local:
-                raise ValueError(
-                    f"{type(credit).__name__} looks at whole groups, but groups of num_generations="
-                    f"{self.args.num_generations} straddle processes that generate "
-                    f"{self.layout.generation_batch_per_process} rollouts each (per_device_train_batch_size x "
-                    "steps_per_generation). Make that a multiple of num_generations."
-                )
-        if self.own or self.args.token_credits:
-            self._check_loss()
-
-    def _check_loss(self) -> None:
-        args = self.args
-        if args.importance_sampling_level != "sequence":
-            return
-        if args.loss_type == "sapo":
-            raise ValueError(
-                "loss_type='sapo' with importance_sampling_level='sequence' would average the token credits of a "
-                "rollout. Set importance_sampling_level='token', or another loss_type."
-            )
-        if args.delta is not None and args.delta < 1:
-            raise ValueError(
-                "Token credits with importance_sampling_level='sequence' hold the ratio at 1 inside the loss, so "
-                f"delta={args.delta} would cut off every positive rollout. Set delta to 1 or more, or leave it unset."
-            )
-        if args.use_bias_correction_kl and args.beta:
-            raise ValueError(
-                "Token credits with importance_sampling_level='sequence' hold the ratio at 1 inside the loss, so "
-                f"use_bias_correction_kl=True (with beta={args.beta}) would lose its ratio. Set "
-                "use_bias_correction_kl=False, importance_sampling_level='token' or beta=0."
-            )
-
-    @property
-    def spread_over_tokens(self) -> bool:
-        """Whether the loss would average a rollout's token credits, since its tokens share one ratio."""
-        return (
-            bool(self) and self.args.importance_sampling_level == "sequence" and self.args.loss_type in CLIPPED_LOSSES
-        )
-
-
-def makes_old_logps(args: Any) -> bool:
-    """Whether TRL passes over each generation batch for the log-probs under the policy that sampled it."""
-    return not args.layout.is_on_policy or (args.use_vllm and args.vllm_importance_sampling_correction)
+from .rounds import ENTROPIES, Scored
+from .token_credits import TokenCredits
 
 
 def credited(advantages: torch.Tensor, credits: Sequence[Credit], rollouts: Rollouts) -> torch.Tensor:
@@ -197,7 +105,7 @@ class CreditStage:
         credits ([`TokenCredits`]):
             The credits.
         passes ([`~trl_cancel.pipeline.forward.Passes`]):
-            Makes passes for those that need hidden states, where TRL has made none.
+            Makes passes for those that need what one gives, where TRL has made none.
     """
 
     def __init__(self, args: Any, credits: TokenCredits, passes: Passes):
@@ -216,14 +124,17 @@ class CreditStage:
         """
         waiting: Rows = {}
         if self.credits.in_loss:
-            _ = self.passes.head  # while all processes are here, in case the model is sharded
+            if self.credits.of_states:
+                _ = self.passes.head  # while all processes are here, in case the model is sharded
             waiting = {"rollout_rows": torch.arange(len(scored), device=rollouts.mask.device)}
             self.rollouts = rollouts
-        if self.credits.states_when_scored:
-            rollouts = self._with_states(rollouts, scored)
+        if self.credits.pass_when_scored:
+            rollouts = self._with_pass(rollouts, scored)
         return {**waiting, "advantages": credited(scored.batch["advantages"], self.credits.when_scored, rollouts)}
 
-    def of_micro_batch(self, inputs: Rows, logps: torch.Tensor, states: StateStore) -> torch.Tensor:
+    def of_micro_batch(
+        self, inputs: Rows, logps: torch.Tensor, entropies: torch.Tensor | None, states: StateStore | None
+    ) -> torch.Tensor:
         """
         The advantages of a micro-batch with the credits that have waited for the loss's own forward pass.
 
@@ -232,31 +143,41 @@ class CreditStage:
                 The micro-batch.
             logps (`torch.Tensor` of shape `(B, T)`):
                 Log-probs of that pass.
-            states ([`~trl_cancel.batch.states.StateStore`]):
-                Its hidden states.
+            entropies (`torch.Tensor` of shape `(B, T)`, *optional*):
+                Its entropies.
+            states ([`~trl_cancel.batch.states.StateStore`], *optional*):
+                Its hidden states, where they are needed.
         """
         assert self.rollouts is not None
         order = inputs["rollout_rows"].argsort()  # TRL may have shuffled the rollouts within the micro-batch
-        rollouts = self.rollouts.take(
-            inputs["rollout_rows"][order],
-            states=states[:][order],
-            old_logps=logps.detach()[order],
-            head=self.passes.head,
-        )
+        found: dict[str, Any] = {}
+        if states is not None:
+            found |= {"states": states[:][order], "head": self.passes.head}
+        if self.credits.need_entropies and entropies is not None:
+            found["entropies"] = entropies.detach()[order]
+        rollouts = self.rollouts.take(inputs["rollout_rows"][order], old_logps=logps.detach()[order], **found)
         back = order.argsort()
         return credited(inputs["advantages"][order], self.credits.in_loss, rollouts)[back]
 
-    def _with_states(self, rollouts: Rollouts, scored: Scored) -> Rollouts:
-        """The rollouts with their states and log-probs: of TRL's own pass if it has made one, otherwise of another."""
-        states, logps, batch = scored.states, rollouts.old_logps, scored.batch
-        if states is None:
-            states = StateStore(self.args.state_cache_gib)
-            logps = self.passes.over(batch, torch.arange(len(scored)), states)
+    def _with_pass(self, rollouts: Rollouts, scored: Scored) -> Rollouts:
+        """The rollouts with what credits need of a pass: of TRL's own if it has made one, otherwise of another."""
+        states, batch, needs_states = scored.states, scored.batch, bool(self.credits.of_states)
+        logps, entropies = rollouts.old_logps, batch.pop(ENTROPIES, None)
+        if (needs_states and states is None) or (self.credits.need_entropies and entropies is None):
+            states = StateStore(self.args.state_cache_gib) if needs_states else None
+            logps, entropies = self.passes.over(batch, torch.arange(len(scored)), states, self.credits.need_entropies)
+        found: dict[str, Any] = {"entropies": entropies} if self.credits.need_entropies else {}
+        if needs_states and states is not None:
+            states.recompute = self._recomputed(batch, len(scored))
+            found |= {"states": states, "head": self.passes.head}
+        return replace(rollouts, old_logps=logps, **found)
 
-        def recompute(rows: slice) -> torch.Tensor:
+    def _recomputed(self, batch: Rows, rows: int) -> Callable[[slice], torch.Tensor]:
+        """What computes the states of some rollouts again."""
+
+        def recompute(part: slice) -> torch.Tensor:
             again = StateStore()
-            self.passes.over(batch, torch.arange(len(rollouts.mask))[rows], again)
+            self.passes.over(batch, torch.arange(rows)[part], again)
             return again[:]
 
-        states.recompute = recompute
-        return replace(rollouts, states=states, old_logps=logps, head=self.passes.head)
+        return recompute

@@ -12,6 +12,7 @@ from ..batch.states import CPU_SHARE, GIB, LMHead, StateStore
 from ..upstream.hooks import around
 from ..upstream.trl import disable_gradient_checkpointing, unwrap_model_for_generation
 from .split import cut
+from .token_credits import TokenCredits
 
 
 logger = get_logger(__name__)
@@ -28,10 +29,12 @@ class Passes:
             The trainer.
         loss (`Callable`):
             TRL's loss, `loss(model, inputs)`, whose forward pass is made.
+        credits ([`~trl_cancel.pipeline.token_credits.TokenCredits`]):
+            The token credits, for which states and entropies are caught.
     """
 
-    def __init__(self, trainer: Any, loss: Callable[[Any, Rows], Any]):
-        self.trainer, self.args, self.loss = trainer, trainer.args, loss
+    def __init__(self, trainer: Any, loss: Callable[[Any, Rows], Any], credits: TokenCredits):
+        self.trainer, self.args, self.loss, self.credits = trainer, trainer.args, loss, credits
         self._head: LMHead | None = None
 
     @property
@@ -62,13 +65,19 @@ class Passes:
         Returns:
             `torch.Tensor` of shape `(B, T)`.
         """
+        return self._made(inputs, states, entropies=False)[0]
+
+    def _made(
+        self, inputs: Rows, states: StateStore | None, entropies: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probs, and entropies where they are asked for."""
 
         def only(
             forward: Forward, model: Any, input_ids: Any, mask: Any, length: int, *args: Any, **kwargs: Any
         ) -> Any:
-            kwargs = {**without_empty_images(kwargs), "compute_entropy": False}
+            kwargs = {**without_empty_images(kwargs), "compute_entropy": entropies}
             with self.caught(states, mask[:, -length:]):
-                raise _ForwardDone(forward(model, input_ids, mask, length, *args, **kwargs)[0])
+                raise _ForwardDone(forward(model, input_ids, mask, length, *args, **kwargs)[:2])
 
         model, checkpointing = cast(Any, (self.trainer.model, self.args.gradient_checkpointing_kwargs))
         # Its dropout is not to change what is sampled and trained later.
@@ -83,15 +92,22 @@ class Passes:
             ):
                 self.loss(model, inputs)
         except _ForwardDone as done:
-            return done.logps
+            return done.found
         raise AssertionError("TRL's loss has made no forward pass")
 
-    def over(self, batch: Rows, rows: torch.Tensor, states: StateStore) -> torch.Tensor:
-        """Log-probs of some rollouts, in pieces no larger than a micro-batch; a store takes the hidden states."""
+    def over(
+        self, batch: Rows, rows: torch.Tensor, states: StateStore | None, entropies: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Log-probs of some rollouts, and entropies where they are asked for, in pieces no larger than a micro-batch; a
+        store takes the hidden states.
+        """
         count = -(-len(rows) // self.args.layout.per_device_train_batch_size)
         while len(rows) % count:  # pieces are of one size
             count += 1
-        return torch.cat([self.logps(part, states) for part in cut(batch, rows, count)])
+        made = [self._made(part, states, entropies) for part in cut(batch, rows, count)]
+        logps, of_parts = zip(*made, strict=True)
+        return torch.cat(logps), torch.cat(of_parts) if entropies else None
 
     def caught(self, states: StateStore | None, mask: torch.Tensor) -> AbstractContextManager[None]:
         """Lets a store, if there is one, take the hidden states of the passes made meanwhile."""
@@ -109,22 +125,31 @@ class Passes:
                 logger.warning_once(
                     f"The hidden states of a generation batch may take {size.item() / GIB:.2f} GiB, more than "
                     f"{CPU_SHARE} x state_cache_gib={self.args.state_cache_gib}, so they are computed again each time "
-                    "they are needed: one forward pass over the rollouts for NTHR, 2 (delta_refinements + 1) for DelTA."
+                    f"they are needed: {self._again()}."
                 )
         return states.filled_by(model, mask)
 
+    def _again(self) -> str:
+        """How often states that are not kept are computed again."""
+        each = [
+            (type(credit).__name__, getattr(credit, "reads_states", "further forward passes"))
+            for credit in self.credits.of_states
+        ]
+        return ", ".join(f"{passes} for {name}" for name, passes in each)
+
     @contextmanager
     def first_caught(self, store: StateStore) -> Iterator[None]:
-        """Lets a store take states and log-probs of the first forward pass made meanwhile."""
+        """Lets a store take what credits need of the first forward pass made meanwhile, and its log-probs."""
 
         def watched(
             forward: Forward, model: Any, input_ids: Any, mask: Any, length: int, *args: Any, **kwargs: Any
         ) -> Any:
             if store.logps is not None:
                 return forward(model, input_ids, mask, length, *args, **kwargs)
-            with self.caught(store, mask[:, -length:]):
+            kwargs |= {"compute_entropy": True} if self.credits.need_entropies else {}
+            with self.caught(store if self.credits.of_states else None, mask[:, -length:]):
                 result = forward(model, input_ids, mask, length, *args, **kwargs)
-            store.logps = result[0]
+            store.logps, store.entropies = result[:2]
             return result
 
         with around(self.trainer, FORWARD, watched):
@@ -140,7 +165,7 @@ def without_empty_images(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 class _ForwardDone(Exception):
-    """Carries the log-probs out of a loss of which nothing else is wanted."""
+    """Carries log-probs and entropies out of a loss of which nothing else is wanted."""
 
-    def __init__(self, logps: torch.Tensor):
-        self.logps = logps
+    def __init__(self, found: tuple[torch.Tensor, torch.Tensor | None]):
+        self.found = found

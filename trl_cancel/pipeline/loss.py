@@ -132,13 +132,15 @@ class LossStage:
         progress = self.progress
         assert progress is not None
         inputs = None if progress.is_weighed else progress.inputs
-        states = StateStore() if inputs is not None and self.credit.credits.in_loss else None
+        waiting = bool(self.credit.credits.in_loss) and inputs is not None
+        states = StateStore() if waiting and self.credit.credits.of_states else None
+        kwargs |= {"compute_entropy": True} if waiting and self.credit.credits.need_entropies else {}
         with self.passes.caught(states, mask[:, -length:]):
             result = forward(model, input_ids, mask, length, *args, **without_empty_images(kwargs))
         progress.logps = result[0]
         if inputs is not None:
-            if states is not None:
-                inputs["advantages"] = self.credit.of_micro_batch(inputs, progress.logps, states)
+            if waiting:
+                inputs["advantages"] = self.credit.of_micro_batch(inputs, progress.logps, result[1], states)
             self.weights.apply(inputs, progress.logps, progress.is_measured)
             progress.is_weighed = True
             progress.losses += 1

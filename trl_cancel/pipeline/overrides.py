@@ -5,7 +5,7 @@ from typing import Any
 from trl import GRPOTrainer
 
 from ..upstream.hooks import is_of, left_out
-from .credit import TokenCredits
+from .token_credits import TokenCredits
 
 
 def asked_for_in_generation(args: Any, credits: TokenCredits) -> list[str]:
@@ -37,7 +37,7 @@ def check_overrides(trainer: Any, base: type, args: Any, credits: TokenCredits) 
             This package's trainer, from which its class derives.
         args ([`~trl_cancel.CancelGRPOConfig`]):
             Its configuration.
-        credits ([`~trl_cancel.pipeline.credit.TokenCredits`]):
+        credits ([`~trl_cancel.pipeline.token_credits.TokenCredits`]):
             Its token credits.
 
     Raises:

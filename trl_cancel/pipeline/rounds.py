@@ -18,6 +18,7 @@ from .prompts import FreshPrompts
 
 
 logger = get_logger(__name__)
+ENTROPIES = "entropies"  # entry of a scored batch, where a credit needs them and a pass has had them
 Score = Callable[[list[dict[str, Any]]], "Scored"]
 
 

@@ -11,10 +11,10 @@ from ..batch.states import StateStore
 from ..methods.dynamic_sampling import without_variance
 from ..running.rewards import at_the_mean
 from ..upstream.hooks import around
-from .credit import TokenCredits, makes_old_logps
 from .forward import Passes
 from .monitor import UpdateMonitor
-from .rounds import Scored
+from .rounds import ENTROPIES, Scored
+from .token_credits import TokenCredits, makes_old_logps
 
 
 Generate = Callable[[list[dict[str, Any]]], Rows]
@@ -27,7 +27,7 @@ class Scoring:
     Args:
         trainer ([`~trl_cancel.CancelGRPOTrainer`]):
             The trainer.
-        credits ([`~trl_cancel.pipeline.credit.TokenCredits`]):
+        credits ([`~trl_cancel.pipeline.token_credits.TokenCredits`]):
             The token credits, for which hidden states are caught.
         passes ([`~trl_cancel.pipeline.forward.Passes`]):
             Catches them.
@@ -60,19 +60,23 @@ class Scoring:
 
         # Filled by the first pass, for the log-probs of the policy that sampled.
         states = StateStore(self.args.state_cache_gib)
-        catches = self.credits.states_when_scored and makes_old_logps(self.args)
+        catches = self.credits.pass_when_scored and makes_old_logps(self.args)
         with (
             around(self.trainer, "_calculate_rewards", calculate),
             self.passes.first_caught(states) if catches else nullcontext(),
         ):
             batch = dict(generate(inputs))
         is_taken = states.logps is not None and states.logps is batch.get("old_per_token_logps")
+        if is_taken and self.credits.need_entropies:
+            batch[ENTROPIES] = states.entropies
         group_ids = self._group_ids(len(inputs), batch["advantages"].device)
         rewards, idle, even = self._judged(found[-1] if found else None, batch)
         if self.credits or self.args.weigher is not None:
             # A reward that equals the mean differs from it by rounding, whose sign no method is to take for credit.
             batch["advantages"] = silenced(batch["advantages"], even)
-        return Scored(batch, rewards, idle, even, group_ids, inputs, states if is_taken else None)
+        return Scored(
+            batch, rewards, idle, even, group_ids, inputs, states if is_taken and self.credits.of_states else None
+        )
 
     def _group_ids(self, rows: int, device: torch.device) -> torch.Tensor:
         first = self.trainer.accelerator.process_index * rows

@@ -15,9 +15,9 @@ from ..batch.clipping import CLIPPED_LOSSES
 from ..batch.groups import GroupRatios, GroupWeigher
 from ..batch.ratios import sequence_ratios, token_ratios
 from ..batch.rollouts import Rows, loss_mask
-from .credit import TokenCredits
 from .forward import Passes
 from .monitor import UpdateMonitor
+from .token_credits import TokenCredits
 
 
 # Entries of a micro-batch that the weights of its groups are made of.
@@ -139,7 +139,7 @@ class WeightStage:
     Args:
         trainer ([`~trl_cancel.CancelGRPOTrainer`]):
             The trainer.
-        credits ([`~trl_cancel.pipeline.credit.TokenCredits`]):
+        credits ([`~trl_cancel.pipeline.token_credits.TokenCredits`]):
             The token credits, which a loss of one ratio a rollout would average.
         passes ([`~trl_cancel.pipeline.forward.Passes`]):
             Makes passes where groups are spread over micro-batches.
