@@ -7,14 +7,13 @@ from dataclasses import dataclass, field, fields
 from inspect import cleandoc
 from typing import Any, ClassVar, TypeVar
 
-from transformers import TrainingArguments
 from trl import GRPOConfig
 
 from .arguments import is_number, one_of, whole
 from .batch.clipping import LOSS_TYPES
 from .batch.layout import BatchLayout
 from .methods import CONFIGURATIONS, METHODS, MethodSettings
-from .methods.method import described, documented
+from .methods.method import documented
 from .running.removed import KnowsRemoved
 from .running.secrets import KeepsSecrets, without_secrets
 from .upstream import trl as _upstream  # noqa: F401  (refuses an untested TRL before anything else happens)
@@ -260,8 +259,6 @@ def of_paper(name: str) -> Callable[[type[C]], type[C]]:
             Which; one of `CONFIGURATIONS`.
     """
     paper = CONFIGURATIONS[name]
-    documented_by = (TrainingArguments, GRPOConfig, CancelGRPOConfig)
-    texts = {name: text for cls in documented_by for name, text in described(str(cls.__doc__)).items()}
 
     def made(cls: type[C]) -> type[C]:
         lines = []
@@ -271,11 +268,14 @@ def of_paper(name: str) -> Callable[[type[C]], type[C]]:
             setattr(cls, setting, field(**default, metadata=old.metadata))
             cls.__annotations__[setting] = old.type
             kind = getattr(old.type, "__name__", str(old.type))
-            text = texts.get(setting, "").partition("\n\n")[0].replace("\n", " ")
-            lines.append(f"    {setting} (`{kind}`, *optional*, defaults to `{value!r}`):\n        {text}".rstrip())
+            see = "[`CancelGRPOConfig`]" if setting in _OWN_FIELDS else "[`~trl.GRPOConfig`]"
+            note = paper.notes.get(setting, f"See {see}.")
+            lines.append(f"    {setting} (`{kind}`, *optional*, defaults to `{value!r}`):\n        {note}")
         cls.__doc__ = (
             f"[`CancelGRPOConfig`] with the settings of {paper.paper.title} ([{paper.paper.id}]({paper.paper.url})).\n\n"
-            f"{paper.about}\n\nParameters:\n" + "\n".join(lines)
+            f"{paper.about}\n\nParameters:\n"
+            + "\n".join(lines)
+            + "\n\nRaises:\n    `ValueError`: As [`CancelGRPOConfig`]."
         )
         cls._gives_way = {
             setting: (paper.settings[setting], other, paper.settings.get(other))

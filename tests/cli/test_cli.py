@@ -120,7 +120,12 @@ def test_threads(model, expected, tiny_model, tmp_path, monkeypatch):
     assert found == [expected]
 
 
-@pytest.mark.parametrize("method", NAMED)
+QUICKLY_TRIED = {"grpo", "dfpo-min", "nthr-random", "conflict-tokens"}  # of the default suite
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[] if name in QUICKLY_TRIED else pytest.mark.slow) for name in NAMED]
+)
 def test_every_method_trains(method, tmp_path):
     settings = {**QUICK, "eval_problems": 0, "output_dir": tmp_path, "method": method}
     assert main(["train", *flags(**settings)]) == 0

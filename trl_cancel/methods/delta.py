@@ -559,7 +559,12 @@ class DiscriminativeCredit(Method):
                 "learning_rate": 1e-6,
             },
             "tokens that tell good rollouts from bad ones carry more of the advantage (DelTA)",
-            "DelTA.",
+            "DelTA, without the sizes of its batches.",
+            {
+                "epsilon_high": "Upper end of the clipping range.",
+                "num_generations": "Rollouts a prompt.",
+                "per_device_train_batch_size": "Rollouts a micro-batch.",
+            },
         ),
     )
     evaluations = (

@@ -26,7 +26,7 @@ from ..batch.groups import GroupRatios, Metrics
 from ..diagnostics.energy import gradient_asymmetry
 from ..papers import DESIGN_CONDITIONS, GSPO
 from .method import ActiveMethod, Config, Method, Named, PaperConfiguration, PaperEvaluation, Row, documented
-from .symmetric_clip import GIVES_WAY, OF_PAPER
+from .symmetric_clip import GIVES_WAY, NOTES, OF_PAPER
 
 
 def min_replace(weights: torch.Tensor) -> torch.Tensor:
@@ -390,6 +390,7 @@ class GroupWeights(Method):
             "sequence-level ratios made consistent within each group (DFPO)",
             "DFPO with Min-Replace (section 5 and Appendix I). A generation batch of one process holds 8 prompts of 32 "
             "rollouts, and each optimizer step one prompt. The paper does not state its clipping range; this is TRL's.",
+            {**NOTES, "loss_type": "Mean over the tokens of each rollout."},
             GIVES_WAY,
         ),
     )

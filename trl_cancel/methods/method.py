@@ -59,6 +59,8 @@ class PaperConfiguration:
             What is trained with them, in a few words.
         about (`str`):
             Where they are from, for the documentation of the configuration.
+        notes (`dict[str, str]`, *optional*):
+            A sentence on a setting, for the documentation.
         gives_way (`dict[str, str]`, *optional*):
             Settings that are left to their default where another is not as in the paper.
     """
@@ -70,6 +72,7 @@ class PaperConfiguration:
     settings: dict[str, Any]
     does: str
     about: str
+    notes: dict[str, str] = field(default_factory=dict)
     gives_way: dict[str, str] = field(default_factory=dict)
 
 

@@ -358,8 +358,12 @@ class NegativeTokenHiddenReward(Method):
             PAPER,
             {"nthr": True, "filter_zero_variance": True, "beta": 1e-4, "num_generations": 8, "learning_rate": 1e-6},
             "tokens of wrong rollouts that look like those of right ones are pushed down less (NTHR)",
-            "NTHR (section 5.4 and Appendix 7.3). The paper takes a learning rate of 5e-7 for its model of 0.5B "
-            "parameters.",
+            "NTHR (section 5.4 and Appendix 7.3), without the sizes of its batches.",
+            {
+                "beta": "Coefficient of the KL term.",
+                "num_generations": "Rollouts a prompt.",
+                "learning_rate": "The paper takes 5e-7 for its model of 0.5B parameters.",
+            },
         ),
     )
     evaluations = (

@@ -87,6 +87,14 @@ OF_PAPER = {
     "lr_scheduler_kwargs": {"min_lr_rate": 0.2},
     "warmup_steps": 0.03,
 }
+NOTES = {
+    "num_generations": "Rollouts a prompt.",
+    "per_device_train_batch_size": "Rollouts a micro-batch.",
+    "gradient_accumulation_steps": "Micro-batches an optimizer step.",
+    "steps_per_generation": "Micro-batches a generation batch.",
+    "lr_scheduler_kwargs": "The lowest rate of the schedule.",
+    "warmup_steps": "Warmup, as a share of all steps.",
+}
 GIVES_WAY = {
     "lr_scheduler_kwargs": "lr_scheduler_type",  # another schedule does not know it
     "steps_per_generation": "generation_batch_size",  # it follows from that
@@ -126,6 +134,7 @@ class SymmetricClip(Method):
             "one clipping range for both signs of the advantage (GRPO-fix, Appendix H)",
             "GRPO-fix, symmetric clipping at the level of tokens (Appendices H and I). All tokens weigh alike: the mean "
             "over each rollout would keep shared tokens from cancelling. Otherwise the settings are those of DFPO.",
+            {**NOTES, "loss_type": "All tokens weigh alike."},
             GIVES_WAY,
         ),
     )
