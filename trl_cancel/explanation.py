@@ -283,12 +283,14 @@ def _passes(config: CancelGRPOConfig, credits: TokenCredits) -> str:
 
 def _own_passes(config: CancelGRPOConfig, credits: TokenCredits) -> Iterator[str]:
     layout = config.layout
+    needed = {"hidden states": bool(credits.of_states), "entropies": credits.need_entropies}
+    what = " and ".join(name for name, is_needed in needed.items() if is_needed)
     if credits.in_loss:
-        yield "Token credit takes its hidden states from that pass."
+        yield f"Token credit takes its {what} from that pass."
     elif credits.pass_when_scored and makes_old_logps(config):
-        yield "Token credit takes its hidden states from the one for the log-probs."
+        yield f"Token credit takes its {what} from the one for the log-probs."
     elif credits.pass_when_scored:
-        yield "This package adds one without gradients for each generation batch, for the hidden states of token credit."
+        yield f"This package adds one without gradients for each generation batch, for the {what} of token credit."
     if config.weigher is not None and layout.spreads_groups and not layout.is_on_policy:
         yield (
             "This package adds one without gradients for each optimizer step but the first of a generation batch, "
