@@ -135,8 +135,16 @@ def test_what_is_no_number_is_refused_as_one(name):
 @pytest.mark.parametrize("value", ["x", "{x}", 3, [1]])
 def test_what_is_no_dictionary_is_refused(value):
     for name in DICTIONARIES:
-        with pytest.raises(ValueError, match=rf"{name}=.* must be a dictionary"):
+        said = name if value == "{x}" else f"{name}=.*"
+        with pytest.raises(ValueError, match=rf"{said} must be a dictionary"):
             CancelGRPOConfig(bf16=False, **{name: value})
+
+
+def test_json_that_cannot_be_read_is_not_shown():
+    """It may hold a secret, which could not be told from the rest."""
+    with pytest.raises(ValueError, match="model_init_kwargs must be a dictionary; as JSON it cannot") as caught:
+        CancelGRPOConfig(bf16=False, model_init_kwargs='{"openai_key": "S3CRET"')
+    assert "S3CRET" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -203,5 +203,7 @@ def _check_dictionary(name: str, value: Any) -> None:
             json.loads(value)
             return
         except ValueError as error:
-            raise ValueError(f"{name}={value!r} must be a dictionary; as JSON it cannot be read: {error}.") from None
+            raise ValueError(
+                f"{name} must be a dictionary; as JSON it cannot be read: {error}."
+            ) from None  # it may hold secrets
     raise ValueError(f"{name}={value!r} must be a dictionary, e.g. {{'key': 1}}, or None.")

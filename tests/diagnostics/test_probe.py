@@ -162,6 +162,8 @@ def _model_of(trainer, path):
 def test_gradient_is_that_of_the_trainer(tiny_model, name):
     """Off policy, with each group in a micro-batch, and the token-level normalisation that the probe has."""
     settings = {**NAMED[name].settings, "loss_type": "dapo"}
+    if name == "entropy-filter":
+        settings["max_completion_entropy"] = 2.4  # of random weights
     level = settings.get("importance_sampling_level", "token")
     trainer = build(
         load(tiny_model).double(),
@@ -197,7 +199,7 @@ class _LookAtFirst(_Look):
 
 def test_token_credit_is_that_of_the_trainer(tiny_model):
     """The credits that the trainer settles when the rollouts are scored are those that the probe settles."""
-    for name in ("nthr", "delta", "positive-only"):
+    for name in ("nthr", "delta", "positive-only", "conflict-tokens", "entropy-filter"):
         trainer = build(
             load(tiny_model).double(),
             _LookAtFirst,

@@ -83,6 +83,7 @@ def test_one_process_and_two_agree(results, name):
     assert_agree(results, name, "two")
 
 
+@pytest.mark.slow  # FSDP on the CPU; the matrix tries every method on it
 @pytest.mark.parametrize("name", marked(SHARDED))
 def test_one_process_and_a_sharded_model_agree(results, name):
     assert_agree(results, name, "fsdp2")

@@ -64,6 +64,30 @@ def log_probs(hidden: torch.Tensor, token_ids: torch.Tensor, head: LMHead, tempe
     return torch.cat(parts) if parts else hidden.new_zeros(0)
 
 
+def entropies(hidden: torch.Tensor, head: LMHead, temperature: float = 1.0) -> torch.Tensor:
+    """
+    Entropies of the distributions of tokens, in nats. Logits are held for a few tokens at a time.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(N, d)`):
+            Hidden states that predict the tokens.
+        head ([`~trl_cancel.batch.states.LMHead`]):
+            Output layer.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of the policy.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`, in float32 or better.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    parts = [torch.zeros(0, dtype=dtype, device=hidden.device)]
+    with torch.no_grad():
+        for part in pieces(len(hidden), vocabulary_size(head)):
+            log_probs = (head.all_logits(hidden[part]).to(dtype) / temperature).log_softmax(-1)
+            parts.append(torch.special.entr(log_probs.exp()).sum(-1))
+    return torch.cat(parts)
+
+
 def vocabulary_size(head: LMHead) -> int:
     """V, the number of logits that an output layer gives."""
     layer: Any = head.layer

@@ -16,7 +16,7 @@ from ...arguments import positive, whole
 from ...batch.rollouts import Rollouts
 from ...batch.states import LMHead, StateStore, without_dropout
 from ..coupling import head_gradient, predicted_shifts
-from ..forward import final_states, log_probs
+from ..forward import entropies, final_states, log_probs
 from .variants import Variant
 
 
@@ -128,8 +128,16 @@ class UpdateProbe:
         """Advantages with a variant's token credit, settled by the states before any update."""
         key = repr((variant.name, sorted(variant.settings.items(), key=str)))
         if key not in self._credited:
-            self._credited[key] = variant.credited(self.rollouts).advantages
+            rollouts = self.rollouts
+            if variant.needs_entropies:
+                rollouts = replace(rollouts, entropies=self._entropies())
+            self._credited[key] = variant.credited(rollouts).advantages
         return self._credited[key]
+
+    def _entropies(self) -> torch.Tensor:
+        """Entropies of the distributions of the tokens, of shape `(B, T)`."""
+        values = entropies(self.hidden, self.head, self.rollouts.temperature)
+        return values.new_zeros(self.active.shape).masked_scatter(self.active, values)
 
     def gradient(self, weights: torch.Tensor, rows: torch.Tensor | None = None) -> list[torch.Tensor]:
         r"""

@@ -55,6 +55,12 @@ class Variant:
         return f"Variant({self.name!r})"
 
     @property
+    def needs_entropies(self) -> bool:
+        """Whether its token credit needs the entropies of the tokens' distributions."""
+        credits = self._args(num_generations=2).token_credits
+        return any(getattr(credit, "needs_entropies", False) for credit in credits)
+
+    @property
     def weighs_groups(self) -> bool:
         """Whether rollouts are weighed within their groups, which must then be whole."""
         return self._args(num_generations=2).weigher is not None
