@@ -5,7 +5,6 @@ The first rows of a table, and what stands between comments such as `<!-- method
 the methods found is taken from the README, where `benchmarks/learning.py` writes it.
 """
 
-import math
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -30,7 +29,7 @@ def table(readme: str) -> str:
     for method in METHODS:
         row = method.row
         default = next(setting.default for setting in fields(method.Settings) if setting.name == method.switch)
-        shown = {True: "on", False: "off", math.inf: "off"}.get(default, default)
+        shown = {True: "on", False: "off"}.get(default, default)
         gave = re.sub(r"\{(.+?)\}", lambda name: found(readme, name[1]), row.gave)
         source = f"[{row.paper}]({PAPERS}/{row.paper})" if row.paper else ""
         cells = [f"[`{method.switch}`]({row.page})", shown, row.does, row.when, row.costs, gave, source]

@@ -1,5 +1,6 @@
 """The recipes: each parses, says what it claims, and those of the playground run. What values settings may have."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 import yaml
 from trl import GRPOConfig
 
-from trl_cancel import DFPOConfig, GRPOFixConfig, explain
+from trl_cancel import DelTAConfig, DFPOConfig, GRPOFixConfig, NTHRConfig, explain
 from trl_cancel.batching import BatchLayout
 from trl_cancel.cli import UsageError
 from trl_cancel.cli.demo import SETTINGS
@@ -138,6 +139,12 @@ def test_what_is_no_dictionary_is_refused(value):
         said = name if value == "{x}" else f"{name}=.*"
         with pytest.raises(ValueError, match=rf"{said} must be a dictionary"):
             CancelGRPOConfig(bf16=False, **{name: value})
+
+
+@pytest.mark.parametrize("config", [CancelGRPOConfig, DFPOConfig, GRPOFixConfig, NTHRConfig, DelTAConfig])
+def test_default_settings_are_json(config):
+    """As trackers and the readers of a checkpoint's trainer_state.json want it, which know no infinity."""
+    json.dumps(config("unused", bf16=False).to_dict(), allow_nan=False)
 
 
 def test_json_that_cannot_be_read_is_not_shown():

@@ -115,6 +115,6 @@ def test_settings_that_make_no_sense_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             ConflictTokens(**settings)
-    for threshold in (0.0, float("nan"), "0.7", None):
+    for threshold in (0.0, float("nan"), float("inf"), "0.7", None):
         with pytest.raises(ValueError, match=f"max_entropy={threshold!r} must be a positive number of nats"):
             EntropyFilter(threshold)

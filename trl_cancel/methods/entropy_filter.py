@@ -28,8 +28,8 @@ def check_threshold(name: str, value: Any) -> None:
     Raises:
         `ValueError`: Names the setting.
     """
-    if not (is_number(value) and value > 0):
-        raise ValueError(f"{name}={value!r} must be a positive number of nats, e.g. 0.7, or inf for no filter.")
+    if not (is_number(value) and 0 < value < math.inf):
+        raise ValueError(f"{name}={value!r} must be a positive number of nats, e.g. 0.7.")
 
 
 class EntropyFilter:
@@ -66,12 +66,12 @@ class EntropyFilter:
 @dataclass
 class Settings:
     """
-    max_completion_entropy (`float`, *optional*, defaults to `inf`):
-        Mean entropy, in nats, above which a rollout is left out (GTPO's filter); the authors take 0.7. Source:
-        [2508.03772](https://huggingface.co/papers/2508.03772).
+    max_completion_entropy (`float`, *optional*, defaults to `0.0`):
+        Mean entropy, in nats, above which a rollout is left out (GTPO's filter), or 0 for no filter; the authors take
+        0.7. Source: [2508.03772](https://huggingface.co/papers/2508.03772).
     """
 
-    max_completion_entropy: float = math.inf
+    max_completion_entropy: float = 0.0  # `None` could be no flag, and infinity no JSON
 
 
 class Filter(Method):
@@ -79,7 +79,7 @@ class Filter(Method):
 
     Settings = Settings
     switch = "max_completion_entropy"
-    off = math.inf
+    off = 0.0
     row = Row(
         "docs/conflict.md#the-entropy-filter",
         "entropy filter",
@@ -96,10 +96,11 @@ class Filter(Method):
     logs = ("entropy_filter/",)
 
     def check(self, args: Config) -> None:
-        check_threshold("max_completion_entropy", args.max_completion_entropy)
+        if self.is_on(args):
+            check_threshold("max_completion_entropy", args.max_completion_entropy)
 
     def active(self, args: Config) -> ActiveMethod:
-        return ActiveMethod("Entropy filter", f"{self._does(args)}", ("entropy-filter",), (PAPER,))
+        return ActiveMethod("Entropy filter", self._does(args), ("entropy-filter",), (PAPER,))
 
     def _does(self, args: Config) -> str:
         return f"rollouts with a mean entropy above {args.max_completion_entropy:g} are left out"
