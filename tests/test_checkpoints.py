@@ -518,33 +518,87 @@ def test_a_run_that_goes_on_elsewhere_is_another(tiny_model, saved, tmp_path_fac
 
 
 def test_a_checkpoint_of_another_run_is_not_taken_for_progress(tiny_model, saved, caplog):
-    """A fresh start in a folder with checkpoints 1 to 3 that fails after its second step."""
+    """A fresh start in a folder with checkpoints 1 to 3 that fails after its second step, and goes on from that."""
 
     def failing(completion_ids, trainer_state, **kwargs):
         if trainer_state.global_step == 2:
             raise RuntimeError("the grader is down")
         return noisy_reward(completion_ids)
 
+    failing.__name__ = "noisy_reward"
     settings = {"save_strategy": "steps", "save_steps": 500, "output_dir": str(saved), "seed": 7}
     others = (saved / "checkpoint-2/model.safetensors").read_bytes()
     with pytest.raises(RuntimeError) as raised:
         finished(tiny_model, **settings, reward=failing)
     assert f"output_dir={saved} holds checkpoints of another run, the latest checkpoint-3" in caplog.text
     named = saved / "checkpoint-2"
-    note = f"step 2 is saved as {named}; continue with resume_from_checkpoint='{named}', for True takes {saved}/check"
-    assert note in raised.value.__notes__[-1]
+    note = f"step 2 is saved as {named}; continue with resume_from_checkpoint=True."
+    assert raised.value.__notes__[-1].endswith(note)
     assert (named / "model.safetensors").read_bytes() != others
     caplog.clear()
-    assert finished(tiny_model, resume=str(named), **settings).trainer.state.global_step == 3
-    assert "another run" not in caplog.text
+    with pytest.raises(
+        ValueError, match=r"several runs, and none .*: checkpoint-3 \(seed: 42 -> 8\), checkpoint-2 \("
+    ):
+        finished(tiny_model, resume=True, **{**settings, "seed": 8})
+    resumed = finished(tiny_model, resume=True, **settings).trainer
+    assert (resumed.own_checkpoints.last(), resumed.state.global_step) == (saved / "checkpoint-3", 3)
+    (beside,) = [record.getMessage() for record in caplog.records if "another run" in record.getMessage()]
+    assert (
+        f"output_dir={saved} holds checkpoints of another run, the latest checkpoint-3. They stay, but for" in beside
+    )
+    assert "starts anew" not in beside
+    assert beside.endswith("It differs from this one: seed: 42 -> 7.")
+    assert "was saved with other settings" not in caplog.text
+
+
+def test_whose_checkpoint_is_taken(tmp_path):
+    """Of several runs in a folder: by the settings, then by the model that is there, then by the steps."""
+
+    def write_one(name, run, **settings):
+        write(tmp_path / name, ["trainer_state.json", "model.safetensors"])
+        record = {"run": run, "settings": {"seed": 1, "max_steps": 4, **settings}} if run else {}
+        callbacks = {SAVED_AS: {"attributes": record}} if run else {}
+        logs = [] if run else [{"loss": 1.0}]
+        state = {"global_step": 1, "train_batch_size": 1, "stateful_callbacks": callbacks, "log_history": logs}
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps(state))
+
+    def taken(**settings):
+        return Path(
+            find_checkpoint(True, tmp_path, {"attributes": {"settings": {"seed": 1, "max_steps": 4, **settings}}})
+        ).name
+
+    write_one("checkpoint-2", "a")
+    write_one("checkpoint-3", "a")
+    write_one("checkpoint-5", "b", seed=2)
+    assert (taken(), taken(seed=2)) == ("checkpoint-3", "checkpoint-5")
+    assert (taken(max_steps=8), taken(max_steps=8, seed=2)) == ("checkpoint-3", "checkpoint-5"), "trained on"
+    for unlike in ({"seed": 3}, {"seed": 3, "max_steps": 8}):
+        with pytest.raises(
+            ValueError, match=rf"checkpoint-5 \(.*seed: 2 -> 3\), checkpoint-3 \(.*Set .*={tmp_path}/check"
+        ):
+            taken(**unlike)
+    write_one("checkpoint-7", "c")
+    assert taken() == "checkpoint-7", "the most steps"
+    write_one(".", "a")
+    assert taken() == "checkpoint-3", "of the run whose model is there"
+    write_one("checkpoint-3", "a", max_steps=8)
+    assert taken() == "checkpoint-7", "which has these settings, and is not trained on"
+    write_one("checkpoint-9", None)
+    assert taken() == "checkpoint-7", "not of one that is not known"
+    for name in ("checkpoint-3", "checkpoint-2", "checkpoint-7", "checkpoint-5"):
+        shutil.rmtree(tmp_path / name)
+    assert taken(seed=3) == "checkpoint-9", "the only one"
 
 
 def test_a_signal_names_the_checkpoint_of_its_run(tiny_model, saved, caplog):
-    settings = {**SAVING, "save_steps": 500, "output_dir": str(saved)}
-    with pytest.raises(SystemExit):
-        finished(tiny_model, **settings, reward=signalling(signal.SIGTERM, 2))
+    """By its folder where another with the same settings has gone further."""
     named = saved / "checkpoint-2"
-    assert f"Saved as {named}; continue with resume_from_checkpoint='{named}', for True takes" in caplog.text
+    other = f"resume_from_checkpoint='{named}', for True takes {saved}/checkpoint-3, of another run"
+    for steps, how in ((7, "resume_from_checkpoint=True"), (3, other)):
+        settings = {**SAVING, "max_steps": steps, "save_steps": 500, "output_dir": str(saved)}
+        with pytest.raises(SystemExit):
+            finished(tiny_model, **settings, reward=signalling(signal.SIGTERM, 2))
+        assert f"Saved as {named}; continue with {how}." in caplog.text
 
 
 def test_own_checkpoints(saved, monkeypatch):

@@ -83,8 +83,8 @@ def test_what_a_finished_run_did_not_come_to_save_is_saved(tmp_path, monkeypatch
         overwrites = {"overwrite_output_dir": "true"} if name == "another" else {}
         if overwrites:
             before = files(tmp_path / "run")
-            assert train(tmp_path / "run", **SHORT, resume_from_checkpoint="auto") == 0
-            assert "trained with other settings: seed: 1 -> 42. " in capfd.readouterr().out
+            assert train(tmp_path / "run", **SHORT, resume_from_checkpoint="auto") == 2
+            assert "trained with other settings: seed: 1 -> 42. It ended at step 2, and" in capfd.readouterr().err
             assert files(tmp_path / "run") == before, "what is not to be overwritten"
         assert train(tmp_path / "run", **SHORT, **overwrites, resume_from_checkpoint="auto") == 0, name
         captured = capfd.readouterr()
@@ -97,6 +97,19 @@ def test_what_a_finished_run_did_not_come_to_save_is_saved(tmp_path, monkeypatch
         assert None not in results.values()
         assert "after" not in results, "which is of the other run"
 
+    (tmp_path / "run/model.safetensors").unlink()
+    before = files(tmp_path / "run")
+    for settings, said in (
+        (
+            {"resume_from_checkpoint": "auto", "seed": 7},
+            "with the run's own settings; they differ: seed: 42 -> 7. Set",
+        ),
+        ({}, "holds the results of a finished run (all_results.json), whose model is missing. Set another output_dir"),
+    ):
+        assert train(tmp_path / "run", **SHORT, **settings) == 2
+        assert said in capfd.readouterr().err
+        assert files(tmp_path / "run") == before
+
     elsewhere = {**SHORT, "resume_from_checkpoint": tmp_path / "run/checkpoint-2"}
     for said in ("the model was saved again from", "Already finished at step 2; nothing to do."):
         assert train(tmp_path / "new", **elsewhere) == 0
@@ -105,18 +118,26 @@ def test_what_a_finished_run_did_not_come_to_save_is_saved(tmp_path, monkeypatch
 
 
 def a_later_checkpoint_of_another_run_replaces_nothing(run, capfd):
+    """Nor if the model is lost: that of the run is saved again."""
     later = run / "checkpoint-4"
     of_another_run(run / "checkpoint-2", later, step=4)
+    model = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").unlink()
+    assert train(run, **SHORT, resume_from_checkpoint="auto") == 0
+    assert f"the model was saved again from {run}/checkpoint-2" in capfd.readouterr().out
+    assert (run / "model.safetensors").read_bytes() == model
     before = files(run)
     for settings in ({}, {"overwrite_output_dir": "true"}):
         assert train(run, **SHORT, **settings, resume_from_checkpoint="auto") == 0
         said = f"Already finished at step 2; nothing to do. {later} is of another run, and is left alone."
         assert said in capfd.readouterr().out
-    for settings in ({"max_steps": 6, "resume_from_checkpoint": "auto"}, {"resume_from_checkpoint": later}):
-        assert train(run, **{**SHORT, **settings}) == 2
-        error = capfd.readouterr().err.splitlines()[-1]
-        assert f"It ended at step 2, and {later} is of another run. Set another output_dir, " in error
-        assert error.endswith(f"or resume_from_checkpoint={run}/checkpoint-2 to go on from its last checkpoint.")
+    assert train(run, **SHORT, resume_from_checkpoint=later) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert f"It ended at step 2, and {later} is of another run. Set another output_dir, " in error
+    assert error.endswith(f"or resume_from_checkpoint={run}/checkpoint-2 to go on from its last checkpoint.")
+    assert train(run, **SHORT, seed=7, resume_from_checkpoint="auto") == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert "several runs, and none has the settings of this one: checkpoint-4 (seed: 42 -> 7), checkpoint-2 (" in error
     assert files(run) == before
     shutil.rmtree(later)
 

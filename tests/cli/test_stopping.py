@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.kills import status_of
+from tests.runs import DEFAULTS
+from trl_cancel import CancelGRPOConfig
 from trl_cancel.cli import UsageError, main
-from trl_cancel.cli.training import find_checkpoint
+from trl_cancel.cli.output import check_output
 from trl_cancel.playground import reward as graded
 from trl_cancel.running.checkpoints import last_whole
 
@@ -99,14 +101,14 @@ def test_a_broken_checkpoint_by_name(tmp_path, capfd):
     assert "set it to 'auto', which starts anew" in capfd.readouterr().err
 
 
-def test_only_the_main_process_looks_for_a_checkpoint(tmp_path):
+def test_only_the_main_process_looks_for_a_checkpoint(tmp_path, monkeypatch):
     """Another node may see the folder otherwise, and must not refuse or choose for itself."""
-    for named, wanted in (("auto", "auto"), ("true", True), (str(tmp_path / "none"), str(tmp_path / "none"))):
-        training = SimpleNamespace(resume_from_checkpoint=named, output_dir=tmp_path, process_index=1)
-        assert find_checkpoint(SimpleNamespace(training=training)) == wanted
-    training.process_index = 0
+    training = CancelGRPOConfig(str(tmp_path), **DEFAULTS, resume_from_checkpoint=str(tmp_path / "none"))
+    settings = SimpleNamespace(training=training, run=SimpleNamespace(overwrite_output_dir=False))
     with pytest.raises(UsageError, match="there is no such folder"):
-        find_checkpoint(SimpleNamespace(training=training))
+        check_output(settings)
+    monkeypatch.setattr(CancelGRPOConfig, "process_index", 1)
+    check_output(settings)
 
 
 def test_a_spoiled_reward_is_one_line(tmp_path, monkeypatch, capfd):

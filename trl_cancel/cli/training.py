@@ -35,6 +35,7 @@ from ..evaluation.result import shown
 from ..publishing.hub import PushError, check_token
 from ..publishing.model_card import FILE as CARD
 from ..running import checkpoints, damage, sources
+from ..running.changed_settings import changes, run_record
 from ..running.finished import RESULTS, Left, left_by
 from ..running.fit import check_fit
 from ..running.inputs import check_rewards, columns_of
@@ -46,7 +47,7 @@ from ..texts import plain, suggestion
 from ..trainer import CancelGRPOTrainer
 from . import Failure, UsageError
 from ._console import plain_console
-from .output import check_output, says_finished
+from .output import check_output, says_finished, wanted_checkpoint
 from .settings import RunArguments, Settings
 
 
@@ -184,14 +185,13 @@ def no_empty_folder(folder: str) -> Iterator[None]:
 
 def _run(settings: Settings) -> None:
     check_hub(settings)
-    checkpoint = find_checkpoint(settings)
-    check_output(settings, checkpoint)
+    check_output(settings)
     check_evaluation(settings)
     dataset = load_data(settings)
     rewards = find_rewards(settings)
     check_columns(settings, dataset, rewards)
     trainer = build_trainer(settings, dataset, rewards)
-    check_checkpoint(checkpoint, trainer)
+    checkpoint = find_checkpoint(settings, trainer)
     finished = says_finished(settings, trainer, checkpoint)
     if finished is not None:
         if trainer.is_world_process_zero():
@@ -200,9 +200,10 @@ def _run(settings: Settings) -> None:
     test = pick_test_problems(settings, dataset)
     if settings.precision and trainer.is_world_process_zero():
         console.print(f"Precision: {settings.precision.reason}", markup=False)
-    resuming = str(settings.training.resume_from_checkpoint).lower() not in ("none", "false")
     ended = trainer.finished_at(checkpoint)
-    if resuming and ended is None and trainer.is_world_process_zero():
+    if checkpoint is not None and ended is not None:
+        check_same_settings(checkpoint, trainer)
+    if wanted_checkpoint(settings) and ended is None and trainer.is_world_process_zero():
         console.print(
             f"Going on from {plain(checkpoint)}." if checkpoint else "Starting anew: there is no whole checkpoint.",
             markup=False,
@@ -210,18 +211,30 @@ def _run(settings: Settings) -> None:
 
     try:
         with trainer.holding_output_dir():
-            run = _train if ended is None else _save_again
-            run(settings, trainer, checkpoint, test, rewards)
+            if checkpoint is not None and ended is not None:
+                _save_again(settings, trainer, checkpoint, test, rewards)
+            else:
+                _train(settings, trainer, checkpoint, test, rewards)
     except FolderInUse as error:
         raise UsageError(str(error)) from error
     if hasattr(trainer, "end"):  # transformers 5.18: ends trackers and process groups
         trainer.end()
 
 
+def check_same_settings(checkpoint: str, trainer: CancelGRPOTrainer) -> None:
+    """Refuses to save a model again with other settings than its own, which are saved beside it and stand in the card."""
+    changed = checkpoints.decided_by_main(trainer.accelerator, lambda: changes(Path(checkpoint), run_record(trainer)))
+    if changed:
+        raise UsageError(
+            f"{checkpoint}: the run finished there, and its model can be saved again from it, but only with the run's own "
+            f"settings; they differ: {'; '.join(changed)}. Set these back, or raise max_steps to train on."
+        )
+
+
 def _train(
     settings: Settings,
     trainer: CancelGRPOTrainer,
-    checkpoint: str | bool | None,
+    checkpoint: str | None,
     test: Dataset | None,
     rewards: list[Any],
 ) -> None:
@@ -240,13 +253,13 @@ def _train(
 def _save_again(
     settings: Settings,
     trainer: CancelGRPOTrainer,
-    checkpoint: str | bool | None,
+    checkpoint: str,
     test: Dataset | None,
     rewards: list[Any],
 ) -> None:
     """Of a run that has finished but whose model is not there; what is there of its logs and results stays."""
     folder = Path(str(trainer.args.output_dir))
-    left = checkpoints.decided_by_main(trainer.accelerator, lambda: left_by(folder, Path(str(checkpoint))))
+    left = checkpoints.decided_by_main(trainer.accelerator, lambda: left_by(folder, Path(checkpoint)))
     before = None if left.results else evaluate(trainer, test, rewards[0], settings, "Before")
     trainer.load_finished(checkpoint)
     trainer.state.log_history = left.logs or trainer.state.log_history
@@ -347,27 +360,14 @@ def check_writable(folder: str, setting: str = "output_dir") -> None:
         raise UsageError(f"{setting}={folder}: cannot write to {existing}: {error.strerror}.") from error
 
 
-def find_checkpoint(settings: Settings) -> str | bool | None:
-    """
-    The checkpoint to go on from: `resume_from_checkpoint` names it, is true for the last whole one, or `auto` for that
-    if there is one. Only the main process looks for it, since its answer counts for all in the trainer.
-    """
-    named: Any = settings.training.resume_from_checkpoint
-    wanted = {"true": True, "false": None, "auto": checkpoints.AUTO}.get(str(named).lower(), named)
-    if settings.training.process_index > 0:
-        return wanted
+def find_checkpoint(settings: Settings, trainer: CancelGRPOTrainer) -> str | None:
+    """The checkpoint to go on from, of the model that is trained; a wrong one is refused before anything is evaluated."""
     try:
-        return checkpoints.find_checkpoint(wanted, str(settings.training.output_dir))
+        checkpoint = trainer.find_checkpoint(wanted_checkpoint(settings))
+        check_fit(checkpoint, trainer.model, trainer.args)
     except ValueError as error:
         raise UsageError(str(error)) from error
-
-
-def check_checkpoint(checkpoint: str | bool | None, trainer: CancelGRPOTrainer) -> None:
-    """Refuses a checkpoint of another model before anything is evaluated."""
-    try:
-        check_fit(checkpoint if isinstance(checkpoint, str) else None, trainer.model, trainer.args)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    return checkpoint
 
 
 def check_evaluation(settings: Settings) -> None:

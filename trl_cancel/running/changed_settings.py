@@ -31,6 +31,7 @@ ASIDE = {
 }
 # What the optimizer's state holds, and brings along.
 OF_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
+LENGTHS = ("max_steps", "num_train_epochs")
 CONSTANT = ("constant", "constant_with_warmup")
 PLAIN = (bool, int, float, str, type(None))
 
@@ -44,7 +45,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
         folder (`Path`):
             Folder of the checkpoint or the model.
     """
-    settings = _saved_record(folder).get("settings")
+    settings = _attributes(folder).get("settings")
     return settings if isinstance(settings, dict) else {}
 
 
@@ -108,6 +109,17 @@ def is_same_run(state: dict[str, Any], other: dict[str, Any]) -> bool:
     return bool(logs_of(state)) and logs_of(state)[:1] == logs_of(other)[:1]
 
 
+def tells_run(state: dict[str, Any]) -> bool:
+    """
+    Whether a checkpoint, or a result, tells of which run it is.
+
+    Args:
+        state (`dict`):
+            What its `trainer_state.json` holds.
+    """
+    return run_of(state.get("stateful_callbacks")) is not None or bool(logs_of(state))
+
+
 def logs_of(state: dict[str, Any]) -> list[str]:
     """
     The logs of a run, each as text, in which `nan` equals itself.
@@ -120,6 +132,18 @@ def logs_of(state: dict[str, Any]) -> list[str]:
     return [json.dumps(log, sort_keys=True) for log in logs] if isinstance(logs, list) else []
 
 
+def saved_record(folder: Path) -> dict[str, Any]:
+    """
+    The [`run_record`] that a checkpoint or a model was saved with, for [`changes`]; one without anything in it if it is
+    of TRL's own trainer.
+
+    Args:
+        folder (`Path`):
+            Folder of the checkpoint or the model.
+    """
+    return {"args": {}, "attributes": _attributes(folder)}
+
+
 def changes(folder: Path, record: dict[str, Any]) -> list[str]:
     """
     In what a run differs from that of a checkpoint or a model, each as `name: then -> now`; as far as is known.
@@ -130,14 +154,25 @@ def changes(folder: Path, record: dict[str, Any]) -> list[str]:
         record (`dict`):
             The [`run_record`] of the run, or what is known of it yet.
     """
-    then, now = _saved_record(folder), record["attributes"]
-    found = list(_changed_settings(settings_of(folder), now["settings"]))
+    then, now = _attributes(folder), record["attributes"]
+    found = list(_changed_settings(settings_of(folder), now.get("settings", {})))
     for name in ("processes", "reward functions"):
         if None not in (then.get(name), now.get(name)) and then[name] != now[name]:
             found.append(f"{name}: {then[name]} -> {now[name]}")
     if then.get("train_dataset") and now.get("train_dataset"):
         found += _changed_data(then["train_dataset"], now["train_dataset"])
     return sorted(found)
+
+
+def is_of_length(change: str) -> bool:
+    """
+    Whether one of the [`changes`] is that of the length of the run: it is trained on, say.
+
+    Args:
+        change (`str`):
+            The change.
+    """
+    return change.partition(":")[0] in (*LENGTHS, "length of the run")
 
 
 def held_by_optimizer(changed: list[str]) -> list[str]:
@@ -152,7 +187,7 @@ def held_by_optimizer(changed: list[str]) -> list[str]:
 
 
 def _changed_settings(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    aside = {"optim", "max_steps", "num_train_epochs"}  # another optimizer is refused
+    aside = {"optim", *LENGTHS}  # another optimizer is refused
     was, is_now = _length(then), _length(now)
     # Where the rate is constant, more steps are no other schedule.
     if was and is_now and was != is_now and now.get("lr_scheduler_type") not in CONSTANT:
@@ -164,7 +199,7 @@ def _changed_settings(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str
 
 def _length(settings: dict[str, Any]) -> tuple[str, int | float] | None:
     """What sets the length of a run, `max_steps` where that is greater than 0, and its value; `None` if unknown."""
-    for name in ("max_steps", "num_train_epochs"):
+    for name in LENGTHS:
         value = settings.get(name)
         if isinstance(value, int | float) and value > 0:
             return name, value
@@ -177,7 +212,7 @@ def _changed_length(then: tuple[str, int | float], now: tuple[str, int | float])
     return f"length of the run: {'='.join(map(str, then))} -> {'='.join(map(str, now))}"
 
 
-def _saved_record(folder: Path) -> dict[str, Any]:
+def _attributes(folder: Path) -> dict[str, Any]:
     record: Any = read_object(folder / STATE)
     for name in ("stateful_callbacks", SAVED_AS, "attributes"):
         record = record.get(name)

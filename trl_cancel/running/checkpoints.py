@@ -9,6 +9,7 @@ several nodes would have to agree on who does it.
 
 import errno
 import logging
+import math
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 
-from .changed_settings import is_same_run, run_of
+from .changed_settings import changes, is_of_length, is_same_run, run_of, saved_record, settings_of, tells_run
 from .damage import STATE, cut_off, read_object, why_not_whole
 from .storage import READ_ONLY, free_bytes, is_storage_error, readable, what_happened
 
@@ -77,7 +78,77 @@ def last_whole(folder: str | os.PathLike, state: dict[str, Any] | None = None) -
     return None
 
 
-def find_checkpoint(resume: str | bool | None, folder: str | os.PathLike) -> str | None:
+def last_of_runs(folder: str | os.PathLike) -> list[Path]:
+    """
+    The latest whole checkpoint of each run that has left any in a folder, from the one of the most steps. What does not
+    tell of which run it is counts as of the same as the others.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            Output folder of the runs.
+    """
+    found: list[tuple[Path, dict[str, Any]]] = []
+    for checkpoint in reversed(_checkpoints(Path(folder))):
+        state = read_object(checkpoint / STATE)
+        if any(not (tells_run(state) and tells_run(other)) or is_same_run(state, other) for _, other in found):
+            continue
+        reason = why_broken(checkpoint)
+        if reason is None:
+            found.append((checkpoint, state))
+        else:
+            logger.warning(f"{checkpoint} is left out: {reason}.")
+    return [checkpoint for checkpoint, _ in found]
+
+
+def later_of_others(folder: str | os.PathLike, step: int) -> list[Path]:
+    """
+    The latest whole checkpoints, of more steps than a result that a folder holds, of other runs than that of the result.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            Output folder.
+        step (`int`):
+            Steps of the result.
+    """
+    state = read_object(Path(folder, STATE))
+    later = (last for last in last_of_runs(folder) if _steps(last) > step)
+    return [last for last in later if not is_same_run(state, read_object(last / STATE))]
+
+
+def last_of_run(folder: str | os.PathLike, record: dict[str, Any] | None) -> Path | None:
+    """
+    The latest whole checkpoint in a folder, of the run with these settings where there are several runs: of those the
+    one whose model the folder holds, or else the one of the most steps. Another length will do where none has the same.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            Output folder of the runs.
+        record (`dict`, *optional*):
+            The [`~trl_cancel.running.changed_settings.run_record`] of the run, or what is known of it yet.
+
+    Raises:
+        `ValueError`: If there are several runs, and none has these settings.
+    """
+    lasts = last_of_runs(folder)
+    if len(lasts) < 2:
+        return lasts[0] if lasts else None
+    differ = {last: _differences(last, record) for last in lasts}
+    same = [last for last in lasts if not differ[last]] or [
+        last for last in lasts if all(map(is_of_length, differ[last]))
+    ]
+    if not same:
+        others = ", ".join(f"{last.name} ({'; '.join(changed)})" for last, changed in differ.items())
+        raise ValueError(
+            f"output_dir={folder} holds checkpoints of several runs, and none has the settings of this one: {others}. "
+            f"Set resume_from_checkpoint={lasts[0]}, say, to go on from that, or another output_dir."
+        )
+    state = read_object(Path(folder, STATE))
+    return next((last for last in same if is_same_run(state, read_object(last / STATE))), same[0])
+
+
+def find_checkpoint(
+    resume: str | bool | None, folder: str | os.PathLike, record: dict[str, Any] | None = None
+) -> str | None:
     """
     The checkpoint to go on from.
 
@@ -86,14 +157,17 @@ def find_checkpoint(resume: str | bool | None, folder: str | os.PathLike) -> str
             A checkpoint; `True` for the last whole one; `"auto"` for that, or a new start where there is none.
         folder (`str` or `os.PathLike`):
             Output folder of the run.
+        record (`dict`, *optional*):
+            The [`~trl_cancel.running.changed_settings.run_record`] of the run, or what is known of it yet, by which its
+            checkpoints are told from those of other runs.
 
     Raises:
-        `ValueError`: If there is none, or the one that is named is not whole.
+        `ValueError`: If there is none, it cannot be told which is meant, or the one that is named is not whole.
     """
     if resume is None or resume is False:
         return None
     if resume is True or resume == AUTO:
-        last = last_whole(folder)
+        last = last_of_run(folder, record)
         if last is None and resume is True:
             raise ValueError(
                 f"resume_from_checkpoint={resume}: output_dir={folder} holds no whole checkpoint. Leave it out to start "
@@ -153,6 +227,20 @@ class OwnCheckpoints:
         """
         return sorted((path for path in _checkpoints(folder) if self._is_own(path)), key=self._age)
 
+    def others_ahead(self, folder: Path, end: float = math.inf) -> list[Path]:
+        """
+        Whole ones of other runs in a folder that a run may come to replace: of more steps than what it goes on from.
+
+        Args:
+            folder (`Path`):
+                Output folder.
+            end (`float`, *optional*, defaults to `inf`):
+                Step at which the run ends.
+        """
+        done = _steps(self._resumed) if self._resumed is not None else 0
+        others = (path for path in _checkpoints(folder) if done < _steps(path) <= end and not self._is_own(path))
+        return [path for path in others if why_broken(path) is None]
+
     def last(self) -> Path | None:
         """The latest that is whole."""
         return next((checkpoint for checkpoint in reversed(self._paths) if why_broken(checkpoint) is None), None)
@@ -171,25 +259,21 @@ class OwnCheckpoints:
 
 def how_to_go_on(checkpoint: Path) -> str:
     """
-    How to go on from a checkpoint: `True` would take another one where its folder holds one of more steps.
+    How to go on from a checkpoint with the same settings: `True` may take another one that its folder holds.
 
     Args:
         checkpoint (`Path`):
             Folder of the checkpoint.
     """
-    last = last_whole(checkpoint.parent)
+    try:
+        last = last_of_run(checkpoint.parent, saved_record(checkpoint))
+    except ValueError:  # of several runs whose settings are not known
+        last = None
     if last is not None and last.absolute() == checkpoint.absolute():
         return "continue with resume_from_checkpoint=True"
     is_same = last is not None and is_same_run(*(read_object(path / STATE) for path in (last, checkpoint)))
     taken = f", for True takes {last}{'' if is_same else ', of another run'}" if last else ""
     return f"continue with resume_from_checkpoint={str(checkpoint)!r}{taken}"
-
-
-def agree_on_checkpoint(resume: str | bool | None, folder: str | os.PathLike, accelerator: Accelerator) -> str | None:
-    """
-    As [`find_checkpoint`], with the answer of the main process for all: another node may see the folder otherwise.
-    """
-    return decided_by_main(accelerator, lambda: find_checkpoint(resume, folder))
 
 
 def decided_by_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
@@ -358,6 +442,12 @@ def no_halves(folder: Path) -> Iterator[None]:
                     if _version(file) != before.get(file):
                         file.unlink(missing_ok=True)
         raise
+
+
+def _differences(checkpoint: Path, record: dict[str, Any] | None) -> list[str]:
+    if record is None or not record["attributes"] or not settings_of(checkpoint):
+        return ["its settings are not known"]
+    return changes(checkpoint, record)
 
 
 def _marker(checkpoint: Path) -> Path:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .changed_settings import changes, is_same_run, logs_of, run_of, settings_record
-from .checkpoints import last_whole
+from .changed_settings import changes, is_same_run, logs_of, run_of, settings_record, tells_run
+from .checkpoints import last_of_runs, last_whole
 from .damage import STATE, is_count, read_object, weights_at, why_unusable
 
 
@@ -64,8 +64,9 @@ def left_by(folder: Path, checkpoint: Path) -> Left:
 
 def is_of_another_run(folder: Path, checkpoint: Path) -> bool:
     """
-    Whether a folder holds the model of another run than that of a checkpoint. A model beside its checkpoint that does
-    not tell of which run it is, since the run was killed before it could save that, counts as that of the checkpoint.
+    Whether a folder holds the model, or the results, of another run than that of a checkpoint. A model beside its
+    checkpoint that does not tell of which run it is, since the run was killed before it could save that, counts as that
+    of the checkpoint.
 
     Args:
         folder (`Path`):
@@ -73,29 +74,16 @@ def is_of_another_run(folder: Path, checkpoint: Path) -> bool:
         checkpoint (`Path`):
             A checkpoint.
     """
-    if weights_at(folder) is None:
+    if _held(folder) is None:
         return False
     state = read_object(folder / STATE)
     is_inside = checkpoint.resolve().parent == folder.resolve()
-    return not is_inside or (_tells_run(state) and not is_same_run(state, read_object(checkpoint / STATE)))
-
-
-def keeps_last_checkpoint(folder: Path) -> bool:
-    """
-    Whether a folder with the results of a run holds the checkpoint of its last step, too.
-
-    Args:
-        folder (`Path`):
-            Output folder of a run from the command line.
-    """
-    state = read_object(folder / STATE)
-    last = last_whole(folder, state)
-    return last is not None and last.name == f"checkpoint-{state.get('global_step')}"
+    return not is_inside or (tells_run(state) and not is_same_run(state, read_object(checkpoint / STATE)))
 
 
 def check_replaceable(folder: Path, checkpoint: Path | None, args: Any) -> None:
     """
-    Refuses a folder that holds a model, unless a run goes on in it that has saved it.
+    Refuses a folder that holds a model, or the results of one that is lost, unless a run goes on in it that has saved it.
 
     Args:
         folder (`Path`):
@@ -108,17 +96,14 @@ def check_replaceable(folder: Path, checkpoint: Path | None, args: Any) -> None:
     Raises:
         `ValueError`: If it does; the message says in what that run differed.
     """
-    weights = weights_at(folder)
-    if weights is None or (checkpoint is not None and not is_of_another_run(folder, checkpoint)):
+    held = _held(folder)
+    if held is None or (checkpoint is not None and not is_of_another_run(folder, checkpoint)):
         return
     changed = changes(folder, settings_record(args))
     differs = f" It was trained with other settings: {'; '.join(changed)}." if changed else ""
     other = "" if checkpoint is None else _says_whose(folder, checkpoint)
     choices = ["Set another output_dir", "overwrite_output_dir=true to replace it", *_ways_to_go_on(folder)]
-    raise ValueError(
-        f"output_dir={folder} holds the model of a finished run ({weights}).{differs}{other} "
-        f"{', '.join(choices[:-1])}, or {choices[-1]}."
-    )
+    raise ValueError(f"output_dir={folder} holds {held}.{differs}{other} {', '.join(choices[:-1])}, or {choices[-1]}.")
 
 
 def _has_results(folder: Path, state: dict[str, Any]) -> bool:
@@ -133,8 +118,13 @@ def _has_gone_on(before: dict[str, Any], state: dict[str, Any]) -> bool:
     return runs[0] == runs[1] and logs_of(state)[: len(logs)] == logs
 
 
-def _tells_run(state: dict[str, Any]) -> bool:
-    return run_of(state.get("stateful_callbacks")) is not None or bool(logs_of(state))
+def _held(folder: Path) -> str | None:
+    """What is there of a finished run."""
+    weights = weights_at(folder)
+    if weights is not None:
+        return f"the model of a finished run ({weights})"
+    has_results = _has_results(folder, read_object(folder / STATE))
+    return f"the results of a finished run ({RESULTS}), whose model is missing" if has_results else None
 
 
 def _says_whose(folder: Path, checkpoint: Path) -> str:
@@ -142,15 +132,15 @@ def _says_whose(folder: Path, checkpoint: Path) -> str:
     if is_same_run(state, before):  # in another folder
         return ""
     ended = f"It ended at step {state['global_step']}, and " if is_count(state.get("global_step")) else ""
-    whose = "is of another run" if _tells_run(before) else "does not tell of which run it is"
+    whose = "is of another run" if tells_run(before) else "does not tell of which run it is"
     return f" {ended}{checkpoint} {whose}."
 
 
 def _ways_to_go_on(folder: Path) -> list[str]:
     """From the last checkpoint of the run whose model it is, as far as that is known."""
-    state, last = read_object(folder / STATE), last_whole(folder)
-    if last is None:
+    state, runs = read_object(folder / STATE), last_of_runs(folder)
+    own = last_whole(folder, state) if tells_run(state) else next(iter(runs), None)
+    if own is None:
         return []
-    is_own = not _tells_run(state) or is_same_run(state, read_object(last / STATE))
-    named = "auto" if is_own else last_whole(folder, state)
-    return [f"resume_from_checkpoint={named} to go on from its last checkpoint"] if named else []
+    named = "auto" if runs == [own] else own
+    return [f"resume_from_checkpoint={named} to go on from its last checkpoint"]

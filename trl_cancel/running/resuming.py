@@ -1,5 +1,6 @@
 """Runs that can be stopped at any time: whole checkpoints, signals, and progress that is saved when something fails."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -14,16 +15,16 @@ from .changed_settings import SAVED_AS, changes, held_by_optimizer, run_record
 from .checkpoints import (
     OwnCheckpoints,
     SavingError,
-    agree_on_checkpoint,
     decided_by_main,
+    find_checkpoint,
     how_to_go_on,
     keep_only,
-    last_whole,
     rotated_when_whole,
     said,
     saved_or_said,
 )
 from .damage import STATE, is_count, read_object, weights_at
+from .finished import is_of_another_run
 from .fit import check_fit, check_kind, check_trainable, fitting_states, kind_of
 from .outcome import remark_on
 from .run_lock import alone_in
@@ -65,22 +66,20 @@ class Resumable(GRPOTrainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                A checkpoint; `True` for the last whole one in `output_dir`; `"auto"` for that, or a new start where
-                there is none.
+                A checkpoint; `True` for the last whole one in `output_dir`, of the run with the same settings where
+                several runs have left some; `"auto"` for that, or a new start where there is none.
             *args, **kwargs:
                 Further arguments of [`~transformers.Trainer.train`].
 
         Raises:
-            `ValueError`: If there is no whole checkpoint to go on from, or it is one of another model or another
-                optimizer, or if another process trains into the same folder.
+            `ValueError`: If there is no whole checkpoint to go on from, or it cannot be told which is meant, or it is one
+                of another model or another optimizer, or if another process trains into the same folder.
             [`~trl_cancel.running.checkpoints.SavingError`]: If the disk is full or read-only.
-            [`~trl_cancel.running.rewards.RewardError`]: If a reward function returns what cannot be used.
-            [`~trl_cancel.checkpoints.SavingError`]: If the disk is full or read-only.
             [`~trl_cancel.running.rewards.RewardError`]: If a reward function returns what cannot be used.
             [`~trl_cancel.running.weights.WeightsError`]: If the weights hold `nan` or infinite values; they are not saved.
             `SystemExit`, `KeyboardInterrupt`: If SIGTERM or SIGINT has ended the training; see `save_on_signal`.
         """
-        checkpoint = agree_on_checkpoint(resume_from_checkpoint, str(self.args.output_dir), self.accelerator)
+        checkpoint = self.find_checkpoint(resume_from_checkpoint)
         check_fit(checkpoint, self.model, self.args if self.optimizer is None else None)
         self.own_checkpoints = OwnCheckpoints(checkpoint)
         with ExitStack() as self._held, self._signals.listening(self.args.save_on_signal, self._saves):
@@ -96,6 +95,18 @@ class Resumable(GRPOTrainer):
         self._signals.end(self.args, self.state.global_step, self.own_checkpoints)
         return result
 
+    def find_checkpoint(self, resume: str | bool | None) -> str | None:
+        """
+        The checkpoint to go on from, the same for all processes, of which the main one looks for it: another node may
+        see the folder otherwise. All must ask.
+
+        Args:
+            resume (`str` or `bool`, *optional*):
+                As for [`train`].
+        """
+        folder = str(self.args.output_dir)
+        return decided_by_main(self.accelerator, lambda: find_checkpoint(resume, folder, run_record(self)))
+
     def finished_at(self, checkpoint: str | bool | None) -> int | None:
         """
         The step of a checkpoint from which nothing is left to train, `None` if something is. All processes must ask.
@@ -104,7 +115,7 @@ class Resumable(GRPOTrainer):
             checkpoint (`str` or `bool`, *optional*):
                 A checkpoint, as for [`train`].
         """
-        found = agree_on_checkpoint(checkpoint, str(self.args.output_dir), self.accelerator)
+        found = self.find_checkpoint(checkpoint)
         if found is None:
             return None
         planned = self.planned_steps()
@@ -185,11 +196,12 @@ class Resumable(GRPOTrainer):
         finished = self.finished_at(resume_from_checkpoint)
         if finished is not None:
             if self.is_world_process_zero():
-                self._say_what_differs(resume_from_checkpoint, Path(resume_from_checkpoint))
+                self._say_what_differs(resume_from_checkpoint)
             return self._as_finished(resume_from_checkpoint, finished, trial)
         self._held.enter_context(self.holding_output_dir(trial))
         if self.is_world_process_zero():
-            self._say_what_differs(resume_from_checkpoint, Path(self._get_output_dir(trial=trial)))
+            self._say_what_differs(resume_from_checkpoint)
+            self._say_what_is_beside(resume_from_checkpoint, Path(self._get_output_dir(trial=trial)))
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _as_finished(self, checkpoint: str, step: int, trial: Any) -> TrainOutput:
@@ -213,22 +225,30 @@ class Resumable(GRPOTrainer):
         self.is_in_train = False
         return TrainOutput(step, 0.0, metrics)
 
-    def _say_what_differs(self, checkpoint: str | None, folder: Path) -> None:
-        """Between this run and the one that it goes on from, or beside whose results it starts."""
-        record = run_record(self)
-        if checkpoint is not None:
-            changed = changes(Path(checkpoint), record)
-            if changed:
-                held = held_by_optimizer(changed) if Path(checkpoint, "optimizer.pt").exists() else []
-                but = f" The optimizer's state keeps what was then for {', '.join(held)}." if held else ""
-                logger.warning(f"{checkpoint} was saved with other settings: {'; '.join(changed)}.{but}")
+    def _say_what_differs(self, checkpoint: str | None) -> None:
+        """Between this run and what it goes on from."""
+        changed = changes(Path(checkpoint), run_record(self)) if checkpoint is not None else []
+        if changed:
+            held = held_by_optimizer(changed) if Path(str(checkpoint), "optimizer.pt").exists() else []
+            but = f" The optimizer's state keeps what was then for {', '.join(held)}." if held else ""
+            logger.warning(f"{checkpoint} was saved with other settings: {'; '.join(changed)}.{but}")
+
+    def _say_what_is_beside(self, checkpoint: str | None, folder: Path) -> None:
+        """What other runs have left where this one saves; TRL says nothing either, so it is allowed."""
+        end = math.inf if checkpoint is None else self.planned_steps()
+        others = self.own_checkpoints.others_ahead(folder, end) if self._saves else []
+        weights = weights_at(folder)
+        if checkpoint is not None and not is_of_another_run(folder, Path(checkpoint)):
+            weights = None
+        if not others and weights is None:
             return
-        last = last_whole(folder) if self._saves else None
-        left = last or (folder if weights_at(folder) else None)
-        if left is not None:
-            changed = changes(left, record)
-            differs = f" It differs from this one: {'; '.join(changed)}." if changed else ""
-            logger.warning(f"{_beside_checkpoints(folder, last) if last else _beside_result(folder)}{differs}")
+        said = [_beside_checkpoints(folder, others[-1], checkpoint)] if others else []
+        if weights is not None:
+            said.append(_beside_model(folder, weights))
+        changed = changes(others[-1] if others else folder, run_record(self))
+        if changed:
+            said.append(f"It differs from this one: {'; '.join(changed)}.")
+        logger.warning(" ".join(said))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         before = kind_of(self.optimizer)
@@ -306,18 +326,18 @@ def _steps_done(checkpoint: Path) -> int:
     return step if is_count(step) else 0
 
 
-def _beside_checkpoints(folder: Path, last: Path) -> str:
-    """Of checkpoints that a new run does not go on from; TRL says nothing either, so it is allowed."""
+def _beside_checkpoints(folder: Path, last: Path, resumed: str | None) -> str:
+    starts = ", and this run starts anew beside them" if resumed is None else ""
+    going_on = "" if resumed is not None else f", or resume_from_checkpoint={last} to go on from there"
     return (
-        f"output_dir={folder} holds checkpoints of another run, the latest {last.name}, and this run starts anew "
-        "beside them. They stay, but for those of steps at which this run saves too. Later, "
-        "resume_from_checkpoint=True takes the checkpoint of the most steps, whichever run it is of. Set another "
-        "output_dir, or resume_from_checkpoint='auto' to go on from where that run was."
+        f"output_dir={folder} holds checkpoints of another run, the latest {last.name}{starts}. They stay, but for those "
+        "of steps at which this run saves too. Later, resume_from_checkpoint=True takes the latest of the run with the "
+        f"same settings. Set another output_dir to keep them apart{going_on}."
     )
 
 
-def _beside_result(folder: Path) -> str:
+def _beside_model(folder: Path, weights: str) -> str:
     return (
-        f"output_dir={folder} holds the model of another run ({weights_at(folder)}), which saving this run's model there "
-        "replaces. Set another output_dir to keep both."
+        f"{folder} holds the model of another run ({weights}), which saving this run's model there replaces; another "
+        "output_dir keeps both."
     )
