@@ -338,6 +338,6 @@ def _beside_checkpoints(folder: Path, last: Path, resumed: str | None) -> str:
 
 def _beside_model(folder: Path, weights: str) -> str:
     return (
-        f"{folder} holds the model of another run ({weights}), which saving this run's model there replaces; another "
+        f"output_dir={folder} holds the model of another run ({weights}), which saving this run's model there replaces; another "
         "output_dir keeps both."
     )
