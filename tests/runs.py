@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import trl
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, set_seed
 
 from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer
 from trl_cancel.playground.data import load_prompts
@@ -72,6 +72,7 @@ def build(model: Any, trainer: type = CancelGRPOTrainer, *, arguments: dict[str,
     """
     config = trl.GRPOConfig if trainer is trl.GRPOTrainer else CancelGRPOConfig
     folder = settings.pop("output_dir", None) or tempfile.mkdtemp()
+    set_seed(42)  # for adapters, which TRL before 1.15 begins without a seed
     return trainer(
         model,
         **{

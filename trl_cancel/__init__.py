@@ -5,11 +5,14 @@ In GRPO every token of a rollout carries the rollout's advantage. Tokens that go
 get opposite pushes that should cancel, leaving credit for what made the difference.
 """
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
+from .upstream.versions import check_trl_version
 from .version import __version__ as __version__
 
+
+check_trl_version(metadata.version("trl"))  # before anything of it is imported
 
 if TYPE_CHECKING:
     from .batch.protocol import Credit

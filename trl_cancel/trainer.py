@@ -38,7 +38,7 @@ from .running.removed import ARGUMENTS, init_behind, refuse_unknown
 from .running.resuming import Resumable
 from .running.weights import check_weights, weights_looked_at
 from .upstream.hooks import around, is_of
-from .upstream.trl import get_config_model_id
+from .upstream.trl import check_names, get_config_model_id, warn_if_replaced
 
 
 logger = get_logger(__name__)
@@ -115,6 +115,7 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
         credits: Sequence[Credit] = (),
         **trl_kwargs: Any,
     ):
+        warn_if_replaced()
         refuse_unknown(trl_kwargs, ARGUMENTS, init_behind(type(self), CancelGRPOTrainer))
         model = str(model) if isinstance(model, PathLike) else model
         if args is None:
@@ -334,3 +335,4 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
 
 
 CancelGRPOTrainer._base = CancelGRPOTrainer
+check_names(CancelGRPOTrainer)

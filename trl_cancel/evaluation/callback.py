@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, ProcessorMixin, Trainer, Trainer
 
 from ..running.inputs import check_problems, columns_of, first_prompt
 from ..texts import plain
-from ..upstream.trl import unwrap_model_for_generation
+from ..upstream.trl import unwrapped_for_generation
 from .engines import TransformersEngine
 from .evaluate import answer_problems, summarize
 from .result import Evaluation
@@ -210,12 +210,7 @@ def trainer_engine(trainer: Any, batch_size: int = 32) -> TransformersEngine:
         )
 
     def unwrap() -> Any:
-        return unwrap_model_for_generation(
-            trainer.model_wrapped,
-            accelerator,
-            gather_deepspeed3_params=gathers,
-            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-        )
+        return unwrapped_for_generation(trainer.model_wrapped, accelerator, args)
 
     zero3 = trainer.is_deepspeed_enabled and accelerator.state.deepspeed_plugin.zero_stage == 3
     processor = trainer.processing_class

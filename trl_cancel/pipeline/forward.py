@@ -10,7 +10,7 @@ from accelerate.logging import get_logger
 from ..batch.rollouts import ABOUT_IMAGES, Rows
 from ..batch.states import CPU_SHARE, GIB, LMHead, StateStore
 from ..upstream.hooks import around
-from ..upstream.trl import disable_gradient_checkpointing, unwrap_model_for_generation
+from ..upstream.trl import disable_gradient_checkpointing, unwrapped_for_generation
 from .split import cut
 from .token_credits import TokenCredits
 
@@ -42,13 +42,7 @@ class Passes:
         """The output layer. All processes must ask for it the first time, in case the model is sharded."""
         if self._head is None:
             # As for generation: DeepSpeed ZeRO-3 prepares for the next pass to be like this one unless it is told.
-            gathers, checkpointing = self.args.ds3_gather_for_generation, self.args.gradient_checkpointing_kwargs
-            with unwrap_model_for_generation(
-                cast(Any, self.trainer.model_wrapped),
-                self.trainer.accelerator,
-                gather_deepspeed3_params=gathers,
-                gradient_checkpointing_kwargs=cast(Any, checkpointing),
-            ) as model:
+            with unwrapped_for_generation(self.trainer.model_wrapped, self.trainer.accelerator, self.args) as model:
                 self._head = LMHead.of(model)
         return self._head
 
