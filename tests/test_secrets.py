@@ -237,7 +237,8 @@ def test_lists_of_secrets_and_of_words(name):
     assert without_tokens(f"{name}=['S3CRET', 'word']") == f"{name}=['***', 'word']"
     for kept in ({name: VOCABULARY}, {name: [1, 0.5, None]}, {name: {"a": 1}}, {name: torch.ones(2)}, {name: 8}):
         assert without_secrets(kept) is kept
-    data = {"stop_tokens": LOOKS, "batch_keys": LOOKS, "max_tokens": "S3CRET"}
+    data = {"stop_tokens": LOOKS, "batch_keys": LOOKS, "max_tokens": "S3CRET", "prompts_tokens": LOOKS}
+    data["fingerprint of the prompts' tokens"] = LOOKS[3]
     assert without_secrets(data) is data
 
 

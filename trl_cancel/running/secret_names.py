@@ -124,14 +124,16 @@ def is_secret(name: Any) -> bool:
 
 def is_doubtful(name: Any) -> bool:
     """
-    Whether what is under a name is a secret if it looks like one: `tokens`, say, unless they are those of a text.
+    Whether what is under a name is a secret if it looks like one: `tokens` or `my_keys`, say, but not those of a text,
+    nor what takes more words.
 
     Args:
         name (`Any`):
             The name; what is no text is none.
     """
     *before, last = (words_of(name) if isinstance(name, str) else []) or [""]
-    return last in DOUBTFUL and not NO_SECRET_AFTER.get(last, frozenset()).intersection(before)
+    of_data = NO_SECRET_AFTER.get(last, frozenset())
+    return last in DOUBTFUL and len(before) < 2 and not any(word in of_data or word[:-1] in of_data for word in before)
 
 
 def is_secret_beside(name: str, value: str) -> bool:
