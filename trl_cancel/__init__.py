@@ -6,8 +6,10 @@ get opposite pushes that should cancel, leaving credit for what made the differe
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .logs import log_plainly
 from .version import __version__ as __version__
 
 
@@ -64,6 +66,9 @@ __all__ = [
     "best_precision",
     "explain",
 ]
+
+
+log_plainly(__name__, Path(__file__).parent)
 
 
 def __getattr__(name: str) -> Any:
