@@ -14,7 +14,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from trl_cancel import CancelGRPOTrainer
-from trl_cancel.evaluation import EvaluationCallback, EvaluationSettings, score_samples
+from trl_cancel.diagnostics.probing.sampling import sample_rollouts
+from trl_cancel.evaluation import EvaluationCallback, EvaluationSettings, answer_problems, score_samples
+from trl_cancel.evaluation.engines import TransformersEngine
+from trl_cancel.evaluation.presets import DataSource, load_problems
 from trl_cancel.playground.data import load_prompts
 from trl_cancel.running.inputs import check_rewards
 
@@ -388,6 +391,50 @@ def test_evaluations_during_training_are_checked_when_they_are_planned(tiny_mode
             EvaluationCallback(trainer, problems, settings=settings)
     EvaluationCallback(trainer, TEXTS.rename_column("answer", "solution"), settings=settings)
     EvaluationCallback(trainer, with_random_prompts(TEXTS), settings=settings)
+
+
+def prompts_of_kinds(*prompts):
+    return [{"prompt": prompt, "answer": "2"} for prompt in prompts]
+
+
+CHAT = [{"role": "user", "content": "1+1="}]
+KINDS = {
+    "None": (prompts_of_kinds("1", "2", None), r"\[2\]\['prompt'\] is None\."),
+    "no conversation": (prompts_of_kinds(CHAT, CHAT, None), r"\[2\]\['prompt'\] is None\."),
+    "empty text": (prompts_of_kinds("1", ""), r"\[1\]\['prompt'\] is '', of which the tokenizer makes no tokens"),
+    "empty conversation": (prompts_of_kinds(CHAT, []), r"\[1\]\['prompt'\] is \[\]\."),
+    "number": (prompts_of_kinds("1", 7), r"\[1\]\['prompt'\] is 7\. A prompt must be a text or a conversation"),
+    "list": (prompts_of_kinds(["a"], ["a"]), r"\[0\]\['prompt'\] is \['a'\]"),
+    "mixed": (prompts_of_kinds("1", CHAT), r"\[1\]\['prompt'\] is a conversation, but that of .*\[0\] is a text"),
+    "mixed the other way": (prompts_of_kinds(CHAT, CHAT, "1"), r"\[2\]\['prompt'\] is a text, but that of"),
+    "long": (prompts_of_kinds(CHAT, {"x": "y" * 999}), r"\[1\]\['prompt'\] is .{200}\.\.\.\. A prompt"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_problem_of_an_evaluation_is_looked_at(tiny_model, monkeypatch, kind):
+    """Before anything is generated; where a table can hold the rows, when the evaluation is planned."""
+    rows, said = KINDS[kind]
+    model, tokenizer = load(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    monkeypatch.setattr(type(model), "generate", lambda *_, **__: pytest.fail("it has generated"))
+    with pytest.raises(ValueError, match=f"^the data set{said}"):
+        score_samples(model, tokenizer, rows, needs_answer, num_samples=2)
+    with pytest.raises(ValueError, match=f"^the data set{said}"):
+        answer_problems(TransformersEngine(model, tokenizer, 2), rows, needs_answer, EvaluationSettings())
+    with pytest.raises(ValueError, match=f"^the data set{said}"):
+        sample_rollouts(model, tokenizer, rows, needs_answer, num_generations=2)
+    if "mixed" not in kind and kind not in ("number", "long"):
+        with pytest.raises(ValueError, match=f"^set{said}"):
+            EvaluationCallback(build(tiny_model), Dataset.from_list(rows), needs_answer, name="set")
+
+
+def test_problems_behind_an_instruction_are_looked_at_first(tmp_path):
+    """It would hide an empty one."""
+    for rows, said in ((["1", "2", ""], r"\[2\]\['question'\] is ''"), (["1", None], r"\[1\]\['question'\] is None")):
+        Dataset.from_dict({"question": rows}).to_json(tmp_path / "test.jsonl")
+        source = DataSource(str(tmp_path), "test", "question", None)
+        with pytest.raises(ValueError, match=f"data set .*{said}"):
+            load_problems(source, instruction="Think.")
 
 
 def test_functions_of_which_nothing_is_known_are_left_to_the_call():

@@ -15,7 +15,7 @@ from trl_cancel.methods import METHODS
 PACKAGE = Path(trl_cancel.__file__).parent
 # From the lowest to the highest. A file imports those of its own room and of lower ones.
 ROOMS = [
-    ("version", "arguments", "texts", "intervals", "papers", "playground"),
+    ("version", "arguments", "texts", "logs", "intervals", "papers", "playground"),
     ("upstream",),
     ("running",),
     ("batch", "knapsack"),

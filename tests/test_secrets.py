@@ -66,6 +66,8 @@ SECRET_NAMES = """
     openai_key_3 cookie Cookie headers.Cookie session_cookies csrftoken X-CSRF-Token sessionid session_id
     key KEY storage_options.key PIN card_pin otp salt signature X-Signature sas azure_sas auth http_auth basicauth
     slack_webhook webhook_url discordwebhook
+    pin_code PIN-Code pincode pinNumber access_code otp_code sid connect.sid TWILIO_SID sig X-Sig login dbLogin
+    private_pem privatePem seed_phrase mnemonic
 """
 PLAIN_NAMES = """
     tokenizer tokenizer_name max_tokens num_tokens tokens eos_token pad_token pad_token_id bos_token image_token
@@ -74,7 +76,9 @@ PLAIN_NAMES = """
     path pattern patience patch compat dispatch secretary author include_num_input_tokens_seen
     pass_threshold pass_at_k pass@1 passes forward_pass bypass compass whiskey hockey hotkey keyword key_padding
     token_ids attn_implementation pin_memory dataloader_pin_memory spin salted saltiness signature_columns
-    input_signature sasquatch authors authority auth_type session session_name cookiecutter webhook_name pwm
+    input_signature sasquatch authors authority auth_type session session_name cookiecutter webhook_name pwm SESSION user_session
+    code error_code code_prompt pin_memory_code sigma sign side sidecar inside signal pem cert login_url relogins
+    private_dataset phrase stop_tokens api_version session_keys_per_step
 """
 
 
@@ -213,6 +217,129 @@ def test_addresses(address, shown):
 )
 def test_what_is_no_address_with_a_secret(text):
     assert without_secrets([text]) == [text]
+
+
+LOOKS = ["S3CRET", "s3cr3t", "SECRET", "9f86d081884c7d659a2feaa0c55ad015", "aGVsbG8gd29ybGQ=", "Ab3-xY_9kLm2"]
+VOCABULARY = [
+    "<think>", "</think>", "[INST]", "<|im_end|>", "<0x0A>", "</s>", "Answer:", "ANSWER", "YES", "###", "\u0120the", "H2O",
+    "Final answer", "question", "answer_1", "userName", "q_proj", "int8", "bfloat16", "word2vec", "seq2seq", "layers.10",
+    "pass@1", "128k", "10th", "2024-05-01", "1e-4", "~/keys/openai.json", "id_ed25519", "", "fp16", "gpt-4o", "a b1C2d3e",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["keys", "tokens", "TOKENS", "spare_keys", "spare-tokens"])
+def test_lists_of_secrets_and_of_words(name):
+    """Under names that are both, what looks like a secret is one."""
+    secrets = [look for look in LOOKS if look != "SECRET"]
+    assert without_secrets({name: [*secrets, "<s>", 3]}, "***") == {name: ["***"] * len(secrets) + ["<s>", 3]}
+    assert without_secrets({"a": ({name: {"openai": "S3CRET"}},)}) == {"a": ({name: {"openai": None}},)}
+    assert without_secrets({name: ",".join(secrets)}) == {name: None}
+    assert without_tokens(f"{name}=['S3CRET', 'word']") == f"{name}=['***', 'word']"
+    for kept in ({name: VOCABULARY}, {name: [1, 0.5, None]}, {name: {"a": 1}}, {name: torch.ones(2)}, {name: 8}):
+        assert without_secrets(kept) is kept
+    data = {"stop_tokens": LOOKS, "batch_keys": LOOKS, "max_tokens": "S3CRET", "prompts_tokens": LOOKS}
+    data["fingerprint of the prompts' tokens"] = LOOKS[3]
+    assert without_secrets(data) is data
+
+
+def test_a_session_is_a_secret_if_it_looks_like_one():
+    for look in LOOKS:
+        hidden = {"session": look, "SESSION": look, "nested": [{"user_session": [look]}]}
+        assert "None" in repr(without_secrets(hidden))
+        assert look not in repr(without_secrets(hidden))
+    kept = {"session": "train-2", "SESSION": "exp12", "user_session": 4, "session_name": "S3CRET"}
+    assert without_secrets(kept) is kept
+
+
+KEY = "-----BEGIN {0}PRIVATE KEY{1}-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,AB\n\nMIIS3CRET\n-----END {0}"
+
+
+@pytest.mark.parametrize("kind", [("", ""), ("RSA ", ""), ("OPENSSH ", ""), ("PGP ", " BLOCK")])
+def test_private_keys_by_any_name(kind):
+    """Whole, with the lines about how they are encrypted; certificates may be seen."""
+    key = KEY.format(*kind)
+    settings = {"pem": key, "cert": [key, key.encode()], "note": f"as {key}", "cut": key[:-12], "path": "S3.pem"}
+    assert "S3CRET" not in repr(without_secrets(settings, "***"))
+    assert without_secrets(settings)["path"] == "S3.pem"
+    assert "S3CRET" not in without_tokens(key)
+    public = {"cert": "-----BEGIN CERTIFICATE-----\nMIIxyz\n-----END CERTIFICATE-----", "raw": b"\xff\x00 PRIVATE"}
+    assert without_secrets(public) is public
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a=1,token=S3CRET", "a=1,token=***"),
+        ("token=S3CRET,betas=(0.9,0.95)", "token=***,betas=(0.9,0.95)"),
+        ("key = S3CRET, auth=hunter2 pin=1234", "key = S3CRET, auth=*** pin=***"),
+        ("f(token=S3CRET) session=SECRET", "f(token=*** session=***"),
+        ("host=db password='a S3CRET' user=me", "host=db password='***' user=me"),
+        ("run.py --token S3CRET --password word -x", "run.py --token *** --password *** -x"),
+        ("Cookie: a=S3CRET; b=S3CRET", "Cookie: ***"),
+        ("GET /x\nAuthorization: Basic S3CRET\nAccept: y", "GET /x\nAuthorization: ***\nAccept: y"),
+        ("curl -H 'X-Api-Key: S3CRET' http://host", "curl -H 'X-Api-Key: ***' http://host"),
+        ("with Set-Cookie: S3CRET", "with Set-Cookie: ***"),
+        ("db_password: S3CRET\ntoken: S3CRET", "db_password: ***\ntoken: ***"),
+        ('{"token": "S3CRET", "PIN": 1234, "a": "b"}', '{"token": "***", "PIN": ***, "a": "b"}'),
+        ("[{'name': 'api_key', 'value': 'S3CRET'}]", "[{'name': 'api_key', 'value': '***'}]"),
+    ],
+)
+def test_secrets_within_texts(text, shown):
+    assert without_secrets({"optim_args": text}) == {"optim_args": shown}
+    assert without_secrets({"optim_args": shown}) == {"optim_args": shown}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rank=64,proj_type=std,token=word,key=user_name,pass=3,auth=none,token=<s>,key=0.5,token=,keys=None",
+        "--key name --tokenizer gpt2 --pass 2 --token",
+        "key: the column S3 of a table",
+        "pass: [0-9]+ token: .* x-axis: time",
+        "The token: S3CRET stands in a sentence",
+        '{"token": "<s>", "key": "name", "max_tokens": "S3CRET", "api_key": 8, "sort_key": "S3CRET"}',
+        "{'name': 'lr', 'value': 'S3CRET'}, {'name': 'token', 'value': 'word'}",
+        "10:30 and https://host/cookie: no",
+    ],
+)
+def test_texts_that_name_no_secret(text):
+    settings = {"optim_args": text}
+    assert without_secrets(settings) is settings
+
+
+@dataclass
+class Header:
+    name: str
+    value: Any
+
+
+def test_names_and_values_beside_each_other():
+    """As lists of headers, of variables and of a command's arguments have them."""
+    hidden = [
+        {"name": "api_key", "value": "S3CRET"},
+        {"key": "Authorization", "value": "word"},
+        {"Name": "token", "Value": "S3CRET", "type": "env"},
+        {"field": "PIN", "val": 1234},
+        Header("X-Api-Key", "S3CRET"),
+        ("token", "S3CRET"),
+        ("Cookie", b"S3CRET"),
+    ]
+    shown = without_secrets({"headers": hidden, "args": ["run", "--api-key", "word", "--token", "S3CRET"]}, "***")
+    assert repr(shown).count("***") == len(hidden) + 2
+    assert not re.search("S3CRET|1234", repr(shown))
+    assert shown["headers"][2] == {"Name": "token", "Value": "***", "type": "env"}
+    kept = [
+        {"name": "token", "value": "word"},
+        {"name": "lr", "value": "S3CRET"},
+        {"name": "pass@1", "value": 0.5},
+        {"name": "api_key", "value": None},
+        {"key": "name", "value": "S3CRET"},
+        Header("pad_token", "S3CRET"),
+        ["--tokenizer", "gpt2", "token", "S3CRET"],
+        ["key", "value"],
+        ("token", 3),
+    ]
+    assert without_secrets(kept) is kept
 
 
 class Pair(NamedTuple):
@@ -362,6 +489,11 @@ UNDER_OTHER_NAMES = {
     "headers": {"Cookie": "id=SECRET"},
     "hook": "https://hooks.slack.com/services/T0/B0/SECRET",
     "PIN": "SECRET",
+    "pin_code": "SECRET",
+    "SESSION": "SECRET",
+    "tokens": ["SECRET1a"],
+    "lines": ["Cookie: SECRET", "a=1,token=SECRET"],
+    "env": [{"name": "api_key", "value": "SECRET"}],
 }
 
 

@@ -3,10 +3,13 @@
 import ast
 import io
 import json
+import logging
 import re
+from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 from huggingface_hub import ModelCard
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -14,11 +17,16 @@ from markdown_it import MarkdownIt
 from rich.table import Table
 from rich.text import Text
 
+import trl_cancel
 from trl_cancel.cli import main
 from trl_cancel.cli._console import plain_console
 from trl_cancel.evaluation import Evaluation
 from trl_cancel.evaluation.samples import SampleLog
+from trl_cancel.publishing.hub import push_failed
 from trl_cancel.publishing.model_card import rename_in_card
+from trl_cancel.running.checkpoints import last_whole
+from trl_cancel.running.fit import fitting_states
+from trl_cancel.running.run_lock import LOCK, FolderInUse, check_free
 from trl_cancel.texts import markdown, plain, python_string, write_text
 
 from .cli.test_compare import rising, write_run
@@ -128,6 +136,61 @@ def test_line_feeds_of_a_folder_can_be_seen(tmp_path, monkeypatch, capfd):
     common = ["--model_name_or_path", "playground", "--dataset_name", "playground", "--num_problems", "1"]
     assert main(["eval", *common, "--num_samples", "0", "--max_completion_length", "4", "--output=a\nb"]) == 0
     assert r"Samples and results: a\nb." in capfd.readouterr().out
+
+
+def test_no_module_logs_what_is_not_seen(caplog):
+    """In a line each, whatever module it is of and whoever handles it; names of folders may hold line feeds."""
+    folder = Path(trl_cancel.__file__).parent
+    loggers = [
+        f"trl_cancel.{'.'.join(file.relative_to(folder).with_suffix('').parts)}"
+        for file in folder.rglob("*.py")
+        if "get_logger(__name__)" in file.read_text() or "getLogger(__name__)" in file.read_text()
+    ]
+    assert len(loggers) > 8
+    for name in loggers:
+        logging.getLogger(name).warning("%s is left out.", f"run\n{UNSEEN}{HALF}")
+    assert [record.name for record in caplog.records] == loggers
+    for record in caplog.records:
+        assert record.getMessage() == f"{plain('run' + chr(10) + UNSEEN + HALF)} is left out."
+
+
+def unfitting(checkpoint):
+    with fitting_states(str(checkpoint)):
+        raise KeyError("momentum")
+
+
+def test_checkpoints_and_samples_in_folders_of_odd_names(tmp_path, caplog):
+    folder = tmp_path / f"run\n{UNSEEN}"
+    (folder / "checkpoint-1").mkdir(parents=True)
+    (folder / "checkpoint-1" / "trainer_state.json").write_text("{")
+    assert last_whole(folder) is None
+    assert f"{plain(folder / 'checkpoint-1')} is left out: " in caplog.text
+    for broken in (
+        lambda: unfitting(folder),
+        lambda: SampleLog(folder, {"name": 1}).append([{}]) or SampleLog(folder, {"name": 2}),
+        lambda: SampleLog(folder, {"name": 1}),
+    ):
+        with pytest.raises(ValueError, match=re.escape(plain(folder))) as raised:
+            broken()
+        assert shows_nothing_unseen(str(raised.value))
+    with FileLock(folder / LOCK), pytest.raises(FolderInUse) as in_use:
+        check_free(folder)
+    assert shows_nothing_unseen(str(in_use.value))
+    assert "\n" not in str(in_use.value)
+    failed = str(push_failed(OSError(f"no {UNSEEN}"), str(folder), "me/a", None, False))
+    assert shows_nothing_unseen(failed)
+    assert "\n" not in failed
+
+
+def test_tracebacks_show_nothing_unseen(monkeypatch, capsys):
+    def fails(arguments):
+        raise KeyError(1) from RuntimeError(f"in {UNSEEN}")
+
+    monkeypatch.setattr("trl_cancel.cli.explain.run", fails)
+    assert main(["explain"]) == 1
+    error = capsys.readouterr().err
+    assert shows_nothing_unseen(error)
+    assert error.startswith("RuntimeError: in \\x1b[31m\\u202e")
 
 
 def odd(name):

@@ -6,8 +6,10 @@ get opposite pushes that should cancel, leaving credit for what made the differe
 """
 
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .logs import log_plainly
 from .upstream.versions import check_trl_version
 from .version import __version__ as __version__
 
@@ -67,6 +69,10 @@ __all__ = [
     "best_precision",
     "explain",
 ]
+
+
+check_trl_version(metadata.version("trl"))  # before anything of it is imported
+log_plainly(__name__, Path(__file__).parent)
 
 
 def __getattr__(name: str) -> Any:

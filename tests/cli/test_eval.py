@@ -343,6 +343,14 @@ def test_a_model_that_is_not_there(tmp_path, capsys):
     assert "model_name_or_path is missing" in capsys.readouterr().err
 
 
+def test_the_row_without_a_prompt_is_named(tmp_path, capsys):
+    """Before the model is loaded."""
+    (tmp_path / "test.jsonl").write_text('{"prompt": "1+1"}\n{"prompt": null}\n')
+    arguments = ["--dataset_name", str(tmp_path / "test.jsonl"), "--reward_funcs", "tests.cli.test_cli.one_in_two"]
+    assert evaluate("playground", *arguments, output=tmp_path / "out") == 2
+    assert "test.jsonl[1]['prompt'] is None. A prompt must be a text or a conversation" in capsys.readouterr().err
+
+
 def test_columns_of_several_types(tiny_model, tmp_path):
     """As files of JSON may hold them; and an instruction, a column of another name, a template for the conversation."""
     rows = [{"prompt": "1+1", "right": 2, "of": {"a": 1}}, {"prompt": "1+2", "right": "3", "of": {"a": [1]}}]

@@ -71,9 +71,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"trl-cancel {name}: interrupted.", file=sys.stderr)
         return 130
     except Exception as error:
-        if quotable(error) is not None:
+        shown = plain(without_tokens(traceback.format_exc()), lines=True)
+        if quotable(error) is not None and shown == traceback.format_exc():
             raise
-        print(without_tokens(traceback.format_exc()), file=sys.stderr, end="")
+        print(shown, file=sys.stderr, end="")
         return 1
 
 

@@ -38,8 +38,8 @@ from ..evaluation.result import shown
 from ..evaluation.samples import Sample, SampleLog
 from ..evaluation.scoring import chats
 from ..evaluation.settings import EvaluationSettings
-from ..running import sources
-from ..running.inputs import check_problems, first_prompt
+from ..running import ignored, sources
+from ..running.inputs import check_problems
 from ..running.secrets import without_secrets, without_tokens
 from ..running.storage import is_storage_error
 from ..texts import plain, write_text
@@ -434,7 +434,10 @@ def _prepare(
         what, meant = str(error).partition(" (")[0], sources.said_of_playground(asked[0])
         raise Failure(f"{what}: {nowhere(out_of_reach)}{meant}") from error
     for data, rows in zip(sets, problems, strict=True):
-        check_problems(f"data set {data.name}", rows.column_names, first_prompt(rows), data.reward, tokenizer)
+        check_problems(f"data set {data.name}", rows, data.reward, tokenizer)
+    remark = ignored.of_templates(sets[0].settings.chat_template_kwargs, [tokenizer])  # the same for all
+    if remark is not None and state.is_main_process:
+        console.print(remark, markup=False)
     made_by = [
         {
             "model_name_or_path": name,

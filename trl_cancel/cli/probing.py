@@ -23,7 +23,7 @@ from ..diagnostics.shifts import THRESHOLD
 from ..evaluation import RewardFunction
 from ..evaluation.models import load_tokenizer
 from ..evaluation.scoring import awaited
-from ..running import sources
+from ..running import ignored, sources
 from ..running.inputs import check_prompt, check_rewards
 from ..running.rewards import number_of
 from ..running.secrets import without_secrets
@@ -232,6 +232,9 @@ def measurements(settings: Settings, names: list[str], seed: int) -> Iterator[tu
     own = _rows(settings)[seed * run.probe_prompts : (seed + 1) * run.probe_prompts]
     reward = _reward(settings, own[0])
     model, tokenizer = load_model(settings)
+    remark = ignored.of_templates(cast(Any, training.chat_template_kwargs), [tokenizer])
+    if remark is not None and seed == 0:
+        console.print(remark, markup=False)
     length = training.max_completion_length or 256
     rollouts = sample_rollouts(
         model,

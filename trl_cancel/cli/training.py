@@ -133,6 +133,11 @@ def _training_means(trainer: CancelGRPOTrainer) -> tuple[dict[str, float], dict[
     return first, last, sum(residuals) / len(residuals) if residuals else None
 
 
+def say(text: str) -> None:
+    """Prints a line, which names from outside of the program do not break."""
+    console.print(plain(text), markup=False)
+
+
 def run_training(settings: Settings) -> None:
     """
     Trains and evaluates, saves the model, the logs (`trainer_state.json`) and the results (`all_results.json`), and
@@ -195,19 +200,16 @@ def _run(settings: Settings) -> None:
     finished = says_finished(settings, trainer, checkpoint)
     if finished is not None:
         if trainer.is_world_process_zero():
-            console.print(finished, markup=False)
+            say(finished)
         return
     test = pick_test_problems(settings, dataset)
     if settings.precision and trainer.is_world_process_zero():
-        console.print(f"Precision: {settings.precision.reason}", markup=False)
+        say(f"Precision: {settings.precision.reason}")
     ended = trainer.finished_at(checkpoint)
     if checkpoint is not None and ended is not None:
         check_same_settings(checkpoint, trainer)
     if wanted_checkpoint(settings) and ended is None and trainer.is_world_process_zero():
-        console.print(
-            f"Going on from {plain(checkpoint)}." if checkpoint else "Starting anew: there is no whole checkpoint.",
-            markup=False,
-        )
+        say(f"Going on from {checkpoint}." if checkpoint else "Starting anew: there is no whole checkpoint.")
 
     try:
         with trainer.holding_output_dir():
@@ -267,15 +269,12 @@ def _save_again(
         _save(trainer, left)
     if trainer.is_world_process_zero():
         step = trainer.state.global_step
-        console.print(
-            f"Already finished at step {step}: nothing was trained, and the model was saved again from {checkpoint}.",
-            markup=False,
-        )
+        say(f"Already finished at step {step}: nothing was trained, and the model was saved again from {checkpoint}.")
     if not left.results:
         _finish(settings, trainer, test, rewards, before)
     elif trainer.is_world_process_zero():
         push = f" To push it: trl-cancel push {folder}." if trainer.args.push_to_hub else ""
-        console.print(f"Model saved to {folder}, beside its results.{push}", markup=False)
+        say(f"Model saved to {folder}, beside its results.{push}")
 
 
 def _finish(
@@ -300,7 +299,7 @@ def _finish(
             console.print(results.table())
             remark = remark_on(trainer.state.log_history, trainer.args)
             if remark is not None:
-                console.print(remark, markup=False)
+                say(remark)
         _publish(trainer)
 
 
@@ -335,7 +334,7 @@ def _publish(trainer: CancelGRPOTrainer) -> None:
         raise Failure(str(error)) from error
     if trainer.is_world_process_zero():
         pushed = f" and pushed to {trainer.hub_model_id}" if trainer.args.push_to_hub else ""
-        console.print(f"Model saved to {plain(folder)}{pushed}.", markup=False)
+        say(f"Model saved to {folder}{pushed}.")
 
 
 def check_hub(settings: Settings) -> None:

@@ -12,7 +12,8 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, ProcessorMixin, Trainer, TrainerCallback
 
-from ..running.inputs import check_problems, columns_of, first_prompt
+from ..running import ignored
+from ..running.inputs import check_problems
 from ..texts import plain
 from ..upstream.trl import unwrapped_for_generation
 from .engines import TransformersEngine
@@ -84,14 +85,16 @@ class EvaluationCallback(TrainerCallback):
         if not len(problems):
             raise ValueError(f"Evaluation on {name}: the data set has no problems.")
         self.settings = settings or EvaluationSettings()
-        if self.settings.chat_template_kwargs is None:
+        own = self.settings.chat_template_kwargs
+        if own is None:
             of_training: Any = getattr(trainer.args, "chat_template_kwargs", None)
             self.settings = replace(self.settings, chat_template_kwargs=of_training)
         self.steps, self.at_start, self.at_end = steps, at_start, at_end
         self.engine = trainer_engine(trainer, batch_size)
-        columns = columns_of(problems)
-        if columns is not None:
-            check_problems(name, columns, first_prompt(problems), reward, self.engine.tokenizer)
+        check_problems(name, problems, reward, self.engine.tokenizer)
+        remark = ignored.of_templates(own, [self.engine.tokenizer])
+        if remark is not None:
+            logger.warning(f"Evaluation on {plain(name)}: {remark}")
         self._last: int | None = None  # step of the latest evaluation of a training that goes on
         self._logged: dict[str, float] = {}  # what it logged
         self._has_warned = False

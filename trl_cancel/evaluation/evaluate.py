@@ -113,7 +113,7 @@ def answer_problems(
     rows = list(problems)
     if not rows:
         raise ValueError("There are no problems to answer: the data set is empty.")
-    check_problems("the data set", rows[0], rows[0].get("prompt"), reward, engine.tokenizer)
+    check_problems("the data set", rows, reward, engine.tokenizer)
     prompt_ids = prompt_token_ids(engine.tokenizer, [row["prompt"] for row in rows], settings.chat_template_kwargs)
     earlier = gather_object([log.samples if log else []])[0]  # the first process's
     done = {key_of(sample): sample for sample in earlier}

@@ -8,6 +8,7 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from ..arguments import whole
 from ..methods import METHODS
 from ..running import sources
+from ..running.inputs import PROMPTS, check_prompts
 from .settings import EvaluationSettings
 
 
@@ -138,6 +139,11 @@ def load_problems(
                 f"data set {source.path}, split {source.split!r}: it has the columns {', '.join(columns)} but no "
                 f"{column!r}."
             )
+
+    if instruction is not None:  # which would hide that there is nothing before it
+        empty = check_prompts(f"data set {source.path}", dataset, source.problem)
+        if empty is not None:
+            raise ValueError(f"data set {source.path}[{empty}][{source.problem!r}] is ''. {PROMPTS}")
 
     def prompt(problem: Any) -> Any:
         if not isinstance(problem, str):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..running.secrets import without_secrets
-from ..texts import write_text
+from ..texts import plain, write_text
 
 
 Sample = dict[str, Any]
@@ -55,11 +55,11 @@ class SampleLog:
             for name in {**settings, **found}:
                 if found.get(name) != settings.get(name):
                     raise ValueError(
-                        f"{self.path.parent} holds samples of an evaluation with {name}={found.get(name)!r}, and this "
+                        f"{plain(self.path.parent)} holds samples of an evaluation with {name}={found.get(name)!r}, and this "
                         f"one has {name}={settings.get(name)!r}. Use the same setting, or another output folder."
                     )
         else:
-            raise ValueError(f"{self.path} has no settings.json beside it; use another output folder.")
+            raise ValueError(f"{plain(self.path)} has no settings.json beside it; use another output folder.")
 
     def _read(self) -> list[Sample]:
         """What is there, without a last line that was cut off in the middle."""
@@ -79,7 +79,7 @@ class SampleLog:
             key_of(sample)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"{self.path}, line {number}: this is no sample ({type(error).__name__}: {error}). Remove the line, "
+                f"{plain(self.path)}, line {number}: this is no sample ({type(error).__name__}: {error}). Remove the line, "
                 "and its answer is made once more; or use another output folder."
             ) from error
         return sample
@@ -92,7 +92,7 @@ def _settings_in(path: Path) -> dict[str, Any]:
             raise TypeError(f"it holds a {type(found).__name__}")
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{path}: these are no settings ({type(error).__name__}: {error}), so nobody knows how the samples beside "
+            f"{plain(path)}: these are no settings ({type(error).__name__}: {error}), so nobody knows how the samples beside "
             "it were made. Put the file back, or use another output folder."
         ) from error
     return found

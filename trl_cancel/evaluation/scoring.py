@@ -74,9 +74,10 @@ def score_samples(
         `ValueError`: If the rows lack a prompt or what the reward function asks for, or it does not return one number
             or `None` for each answer.
     """
-    rows = [row for row in dataset for _ in range(num_samples)]
-    if rows:
-        check_problems("the data set", rows[0], rows[0].get("prompt"), reward, tokenizer)
+    problems = list(dataset)
+    if problems:
+        check_problems("the data set", problems, reward, tokenizer)
+    rows = [row for row in problems for _ in range(num_samples)]
     rewards: list[float | None] = []
     with sampling(model, seed), tqdm(total=len(rows), desc=description, disable=description is None) as progress:
         for first in range(0, len(rows), batch_size):

@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from ..running.secrets import quotable, without_tokens
+from ..texts import plain
 from ..version import __version__
 from .model_card import FILE, rename_in_card
 
@@ -85,7 +86,7 @@ def check_write(repo_id: str, token: str | None) -> None:
 def no_access(error: Exception, repo_id: str | None = None) -> PushError:
     """The error for a run that is to be pushed but cannot be, before it has started."""
     what = "the Hub" if repo_id is None else repo_id
-    return PushError(f"push_to_hub: no access to {what}: {reason(error)}.", is_refusal(error))
+    return PushError(f"push_to_hub: no access to {plain(what)}: {plain(reason(error))}.", is_refusal(error))
 
 
 def push_failed(
@@ -102,8 +103,9 @@ def push_failed(
     words += ["--hub_private_repo"] if private else []
     words += ["--commit_message", commit_message] if commit_message != COMMIT_MESSAGE else []
     command = shlex.join(words)
+    saved = plain(f"It is saved in {folder}; push it with: {command}")
     return PushError(
-        f"The model could not be pushed to {repo_id}: {reason(error)}. It is saved in {folder}; push it with: {command}",
+        f"The model could not be pushed to {plain(repo_id)}: {plain(reason(error))}. {saved}",
         is_refusal(error),
     )
 

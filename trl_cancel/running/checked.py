@@ -3,11 +3,13 @@
 from typing import Any, ClassVar, cast
 
 import torch
+from accelerate.logging import get_logger
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 
 from ..upstream.hooks import is_overridden
 from ..upstream.trl import WAY_OF_ROWS
+from . import ignored
 from .inputs import (
     PASSED,
     PROMPTS,
@@ -22,6 +24,9 @@ from .inputs import (
     makes_tokens,
 )
 from .rewards import check_models, checked
+
+
+logger = get_logger(__name__)
 
 
 class Checked(GRPOTrainer):
@@ -41,6 +46,33 @@ class Checked(GRPOTrainer):
         prompt = first_prompt(self.train_dataset)
         if prompt is not None and self._is_trls(*WAY_OF_ROWS):
             self._check_templates("train_dataset", prompt)
+        for remark in self._ignored():
+            if remark is not None:
+                logger.warning(remark)
+
+    def _ignored(self) -> list[str | None]:
+        """Remarks on settings that nothing reads, as far as it is TRL or transformers that would read them."""
+        remarks = [ignored.of_fsdp(self.args)]
+        own = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None or self.is_deepspeed_enabled
+        if not own and self._is_trls("create_optimizer", "get_optimizer_cls_and_kwargs"):
+            remarks.append(ignored.of_optimizer(self.args))
+        if self.lr_scheduler is None and not self.is_deepspeed_enabled and self._is_trls("create_scheduler"):
+            remarks.append(ignored.of_schedule(self.args))
+        if self.rollout_func is not None or not self._is_trls(*WAY_OF_ROWS, "_generate_single_turn"):
+            return remarks
+        if not self.use_vllm:
+            model = self.accelerator.unwrap_model(self.model)
+            remarks.append(ignored.of_generation(self.args.generation_kwargs, model))
+        elif self.vllm_mode == "server":
+            remarks.append(ignored.of_vllm_server(self.args.generation_kwargs))
+        prompt = first_prompt(self.train_dataset)
+        if prompt is None or is_conversational({"prompt": prompt}):
+            models = zip(self.reward_funcs, self.reward_processing_classes, strict=True)
+            rewards = [tokenizer for function, tokenizer in models if isinstance(function, torch.nn.Module)]
+            changed = [self.chat_template] if self.chat_template else []
+            tokenizers = [self.processing_class, *changed, *rewards]
+            remarks.append(ignored.of_templates(self.args.chat_template_kwargs, tokenizers))
+        return remarks
 
     def _check_inputs(self, args: Any, train_dataset: Any, reward_funcs: Any, given: dict[str, Any]) -> None:
         """Refuses what names of columns tell already, before the model is loaded; the rows tell the rest."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 
+from ..texts import plain
 from .changed_settings import settings_of
 from .damage import STATES
 
@@ -53,7 +54,7 @@ def check_fit(checkpoint: str | None, model: Any, args: Any = None) -> None:
     reason = None if checkpoint is None else why_unfit(Path(checkpoint), model)
     if reason is not None:
         raise ValueError(
-            f"resume_from_checkpoint={checkpoint} does not fit the model: {reason}. Use the same model and adapter as "
+            f"resume_from_checkpoint={plain(checkpoint)} does not fit the model: {plain(reason)}. Use the same model and adapter as "
             "then, or start anew in another output_dir."
         )
 
@@ -158,9 +159,9 @@ def fitting_states(checkpoint: str | None) -> Iterator[None]:
     except (ValueError, KeyError) as error:
         reason = f"KeyError: {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
-            f"resume_from_checkpoint={checkpoint} holds a state that does not fit this run's optimizer ({reason}). Use "
+            f"resume_from_checkpoint={plain(checkpoint)} holds a state that does not fit this run's optimizer ({reason}). Use "
             f"the same optimizer and train the same parameters, or start anew from its weights: "
-            f"model_name_or_path={checkpoint}."
+            f"model_name_or_path={plain(checkpoint)}."
         ) from error
 
 
@@ -195,6 +196,6 @@ def _check_optimizers_name(checkpoint: Path, args: Any) -> None:
 
 def _another_optimizer(checkpoint: str, then: str, now: str) -> str:
     return (
-        f"resume_from_checkpoint={checkpoint} holds the state of another optimizer ({then}) than this run's ({now}). "
-        f"Use the same, or start anew from its weights: model_name_or_path={checkpoint}."
+        f"resume_from_checkpoint={plain(checkpoint)} holds the state of another optimizer ({then}) than this run's ({now}). "
+        f"Use the same, or start anew from its weights: model_name_or_path={plain(checkpoint)}."
     )

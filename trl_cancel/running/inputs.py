@@ -73,7 +73,7 @@ def check_prompt(source: str, columns: Iterable[str]) -> None:
         )
 
 
-def check_prompts(source: str, dataset: Any) -> int | None:
+def check_prompts(source: str, dataset: Any, column: str = "prompt") -> int | None:
     """
     Refuses prompts that are neither texts nor conversations, where they can be looked at without consequences.
 
@@ -82,6 +82,8 @@ def check_prompts(source: str, dataset: Any) -> int | None:
             What the data set is.
         dataset (`Any`):
             Data set.
+        column (`str`, *optional*, defaults to `"prompt"`):
+            The column that holds them.
 
     Returns:
         `int`, *optional*: The first row whose prompt is an empty text, which some tokenizers make tokens of.
@@ -89,19 +91,22 @@ def check_prompts(source: str, dataset: Any) -> int | None:
     Raises:
         `ValueError`: Names the first row that is wrong.
     """
-    if type(dataset) is not Dataset or "prompt" not in (columns_of(dataset) or ()):
+    if type(dataset) is not Dataset or column not in (columns_of(dataset) or ()):
         return None
     first = None
-    for start, batch in zip(
-        count(step=1000), dataset.with_format("arrow", columns=["prompt"]).iter(1000), strict=False
-    ):
-        for row in _rows_to_look_at(batch["prompt"]):
-            prompt = batch["prompt"][row].as_py()
+    for start, batch in zip(count(step=1000), dataset.with_format("arrow", columns=[column]).iter(1000), strict=False):
+        for row in _rows_to_look_at(batch[column]):
+            prompt = batch[column][row].as_py()
             if prompt == "":
                 first = start + row if first is None else first
             elif not isinstance(prompt, str) or not prompt:
-                raise ValueError(f"{source}[{start + row}]['prompt'] is {prompt!r}. {PROMPTS}")
+                raise _no_prompt(source, start + row, prompt, column)
     return first
+
+
+def _no_prompt(source: str, row: int, prompt: Any, column: str = "prompt") -> ValueError:
+    quoted = repr(prompt)
+    return ValueError(f"{source}[{row}][{column!r}] is {quoted[:200]}{'...' * (len(quoted) > 200)}. {PROMPTS}")
 
 
 def _rows_to_look_at(prompts: Any) -> list[int]:
@@ -236,29 +241,53 @@ def _listed(names: Iterable[str]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def check_problems(source: str, columns: Iterable[str], prompt: Any, reward: Any, tokenizer: Any) -> None:
+def check_problems(source: str, problems: Any, reward: Any, tokenizer: Any) -> None:
     """
     Refuses problems of an evaluation that cannot be answered or scored.
 
     Args:
         source (`str`):
             What they are called.
-        columns (`Iterable[str]`):
-            Their columns.
-        prompt (`Any`):
-            One of the prompts; `None` if it is not known.
+        problems ([`~datasets.Dataset`] or `list[dict]`):
+            The problems. Rows that a data set makes on the fly are not looked at.
         reward (`Callable`):
             Reward function.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The model's tokenizer.
 
     Raises:
-        `ValueError`: If there are no prompts, the reward function cannot be called, or the chat template is missing.
+        `ValueError`: If a row has no prompt, or one of another kind than the first, if the reward function cannot be
+            called, or the chat template is missing.
     """
+    columns = list(problems[0]) if isinstance(problems, list) else columns_of(problems)
+    if columns is None:
+        return
     check_prompt(source, columns)
     check_rewards(reward, columns, source)
-    if prompt is not None and is_conversational({"prompt": prompt}):
+    if isinstance(problems, list):
+        prompts = [row.get("prompt") for row in problems]
+    elif type(problems) is Dataset:
+        prompts = problems.with_format(None, columns=["prompt"])["prompt"][:]
+    else:
+        return
+    _check_kinds(source, prompts)
+    if "" in prompts and not makes_tokens(tokenizer):
+        row = prompts.index("")
+        raise ValueError(f"{source}[{row}]['prompt'] is '', of which the tokenizer makes no tokens. {PROMPTS}")
+    if not isinstance(prompts[0], str):
         check_chat_template(source, tokenizer)
+
+
+def _check_kinds(source: str, prompts: list[Any]) -> None:
+    """Refuses what is neither a text nor a conversation, and both at once: prompts of an evaluation go together."""
+    for row, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) and not (prompt and is_conversational({"prompt": prompt})):
+            raise _no_prompt(source, row, prompt)
+        if isinstance(prompt, str) != isinstance(prompts[0], str):
+            kind, first = ("text", "conversation") if isinstance(prompt, str) else ("conversation", "text")
+            raise ValueError(
+                f"{source}[{row}]['prompt'] is a {kind}, but that of {source}[0] is a {first}. Make all of them one kind."
+            )
 
 
 def check_chat_template(source: str, processing_class: Any, whose: str = "the tokenizer") -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..texts import plain
+
 
 LOCK = "_run.lock"  # what starts with an underscore is not pushed
 UNKNOWN_TO_DISK = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # a disk without locks
@@ -131,9 +133,9 @@ def _is_alive(process: int | None) -> bool:
 
 
 def _who(path: Path, process: int | None, host: str | None) -> str:
-    who = f"process {process} on {host}" if process else "another process"
-    elsewhere = f", or, if it no longer runs, remove {path}" if host != socket.gethostname() else ""
+    who = f"process {process} on {plain(host)}" if process else "another process"
+    elsewhere = f", or, if it no longer runs, remove {plain(path)}" if host != socket.gethostname() else ""
     return (
-        f"output_dir={path.parent} is in use by {who}, which trains into it: wait for its end, or set another "
+        f"output_dir={plain(path.parent)} is in use by {who}, which trains into it: wait for its end, or set another "
         f"output_dir{elsewhere}."
     )

@@ -59,7 +59,7 @@ def is_overridden(trainer: Any, hook: str, base: type) -> bool:
     method = getattr(trainer, hook)
     while isinstance(method, _Around):
         method = method.args[0]
-    return getattr(method, "__func__", None) is not getattr(base, hook)
+    return getattr(method, "__func__", method) is not getattr(base, hook)
 
 
 def is_of(trainer: Any, hook: str, after: type, owner: type) -> bool:

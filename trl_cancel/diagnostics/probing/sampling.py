@@ -74,7 +74,7 @@ def sample_rollouts(
             f"temperature={temperature!r} must be positive: rollouts of a greedy policy are all the same."
         )
     if rows:
-        check_problems("the data set", rows[0], rows[0].get("prompt"), reward, tokenizer)
+        check_problems("the data set", rows, reward, tokenizer)
     examples = [row for row in rows for _ in range(num_generations)]
     prompts = prompt_token_ids(tokenizer, [example["prompt"] for example in examples], chat_template_kwargs)
     ids: list[list[int]] = []

@@ -1,0 +1,187 @@
+"""
+Which names are those of secrets, word by word: `openai_key`, `my_pat` and `apiKey`, but not `tokenizer`, `eos_token` or
+`path`. Where a name is doubtful its value tells.
+"""
+
+import re
+from itertools import pairwise
+from typing import Any
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+HIDDEN = "***"
+# Words that make any name one of a secret.
+SECRETS = _words(
+    """
+    password passwords passwd pwd passphrase passcode passkey secret secrets credential credentials cred creds
+    authorization bearer cookie cookies csrf xsrf pat pats apikey apikeys apitoken accesskey accesstoken authtoken
+    hftoken secretkey privatekey jwt sessionid sessid jsessionid phpsessid pincode mnemonic
+    """
+)
+# Words that do so at the end, and in a name of two words.
+LAST = _words("auth authentication login oauth otp pass pin pw salt sas sid sig signature totp webhook webhooks")
+ENDS = LAST | {"key", "token"}
+PAIRS = {
+    *(("pass", other) for other in ("word", "words", "phrase", "code")),
+    *((first, "code") for first in ("pin", "access", "auth", "otp", "security", "verification")),
+    *(("pin", "number"), ("session", "id"), ("private", "pem"), ("seed", "phrase"), ("recovery", "phrase")),
+}
+# Under these, texts that look like a secret are some; settings, columns and vocabularies are called so as well.
+DOUBTFUL = _words("keys session sessions tokens")
+# Of these the value may be a number, which elsewhere opens nothing.
+NUMBERS = ("code", "otp", "pass", "passwd", "password", "pin", "pinnumber", "pw", "pwd")
+# What tokens and keys open. `access_key_id` is one too.
+OPENERS = _words(
+    """
+    access anthropic api auth authentication aws azure bearer bot client cohere comet deepseek discord gcp gemini
+    github gitlab google gpg groq hf hub huggingface jwt langfuse langsmith login mistral neptune ngc nvidia oauth
+    openai openrouter personal pgp private push refresh replicate rsa secret security serper service session slack
+    ssh ssl tavily telegram tls user wandb write read xai
+    """
+)
+# What stands before `key`, `token` or `pass` without anything between, as in `sshkey`: `monkey` is none.
+GLUED = OPENERS | _words(
+    "admin app basic csrf xsrf database db ftp http https mail mongo my mysql pg postgres proxy redis root smtp sql"
+)
+GLUE = re.compile(
+    r"\w*(?:api_?keys?|passwords?|passwd|passphrase|secrets?|sessionid|sessid)"
+    r"|(?:my)?(\w*?)(?:keys?|tokens?|pass|pwd?|creds?|auth|cookies?|webhooks?)"
+)
+# Words before `token` and `key` that make them parts of a vocabulary, of data or of attention.
+TOKENS_OF_TEXT = _words(
+    """
+    additional answer asr assistant audio begin blank bog boi bos boundary box cached call cls code completion
+    content context control decoder document encoder end eog eoi eos eot extra fake fill filler first forced
+    frame function generated human image img inner input instruction language last latent layout line mask max
+    message min modality new newline next no non num number numeric object output pad padding patch per
+    placeholder pool predicted prefix previous prompt query reasoning register response reward role row section
+    sep separator sequence short special speech start step stop suffix system tab target task text think thinking
+    thought timestamp tool transcribe turn unk unknown video vision visual vocab word
+    """
+)
+KEYS_OF_DATA = _words(
+    """
+    answer attention attn batch by cache chat column config content cross data dataset decoder dict encoder feature
+    field file foreign group hash id image index input item join label layer lookup map message messages metadata metric model name
+    num option output param parameter partition primary problem prompt public q qk query question registry
+    response reward role row sample self setting shard solution sort state target task text unique value video
+    weight
+    """
+)
+PASSES_OF_DATA = _words(
+    """
+    all backward band by each epoch every first forward full high last low max min multi num one per second single
+    test third train two
+    """
+)
+SIGNATURES_OF_CODE = _words("call chat function input method model module output prompt task template tool type")
+# What an address is called, as in `webhook_url`.
+ADDRESS = _words("address addresses endpoint link uri url urls")
+NO_SECRET_AFTER = {
+    "key": KEYS_OF_DATA,
+    "keys": KEYS_OF_DATA,
+    "pass": PASSES_OF_DATA,
+    "sig": SIGNATURES_OF_CODE,
+    "signature": SIGNATURES_OF_CODE,
+    "token": TOKENS_OF_TEXT,
+    "tokens": TOKENS_OF_TEXT,
+}
+VARIANT = re.compile(r"(?<=[A-Za-z])(?:[_.-]?\d+|[_.-](?:prod|dev|staging|old|new|backup))+$")
+WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+# A part of a name, a column or a token of a vocabulary: a word with numbers before or after it, or as `word2vec`.
+WORD = r"[A-Z]?[a-z]{1,20}|[A-Z]?[a-z]{2,20}(?:[A-Z][a-z]{2,20})+"
+PLAIN = re.compile(rf"\d*(?:(?:{WORD})(?:[24][a-z]{{1,20}})?)?\d{{0,5}}|\d+|\w{{1,3}}")
+PLAIN_WORD = re.compile(rf"{WORD}|\d+|\w{{1,3}}")  # `hunter2` is none
+SPECIAL = re.compile(r"[<\[].*[>\]]", re.DOTALL)
+NOTHING = ("", "None", "null", "True", "False", "true", "false", HIDDEN)
+
+
+def is_secret(name: Any) -> bool:
+    """
+    Whether a name is that of a secret.
+
+    Args:
+        name (`Any`):
+            The name; what is no text is none.
+    """
+    if not isinstance(name, str):
+        return False
+    words = words_of(name)
+    if not words or SECRETS.intersection(words) or any(map(_is_glued, {*words, "".join(words)})):
+        return bool(words)
+    *before, last = words
+    if any(first in OPENERS and second in ("key", "token") for first, second in pairwise(words)):
+        return last not in ("file", "path", "name", "type", "url", "len", "length")
+    if last in ("tokens", "keys"):
+        return bool(before) and before[-1] in OPENERS
+    if (before and (before[-1], last) in PAIRS) or ({"webhook", "webhooks"}.intersection(before) and last in ADDRESS):
+        return True
+    return last in ENDS and not NO_SECRET_AFTER.get(last, frozenset()).intersection(before)
+
+
+def is_doubtful(name: Any) -> bool:
+    """
+    Whether what is under a name is a secret if it looks like one: `tokens` or `my_keys`, say, but not those of a text,
+    nor what takes more words.
+
+    Args:
+        name (`Any`):
+            The name; what is no text is none.
+    """
+    *before, last = (words_of(name) if isinstance(name, str) else []) or [""]
+    of_data = NO_SECRET_AFTER.get(last, frozenset())
+    return last in DOUBTFUL and len(before) < 2 and not any(word in of_data or word[:-1] in of_data for word in before)
+
+
+def is_secret_beside(name: str, value: str) -> bool:
+    """
+    Whether a text is a secret that stands beside a name in a text, a list or a pair, where `token` and `key` name much
+    else: a token of a vocabulary, a column, a switch. So these hide what is neither a number nor made of plain words.
+
+    Args:
+        name (`str`):
+            The name.
+        value (`str`):
+            The text.
+    """
+    if value in NOTHING:
+        return False
+    if is_secret(name):
+        return (
+            words_of(name)[0] not in ENDS
+            or not is_plain(value, PLAIN_WORD)
+            or (value.isdigit() and may_be_number(name))
+        )
+    return is_doubtful(name) and looks_like_secret(name, value)
+
+
+def looks_like_secret(name: str, value: str) -> bool:
+    """Whether a text under a doubtful name is a secret. Words in capitals are none where there are several."""
+    shouted = value.isupper() and words_of(name)[-1] in ("keys", "tokens")
+    return not is_plain(value.lower() if shouted else value)
+
+
+def is_plain(text: str, word: re.Pattern[str] = PLAIN) -> bool:
+    """Whether a text is a sentence, words, numbers or a special token of a chat, and not made up by chance."""
+    if not text.isascii() or SPECIAL.fullmatch(text) or len(text.split()) > 1:
+        return True
+    return all(word.fullmatch(part) for part in re.split(r"[\W_]+", text) if part)
+
+
+def may_be_number(name: str) -> bool:
+    """Whether a number under the name of a secret is one: a PIN, but not a bare `pass`."""
+    joined = "".join(words_of(name))
+    return joined != "pass" and joined.endswith(NUMBERS)
+
+
+def words_of(name: str) -> list[str]:
+    """The words of a name, without what tells one of several secrets from the others: `token2`, `api_key_prod`."""
+    return [word.lower() for word in WORDS.findall(VARIANT.sub("", name))]
+
+
+def _is_glued(word: str) -> bool:
+    match = GLUE.fullmatch(word)
+    return match is not None and (match[1] is None or match[1] in GLUED or (word.startswith("my") and not match[1]))

@@ -1,0 +1,130 @@
+"""
+Texts without their secrets: what looks like one (`hf_...`), and what stands in the place of one, such as user and
+password, a parameter or the path of a webhook's address, an option of a command, the line of a header.
+"""
+
+import re
+
+from .secret_names import HIDDEN, NOTHING, WORDS, is_doubtful, is_secret, is_secret_beside, may_be_number
+
+
+# What opens something wherever it stands.
+TOKEN = re.compile(
+    r"(?<=Bearer )[^\s'\"]+|\bhf_\w+|\bgithub_pat_\w{20,}|\bgh[pousr]_[A-Za-z0-9]{16,}|\bglpat-[\w-]{16,}"
+    r"|\bsk-(?:[A-Za-z]+-)*[A-Za-z0-9]{16,}|\bxox[abeprs]-[\w-]{10,}|\bA[KS]IA[0-9A-Z]{16}\b|\bAIza[\w-]{30,}"
+    r"|\b[sr]k_(?:live|test)_\w{16,}|\bgsk_\w{20,}|\bnpm_\w{30,}|\bpypi-[\w-]{40,}|\b\d{6,12}:[\w-]{35}\b"
+    r"|(?:(?<=PRIVATE KEY-----)|(?<=PRIVATE KEY BLOCK-----))(?:(?!-----END)[\s\S])+"
+    r"|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"
+)
+# As values of settings: `hf_` alone may start a name.
+VALUE = re.compile(TOKEN.pattern.replace(r"\bhf_\w+", r"\bhf_[A-Za-z0-9]{12,}"))
+# `user:password@` or `token@`, before a host; a password may hold a slash or an @ that were not encoded.
+# Of two slashes a `Path` keeps one.
+USER = re.compile(r"((?<=\w:)//|(?<=\w\w:)/)(?:[^\s/?#'\"]*@|[^\s/?#:@'\"]*:(?!\d+(?:[/?#]|$))[^\s'\"]*@)")
+HOST = r"(?:localhost|\d+(?:\.\d+){3}|[\w.-]+\.[a-z]\w+|[\w.-]+(?=:\d))(?::\d+)?"
+USER_WITHOUT_SCHEME = re.compile(rf"(?<![^\s'\"(=])[^\s:@/'\"(=]+:(?!//)[^\s@'\"]+(?=@{HOST})")
+# Whoever knows the path of such an address may write there.
+HOOK = re.compile(
+    r"(://(?:hooks?\.[\w.-]+|[\w.-]*webhook\.office\.com|api\.telegram\.org"
+    r"|[\w.-]*discord(?:app)?\.com/api/(?:v\d+/)?webhooks)(?::\d+)?/)[^\s?#'\"]+"
+)
+# Elsewhere what follows such a part of the path must look like a token, too; `hooks` stands behind the host.
+ADDRESSES = re.compile(r"://[^\s?#'\"]+")
+HOOKS = frozenset({"webhook", "webhooks", "web_hook", "web_hooks", "webhookb2", "key", "token", "secret"})
+LIKE_TOKEN = re.compile(r"(?=\w*\d)\w{16,}|[\da-f]{8}-[\da-f-]{27}|(?=.*\d)(?=.*[A-Z])[\w-]{20,}")
+PARAMETER = re.compile(r"([?&#;])([\w.~%-]+)=([^&#;\s'\"]+)")
+PARAMETERS = frozenset({"key", "sig", "signature", "auth", "sas"})
+QUOTED = r"""'[^']*'|"[^"]*\""""
+# As an option of a command, a setting among others, or a part of a connection string.
+OPTION = re.compile(rf"""(^|[\s,;(\[{{])(-{{0,2}}[A-Za-z][\w.-]*=|--[A-Za-z][\w.-]*\s+)({QUOTED}|[^\s,;&'"]+)""")
+# The line of a header: of HTTP's own wherever it stands, of others at the start of a line or a quotation.
+HEADER = re.compile(
+    r"""(?i)(?<![\w/-])((?:set-)?cookie2?|(?:proxy-)?authorization|x-[\w-]+)(\s*:\s*)([^\s'"][^\n'"]*)"""
+)
+LINE = re.compile(r"""(?m)((?:^|['"])[^\S\n]*)([A-Za-z][\w-]*)(:[^\S\n]*)(?!//)([^\s'"][^\n'"]*)""")
+# `name=value`, and `"name": "value"` as in JSON.
+ANY = rf"""{QUOTED}|\([^()]*\)|\[[^][]*\]|\{{[^{{}}]*\}}"""
+ASSIGNED = re.compile(
+    rf"""(?<!\w)(?<!\w-)([A-Za-z][\w-]*)(=)({ANY}|[^\s,;&'")\]}}]+)|(?<=["'])([\w-]+)(["']\s*:\s*)({ANY}|\d+)"""
+)
+IN_JSON = re.compile(rf"""(?<=["'])([\w-]+)(["']\s*:\s*)({QUOTED}|\d+)""")
+NAMED_IN_JSON = re.compile(
+    rf"""(["'](?:name|key|header)["']\s*:\s*["']([\w-]+)["']\s*,\s*["']value["']\s*:\s*)({QUOTED}|\d+)"""
+)
+
+
+def text_of_settings(text: str) -> str:
+    """
+    A text among settings with its secrets masked.
+
+    Args:
+        text (`str`):
+            The text, maybe several settings in one.
+    """
+    text = IN_JSON.sub(
+        lambda match: f"{match[1]}{match[2]}{_masked_part(match[1], match[3])}", _masked_everywhere(text)
+    )
+    return LINE.sub(lambda match: f"{match[1]}{match[2]}{match[3]}{_masked(match[2], match[4])}", text)
+
+
+def without_tokens(text: str) -> str:
+    """
+    A text, such as a message, with its secrets masked: those of addresses, of `name=value`, and what looks like one.
+
+    Args:
+        text (`str`):
+            The text.
+    """
+    return _without_assigned(TOKEN.sub(HIDDEN, _masked_everywhere(text)))
+
+
+def _masked_everywhere(text: str) -> str:
+    text = USER_WITHOUT_SCHEME.sub(HIDDEN, USER.sub(rf"\1{HIDDEN}@", text))
+    text = PARAMETER.sub(_masked_parameter, ADDRESSES.sub(_masked_path, HOOK.sub(rf"\1{HIDDEN}", text)))
+    text = NAMED_IN_JSON.sub(lambda match: f"{match[1]}{_masked_part(match[2], match[3])}", text)
+    text = HEADER.sub(lambda match: match[1] + match[2] + (HIDDEN if is_secret(match[1]) else match[3]), text)
+    text = OPTION.sub(lambda match: f"{match[1]}{match[2]}{_masked(match[2], match[3])}", text)
+    return VALUE.sub(HIDDEN, text)
+
+
+def _masked(name: str, value: str) -> str:
+    """What stands for a value beside a name, in the quotation marks that it had."""
+    quote = value[0] if value[0] in "'\"" else ""
+    return f"{quote}{HIDDEN}{quote}" if is_secret_beside(name, value.strip("'\"")) else value
+
+
+def _masked_part(name: str, value: str) -> str:
+    """As `_masked`, of JSON, where numbers have no quotation marks."""
+    return value if value.isdigit() and not may_be_number(name) else _masked(name, value)
+
+
+def _masked_path(match: re.Match[str]) -> str:
+    parts = match[0].split("/")
+    hooks = (place for place, part in enumerate(parts) if part.lower() in HOOKS or (part == "hooks" and place == 3))
+    hook = next(hooks, len(parts))
+    hidden = any(LIKE_TOKEN.match(part) for part in parts[hook + 1 :])
+    return "/".join([*parts[: hook + 1], HIDDEN]) if hidden else match[0]
+
+
+def _masked_parameter(match: re.Match[str]) -> str:
+    name = match[2]
+    secret = is_secret(name) or PARAMETERS.intersection(word.lower() for word in WORDS.findall(name)[-1:])
+    return f"{match[1]}{name}={HIDDEN}" if secret else match[0]
+
+
+def _without_assigned(text: str) -> str:
+    return ASSIGNED.sub(_masked_assignment, text)
+
+
+def _masked_assignment(match: re.Match[str]) -> str:
+    name, sign, value = match.groups()[:3] if match[1] else match.groups()[3:]
+    said = value.strip("'\"")
+    number = said.replace(".", "").isdigit() and not (said.isdigit() and may_be_number(name))
+    if value[0] in "([{" and is_doubtful(name):
+        return f"{name}{sign}{re.sub(QUOTED, lambda part: _masked(name, part[0]), value)}"
+    if value[0] in "([{" and not is_secret(name):
+        return f"{name}{sign}{value[0]}{_without_assigned(value[1:])}"
+    if said in NOTHING or number or not (is_secret(name) or is_secret_beside(name, said)):
+        return match[0]
+    quote = value[0] if value[0] in "'\"" else ""
+    return f"{name}{sign}{quote}{HIDDEN}{quote}"
