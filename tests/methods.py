@@ -105,7 +105,7 @@ METHODS = {
         neutral={"gradient_accumulation_steps": 4, "num_iterations": 2},
         refused=(
             (
-                {"per_device_train_batch_size": 2},
+                {"per_device_train_batch_size": 2, "query_preserved": True},
                 r"query_preserved=True cannot keep groups whole: per_device_train_batch_size=2 .* keeps 2 rollouts.*"
                 r"Set one of per_device_train_batch_size=4, gradient_accumulation_steps=2, .*query_preserved=False",
             ),

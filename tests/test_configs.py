@@ -81,8 +81,11 @@ def test_groups_that_straddle_processes_are_refused(monkeypatch):
     )
     monkeypatch.setattr(BatchLayout, "of", lambda args: straddling)
     with pytest.raises(ValueError, match=r"rollouts a process is not a multiple of .* straddle the 2 processes"):
-        CancelGRPOConfig(bf16=False)
-    assert not CancelGRPOConfig(bf16=False, query_preserved=False).layout.groups_are_local
+        CancelGRPOConfig(bf16=False, query_preserved=True)
+    for setting in (False, "auto"):
+        config = CancelGRPOConfig(bf16=False, query_preserved=setting)
+        assert config.tears_groups
+        assert not config.layout.groups_are_local
 
 
 @pytest.mark.parametrize(
@@ -90,7 +93,7 @@ def test_groups_that_straddle_processes_are_refused(monkeypatch):
     [
         ({"symmetric_clip": "false"}, "symmetric_clip='false' must be True or False"),
         ({"delta_normalize": "sides"}, "delta_normalize='sides' is not one of 'batch', 'side', 'none'"),
-        ({"query_preserved": None}, "query_preserved=None must be True or False"),
+        ({"query_preserved": None}, "query_preserved=None is not one of True, False, 'auto'"),
         ({"epsilon": -0.3}, "epsilon=-0.3 must be a positive number"),
         ({"epsilon": None}, "epsilon=None must be a positive number"),
         ({"epsilon_high": "0.3"}, "epsilon_high='0.3' must be a positive number"),

@@ -89,5 +89,5 @@ def test_plain_config_is_accepted(tiny_model):
     trainer = build(tiny_model)
     plain = build(tiny_model, arguments={"args": trl.GRPOConfig(output_dir=trainer.args.output_dir, use_cpu=True)})
     assert type(plain.args) is type(trainer.args)
-    assert plain.args.query_preserved is True
+    assert plain.args.query_preserved == "auto"
     assert plain.args.steps_per_generation == plain.args.gradient_accumulation_steps

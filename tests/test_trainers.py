@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import signal
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from .runs import (
     repeatable,
     train,
     weights_of,
+    without,
 )
 
 
@@ -123,12 +125,36 @@ def test_other_configurations_are_refused(tiny_model):
         CancelGRPOTrainer(tiny_model, noisy_reward, {"beta": 0}, load_prompts("train", 8))
 
 
-def test_plain_configuration_that_tears_groups_is_refused(tiny_model):
-    plain = trl.GRPOConfig(
-        **{**DEFAULTS, "per_device_train_batch_size": 2}, output_dir="unused", steps_per_generation=4
-    )
-    with pytest.raises(ValueError, match=r"query_preserved=True cannot keep groups whole.*query_preserved=False"):
-        CancelGRPOTrainer(tiny_model, noisy_reward, plain, load_prompts("train", 8))
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 3, "steps_per_generation": 4},
+        {"per_device_train_batch_size": 2, "steps_per_generation": 4},
+    ],
+    ids=["of a test of TRL's", "halves of groups"],
+)
+def test_sizes_that_tear_groups_are_trls_with_a_warning(tiny_model, caplog, sizes):
+    """As a default; whoever asks for whole groups is refused."""
+    plain = trl.GRPOConfig(**{**DEFAULTS, **sizes}, output_dir="unused")
+    ours = CancelGRPOTrainer(tiny_model, noisy_reward, plain, load_prompts("train", 64))
+    (warning,) = [each.getMessage() for each in caplog.records if "Groups are torn" in each.getMessage()]
+    assert f"as by TRL: per_device_train_batch_size={sizes['per_device_train_batch_size']} with" in warning
+    assert re.search(r"Set one of (?!query_preserved).*, query_preserved=False\.$", warning), "sizes first"
+    assert (ours.args.query_preserved, ours.args.tears_groups) == ("auto", True)
+    assert all(active.name != "Query-preserved mini-batching" for active in ours.active_methods)
+    ours = train(tiny_model, **sizes)
+    theirs = train(tiny_model, trl.GRPOTrainer, **sizes)
+    assert [without(entry, ("cancel/",)) for entry in ours.logs] == theirs.logs
+    assert_same_weights(ours.weights, theirs.weights)
+    for settings, refused in (
+        ({"query_preserved": True}, "query_preserved=True cannot keep groups whole.*query_preserved=False"),
+        (
+            {"reward_balance": 0.25},
+            r"reward_balance=0.25 needs whole groups in each optimizer step\. Set one of per_dev",
+        ),
+    ):
+        with pytest.raises(ValueError, match=refused):
+            CancelGRPOConfig(**{**DEFAULTS, **sizes, **settings})
 
 
 def test_dataset_without_prompts_is_refused_before_anything_is_generated(tiny_model):

@@ -14,6 +14,7 @@ from .batch.clipping import LOSS_TYPES
 from .batch.layout import BatchLayout
 from .methods import CONFIGURATIONS, METHODS, MethodSettings
 from .methods.method import documented
+from .pipeline.token_credits import TokenCredits
 from .running.removed import KnowsRemoved
 from .running.secrets import KeepsSecrets, without_secrets
 from .upstream import trl as _upstream  # noqa: F401  (refuses an untested TRL before anything else happens)
@@ -171,6 +172,7 @@ class CancelGRPOConfig(KnowsRemoved, KeepsSecrets, MethodSettings, GRPOConfig):
         self._check_rounds()
         for method in METHODS:
             method.check(self)
+        TokenCredits(self)  # which refuses losses that token credits do not fit
         self._check_states()
         self._check_logging()
         self._check_own_numbers()

@@ -17,7 +17,7 @@ from .config import CancelGRPOConfig
 from .diagnostics.callbacks import TokenShiftCallback
 from .evaluation.result import Evaluation
 from .explanation import explain, within_generation
-from .methods import CONFIGURATIONS
+from .methods import CONFIGURATIONS, METHODS
 from .pipeline.credit import CreditStage
 from .pipeline.forward import Passes
 from .pipeline.loss import LossStage
@@ -189,6 +189,9 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
                 "all ratios are 1. It acts with num_iterations > 1 or with steps_per_generation greater than "
                 "gradient_accumulation_steps."
             )
+        for method in METHODS:
+            for warning in method.warns(self.args):
+                logger.warning(warning)
         if self.args.bf16 and emulates_bfloat16(self.accelerator.device):
             logger.warning(
                 "bf16=True, TRL's default, is emulated by this GPU, many times slower than float16. Set fp16=True; "

@@ -185,22 +185,23 @@ def multiplied_as_stated(of: Of, watched: Watched) -> Checks:
     """What multiplies each token is the weight of the stated surrogate, times the credits, times the advantage."""
     if of.bf16 or (of.group_weights != "none" and (not of.group_weights_stop_gradient or of.dropout)):
         return
-    weights = _group_weights(of, watched) if of.group_weights != "none" else {}
+    weighs = of.group_weights != "none"
+    weights = _group_weights(of, watched) if weighs else {}
     for place, rollouts in by_place(watched).items():
         for tag, (micro_batch, row) in rollouts.items():
             mask = micro_batch.mask[row]
-            if not mask.any() or (weights and (place, tag) not in weights):
+            if not mask.any() or (weighs and (place, tag) not in weights) or _is_at_an_edge(of, micro_batch, row):
                 continue
             leaves_trls = of.group_weights == "none" and not of.has_credits
             advantage = watched.rollouts[tag].advantage if leaves_trls else advantage_of(watched, tag)
             advantages = advantage * micro_batch.coefficients[row]
             expected = (
                 advantages * weights[place, tag]
-                if weights
+                if weighs
                 else advantages * surrogate_weights(of, micro_batch, row, advantages)
             )
             expected = expected * micro_batch.kept_tokens[row]
-            if of.corrects and of.loss_type != "vespo" and not (weights and of.group_weights_include_sampling_ratio):
+            if of.corrects and of.loss_type != "vespo" and not (weighs and of.group_weights_include_sampling_ratio):
                 expected = expected * correction_of(of, micro_batch, row)
             found, expected = micro_batch.pushes[row][mask], expected[mask]
             if of.level == "sequence":  # one ratio for all tokens spreads what differs between them
@@ -222,6 +223,14 @@ def _ratios(of: Of, micro_batch: MicroBatch, row: int) -> torch.Tensor:
     if of.level == "sequence":
         return difference[mask].mean().exp().expand_as(difference)
     return difference.exp()
+
+
+def _is_at_an_edge(of: Of, micro_batch: MicroBatch, row: int) -> bool:
+    """Whether rounding decides on which side of a bound the ratio of a rollout is."""
+    if of.level != "sequence" or not micro_batch.mask[row].any():
+        return False
+    ratio, (low, high) = _ratios(of, micro_batch, row)[0].item(), of.epsilons
+    return any(isclose(ratio, bound, rel_tol=1e-6) for bound in (1 - low, 1 + high, of.delta) if bound is not None)
 
 
 def surrogate_weights(of: Of, micro_batch: MicroBatch, row: int, advantages: torch.Tensor) -> torch.Tensor:
@@ -274,7 +283,8 @@ def _group_weights(of: Of, watched: Watched) -> dict[tuple[Place, int], float]:
     weights: dict[tuple[Place, int], float] = {}
     for place, group in groups_at(watched):
         advantages = [advantage_of(watched, tag) for tag in group]
-        if len(group) < of.num_generations or not any(advantages):
+        at_an_edge = any(_is_at_an_edge(of, *rollout) for rollout in group.values())
+        if len(group) < of.num_generations or not any(advantages) or at_an_edge:
             continue
         before, takes_part, outside = [], [], []
         for advantage, (micro_batch, row) in zip(advantages, group.values(), strict=True):

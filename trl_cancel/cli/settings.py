@@ -2,6 +2,7 @@
 
 import os
 import re
+from argparse import SUPPRESS
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -65,6 +66,13 @@ class Settings:
 
 class StrictParser(OneLineErrors, TrlParser):
     """TRL's parser, which takes `--config=PATH` too and refuses settings that it does not know, before it reads them."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # The parser gives `--no_x` to switches only; these have a third value, and may stand alone too.
+        for setting in [action.dest for action in self._actions if action.const == "true"]:
+            names = (f"--no_{setting}", f"--no-{setting.replace('_', '-')}")
+            self.add_argument(*names, dest=setting, action="store_const", const="false", default=SUPPRESS)
 
     def read(self, arguments: list[str]) -> Any:
         """

@@ -77,10 +77,15 @@ class MethodSettings(
         return {setting for method in self.methods for setting in method.sets}
 
     @property
+    def in_force(self) -> dict[str, Any]:
+        """Settings whose value is left to others, with what they come to."""
+        return {name: value for method in METHODS for name, value in method.in_force(self).items()}
+
+    @property
     def tears_groups(self) -> bool:
         """Whether the rollouts of a prompt are spread over several optimizer steps."""
         args: Any = self
-        return args.layout.is_split and not self.query_preserved
+        return args.layout.is_split and not any(method.cuts(self) for method in self.methods)
 
 
 METHODS: tuple[Method, ...] = tuple(Method.of(settings) for settings in reversed(MethodSettings.__bases__))

@@ -25,7 +25,18 @@ from ..batch.clipping import CLIPPED_LOSSES, Clipping
 from ..batch.groups import GroupRatios, Metrics
 from ..diagnostics.energy import gradient_asymmetry
 from ..papers import DESIGN_CONDITIONS, GSPO
-from .method import ActiveMethod, Config, Method, Named, PaperConfiguration, PaperEvaluation, Row, documented
+from .method import (
+    ActiveMethod,
+    Config,
+    Method,
+    Named,
+    PaperConfiguration,
+    PaperEvaluation,
+    Row,
+    documented,
+    said,
+    whole_groups,
+)
 from .symmetric_clip import GIVES_WAY, NOTES, OF_PAPER
 
 
@@ -451,10 +462,7 @@ class GroupWeights(Method):
         if not (is_number(scale) and 0 < scale < math.inf):
             raise ValueError(f"group_weights_scale={scale!r} must be positive, e.g. 0.5.")
         if args.tears_groups:
-            raise ValueError(
-                f"{self.chosen(args)} needs whole groups in each optimizer step. Set query_preserved=True, or "
-                f"steps_per_generation={args.gradient_accumulation_steps} (= gradient_accumulation_steps)."
-            )
+            raise ValueError(f"{self.chosen(args)} needs whole groups in each optimizer step. {whole_groups(args)}")
         if args.group_weights_stop_gradient:
             return
         if args.loss_type == "cispo":
@@ -473,8 +481,9 @@ class GroupWeights(Method):
         chosen = self.chosen(args)
         if args.importance_sampling_level != "sequence":
             raise ValueError(
-                f"{chosen} transforms the ratios of whole rollouts, but importance_sampling_level="
-                f"{args.importance_sampling_level!r}. Set importance_sampling_level='sequence', or group_weights='none'."
+                f"{chosen} transforms the ratios of whole rollouts, but here they are those of tokens: "
+                f"{said(args, 'importance_sampling_level')}. Set importance_sampling_level='sequence', or "
+                "group_weights='none'."
             )
         if args.loss_type not in (*CLIPPED_LOSSES, "cispo"):
             raise ValueError(
@@ -489,8 +498,8 @@ class GroupWeights(Method):
             )
         if args.use_bias_correction_kl and args.beta:
             raise ValueError(
-                f"{chosen} holds the ratio at 1 inside the loss, so use_bias_correction_kl=True (with "
-                f"beta={args.beta}) would lose its ratio. Set use_bias_correction_kl=False or beta=0."
+                f"{chosen} holds the ratio at 1 inside the loss, so {said(args, 'use_bias_correction_kl')} with "
+                f"beta={args.beta} would lose its ratio. Set use_bias_correction_kl=False or beta=0."
             )
         if args.delta is not None and args.delta < 1:  # which clips also a ratio that is held at 1
             raise ValueError(

@@ -234,6 +234,10 @@ class Method:
 
     # What it refuses and says. Asked also where it is off.
 
+    def in_force(self, args: Config) -> dict[str, Any]:
+        """Settings whose value is left to others, with what they come to; for comparing runs."""
+        return {}
+
     def check(self, args: Config) -> None:
         """
         Refuses settings that make no sense or contradict others.
@@ -248,6 +252,10 @@ class Method:
 
     def explain(self, args: Config) -> Iterator[tuple[str, str]]:
         """Lines of [`~trl_cancel.explain`], each with its topic."""
+        yield from ()
+
+    def warns(self, args: Config) -> Iterator[str]:
+        """What a run is told when its trainer is made."""
         yield from ()
 
     def leaks(self, args: Config) -> Iterator[str]:
@@ -310,6 +318,31 @@ def check_groups_are_local(what: str, args: Config) -> None:
         )
 
 
+def said(args: Config, name: str) -> str:
+    """
+    A setting of TRL's as in a call, with a word on it where nobody has chosen it.
+
+    Args:
+        args ([`~trl_cancel.CancelGRPOConfig`]):
+            The configuration.
+        name (`str`):
+            Name of the setting.
+    """
+    value = getattr(args, name)
+    known = [each for cls in type(args).__mro__ if name in (each := getattr(cls, "__dataclass_fields__", {}))]
+    default = known[-1][name].default
+    return f"{name}={value!r}" + (" (TRL's default)" if value == default else "")
+
+
+def whole_groups(args: Config) -> str:
+    """What to set so that groups stay whole in each optimizer step, where they are torn."""
+    layout = args.layout
+    if layout.groups_are_local and layout.groups_fit_steps:
+        steps = f"steps_per_generation={args.gradient_accumulation_steps} (= gradient_accumulation_steps)"
+        return f"Set query_preserved=True, or {steps}."
+    return f"Set one of {', '.join(layout.sizes_that_fit())}."
+
+
 def documented(cls: type[T]) -> type[T]:
     """
     Gives the fields of a dataclass of settings their help and choices, which are its docstring's.
@@ -324,8 +357,8 @@ def documented(cls: type[T]) -> type[T]:
     """
     texts = described(cls.__doc__ or "")
     for name, setting in vars(cls)["__dataclass_fields__"].items():
-        if name in texts and not setting.metadata:
-            setting.metadata = MappingProxyType(_metadata(texts[name]))
+        if name in texts:
+            setting.metadata = MappingProxyType({**_metadata(texts[name]), **setting.metadata})
     return cls
 
 

@@ -7,7 +7,8 @@ cancel (Eq. 14).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -53,20 +54,26 @@ def query_preserved_permutation(
     return (groups.unsqueeze(1) * group_size + torch.arange(group_size)).flatten()
 
 
+AUTO = "auto"
+SPELT = {"true": True, "false": False, AUTO: AUTO}
+
+
 @documented
 @dataclass
 class Settings:
     """
     > Parameters that control which rollouts meet in one optimizer step
 
-    query_preserved (`bool`, *optional*, defaults to `True`):
+    query_preserved (`bool` or `str`, *optional*, defaults to `"auto"`):
         Put all rollouts of a prompt into the same optimizer step, instead of shuffling single rollouts. Acts where
         a generation batch is spread over several optimizer steps (`steps_per_generation` greater than
-        `gradient_accumulation_steps`); otherwise batches are TRL's. Source: section 4 of
+        `gradient_accumulation_steps`); otherwise batches are TRL's. With sizes that cannot keep groups whole, `"auto"`
+        leaves batches to TRL, with a warning, and `True` is refused. Source: section 4 of
         [2605.08666](https://huggingface.co/papers/2605.08666).
     """
 
-    query_preserved: bool = True
+    # Text, for the command line, where it may also stand alone; `True` and `False` are kept as such.
+    query_preserved: str = field(default=AUTO, metadata={"nargs": "?", "const": "true"})
 
 
 _SAMPLED = {"greedy": False, "temperature": 0.6, "top_p": 0.95, "max_completion_length": 8192}
@@ -101,30 +108,26 @@ class QueryPreserved(Method):
         ),
     )
 
+    def is_on(self, args: Config) -> bool:
+        return _fits(args) if args.query_preserved == AUTO else bool(args.query_preserved)
+
     def acts(self, args: Config) -> bool:
         return args.layout.is_split  # elsewhere batches are TRL's
 
+    def in_force(self, args: Config) -> dict[str, Any]:
+        return {self.switch: self.is_on(args) or not self.acts(args)}
+
     def check(self, args: Config) -> None:
-        layout = args.layout
-        if not self.is_on(args) or not layout.is_split or (layout.groups_are_local and layout.groups_fit_steps):
-            return
-        if layout.groups_are_local:
-            problem = (
-                f"per_device_train_batch_size={args.per_device_train_batch_size} with gradient_accumulation_steps="
-                f"{args.gradient_accumulation_steps} and steps_per_generation={args.steps_per_generation} keeps "
-                f"{layout.rollouts_together} rollouts of a process together in an optimizer step, which is not a "
-                f"multiple of num_generations={args.num_generations}"
-            )
-        else:
-            problem = (
-                f"per_device_train_batch_size={args.per_device_train_batch_size} x steps_per_generation="
-                f"{args.steps_per_generation} rollouts a process is not a multiple of num_generations="
-                f"{args.num_generations}, so groups straddle the {layout.num_processes} processes"
-            )
-        ways_out = [*layout.sizes_that_fit(), *(["query_preserved=False"] if args.weigher is None else [])]
-        raise ValueError(
-            f"query_preserved=True cannot keep groups whole: {problem}. Set one of {', '.join(ways_out)}."
-        )
+        spelt = SPELT.get(str(args.query_preserved).lower())
+        if spelt is None:
+            raise ValueError(f"query_preserved={args.query_preserved!r} is not one of True, False, {AUTO!r}.")
+        args.query_preserved = spelt
+        if spelt is True and not _fits(args):
+            raise ValueError(f"query_preserved=True cannot keep groups whole: {_why_torn(args)}")
+
+    def warns(self, args: Config) -> Iterator[str]:
+        if args.query_preserved == AUTO and not _fits(args):
+            yield f"Groups are torn between optimizer steps, as by TRL: {_why_torn(args)}"
 
     def active(self, args: Config) -> ActiveMethod | None:
         if not self.acts(args):  # on by default, and nothing that somebody has asked for
@@ -142,17 +145,42 @@ class QueryPreserved(Method):
                 "Whole in every optimizer step, which holds all of each of its generation batches; batches are TRL's "
                 "own."
             )
-        if not args.query_preserved:
-            return (
-                "Torn: TRL shuffles single rollouts and spreads them over several optimizer steps. Set "
-                "query_preserved=True to keep the rollouts of a prompt together."
+        if not self.is_on(args):
+            remedy = "Set query_preserved=True to keep the rollouts of a prompt together."
+            return "Torn: TRL shuffles single rollouts and spreads them over several optimizer steps. " + (
+                _why_torn(args) if args.query_preserved == AUTO else remedy
             )
         also = "and every micro-batch" if layout.groups_fit_micro_batches else "but spread over its micro-batches"
-        return f"Whole in every optimizer step {also}: query_preserved=True shuffles prompts, not single rollouts."
+        return f"Whole in every optimizer step {also}: {self.chosen(args)} shuffles prompts, not single rollouts."
 
     def leaks(self, args: Config) -> Iterator[str]:
         if args.tears_groups:
-            yield "Groups are torn between optimizer steps (query_preserved=False)."
+            yield f"Groups are torn between optimizer steps ({self.chosen(args)})."
 
     def cuts(self, args: Config) -> bool:
         return args.layout.is_split
+
+
+def _fits(args: Config) -> bool:
+    """Whether groups can stay whole with these sizes."""
+    layout = args.layout
+    return not layout.is_split or (layout.groups_are_local and layout.groups_fit_steps)
+
+
+def _why_torn(args: Config) -> str:
+    layout = args.layout
+    if layout.groups_are_local:
+        problem = (
+            f"per_device_train_batch_size={args.per_device_train_batch_size} with gradient_accumulation_steps="
+            f"{args.gradient_accumulation_steps} and steps_per_generation={args.steps_per_generation} keeps "
+            f"{layout.rollouts_together} rollouts of a process together in an optimizer step, which is not a "
+            f"multiple of num_generations={args.num_generations}"
+        )
+    else:
+        problem = (
+            f"per_device_train_batch_size={args.per_device_train_batch_size} x steps_per_generation="
+            f"{args.steps_per_generation} rollouts a process is not a multiple of num_generations="
+            f"{args.num_generations}, so groups straddle the {layout.num_processes} processes"
+        )
+    ways_out = [*layout.sizes_that_fit(), *(["query_preserved=False"] if args.weigher is None else [])]
+    return f"{problem}. Set one of {', '.join(ways_out)}."

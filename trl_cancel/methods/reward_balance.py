@@ -20,7 +20,7 @@ from ..batch.groups import Choice, Groups
 from ..knapsack.choosing import Pool, bound, choose, exchanged
 from ..knapsack.spreading import fill_steps
 from ..papers import CANCELLATION
-from .method import ActiveMethod, Config, Method, Named, Row, check_groups_are_local, documented
+from .method import ActiveMethod, Config, Method, Named, Row, check_groups_are_local, documented, whole_groups
 
 
 Counts = torch.Tensor | np.ndarray | Sequence[int]
@@ -338,10 +338,7 @@ class RewardBalance(Method):
                 f"{rollouts // 2 / rollouts:.3g} or less."
             )
         if args.tears_groups:
-            raise ValueError(
-                f"reward_balance={share} needs whole groups in each optimizer step. Set query_preserved=True, or "
-                f"steps_per_generation={args.gradient_accumulation_steps} (= gradient_accumulation_steps)."
-            )
+            raise ValueError(f"reward_balance={share} needs whole groups in each optimizer step. {whole_groups(args)}")
 
     def active(self, args: Config) -> ActiveMethod:
         does = f"at least {args.reward_balance:.0%} of either sign of the advantage in each optimizer step"

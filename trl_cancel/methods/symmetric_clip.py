@@ -17,7 +17,7 @@ from ..arguments import floats, not_negative
 from ..batch.clipping import CLIPPED_LOSSES, Clipping
 from ..batch.groups import Add
 from ..papers import DESIGN_CONDITIONS
-from .method import ActiveMethod, Config, Method, Named, PaperConfiguration, Row, documented
+from .method import ActiveMethod, Config, Method, Named, PaperConfiguration, Row, documented, said
 
 
 def symmetric_clip(ratios: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -162,8 +162,9 @@ class SymmetricClip(Method):
             )
         if args.symmetric_clip_gradient == "score" and args.use_bias_correction_kl and args.beta:
             raise ValueError(
-                "symmetric_clip_gradient='score' holds the ratio at 1 inside the loss, so use_bias_correction_kl=True "
-                f"(with beta={args.beta}) would lose its ratio. Set use_bias_correction_kl=False, "
+                "symmetric_clip_gradient='score' holds the ratio at 1 inside the loss, so "
+                f"{said(args, 'use_bias_correction_kl')} with beta={args.beta} would lose its ratio. Set "
+                "use_bias_correction_kl=False, "
                 "symmetric_clip_gradient='surrogate' or beta=0."
             )
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..batch.clipping import CLIPPED_LOSSES
 from ..batch.protocol import SCOPES, Credit
-from ..methods.method import check_groups_are_local
+from ..methods.method import check_groups_are_local, said
 
 
 class TokenCredits:
@@ -80,7 +80,7 @@ class TokenCredits:
         if args.use_bias_correction_kl and args.beta:
             raise ValueError(
                 "Token credits with importance_sampling_level='sequence' hold the ratio at 1 inside the loss, so "
-                f"use_bias_correction_kl=True (with beta={args.beta}) would lose its ratio. Set "
+                f"{said(args, 'use_bias_correction_kl')} with beta={args.beta} would lose its ratio. Set "
                 "use_bias_correction_kl=False, importance_sampling_level='token' or beta=0."
             )
 

@@ -250,7 +250,8 @@ def _settings(args: Any) -> dict[str, Any]:
     set_by_methods = getattr(args, "set_by_methods", ())  # what the user has not chosen
     names = [field.name for field in fields(args) if field.name not in {*ASIDE, *set_by_methods}]
     names = [name for name in names if not name.startswith(ASIDE_PREFIXES)]
-    values = without_secrets({name: getattr(args, name) for name in names})
+    in_force = getattr(args, "in_force", {})
+    values = without_secrets({name: in_force.get(name, getattr(args, name)) for name in names})
     plain = {name: getattr(value, "value", value) for name, value in values.items()}  # of enumerations
     return {name: json.loads(json.dumps(value)) for name, value in plain.items() if _is_plain(value)}
 
