@@ -7,9 +7,9 @@ from tests import references
 from trl_cancel import Rollouts
 from trl_cancel.batch.clipping import CLIPPED_LOSSES
 from trl_cancel.credit import SignControl
+from trl_cancel.doctor.loss import LossHarness
 from trl_cancel.pipeline.credit import combine
 
-from .loss import LossHarness
 from .runs import OFF_POLICY, assert_same_weights, build, load, noisy_reward, train
 
 

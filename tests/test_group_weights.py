@@ -10,11 +10,11 @@ import trl
 from tests import references
 from trl_cancel import CancelGRPOConfig, DFPOConfig, DFPOTrainer, GRPOFixConfig, GRPOFixTrainer
 from trl_cancel.batch.clipping import CLIPPED_LOSSES
+from trl_cancel.doctor.loss import LossHarness
 from trl_cancel.methods.group_weights import TRANSFORMATIONS
 from trl_cancel.pipeline.weights import OF_GROUPS, WeightStage
 from trl_cancel.playground.data import load_prompts
 
-from .loss import LossHarness
 from .runs import DEFAULTS, OFF_POLICY, build, noisy_reward, train
 
 

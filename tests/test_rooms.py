@@ -27,6 +27,7 @@ ROOMS = [
     ("diagnostics.probing", "diagnostics.reports"),
     ("publishing",),
     ("trainer", "trainers"),
+    ("doctor",),
     ("cli", "__main__"),
 ]
 # What shows names of several rooms to users, and is imported by no file of the package.

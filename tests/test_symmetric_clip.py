@@ -5,8 +5,8 @@ import torch
 
 from tests import references
 from trl_cancel.batch.clipping import CLIPPED_LOSSES
+from trl_cancel.doctor.loss import LossHarness
 
-from .loss import LossHarness
 from .runs import OFF_POLICY, train
 
 

@@ -1,108 +1,152 @@
-"""TRL is the version, and has the private names, that `_upstream.py` says."""
+"""What this package needs of TRL is declared, and looked for when it is imported: old, changed and future versions."""
 
-import asyncio
 import configparser
 import inspect
 import re
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import trl
+from packaging.requirements import Requirement
 
 import trl_cancel
 from tests.runs import build
-from trl_cancel.evaluation import rewards_of
-from trl_cancel.upstream import trl as _upstream
+from trl_cancel.upstream import names, versions
+from trl_cancel.upstream import trl as upstream
+from trl_cancel.upstream.checks import taken_names
 
 
 ROOT = Path(__file__).parents[2]
 TRL_SOURCE = set(re.findall(r"\b_\w+", inspect.getsource(inspect.getmodule(trl.GRPOTrainer))))
 
 
-@pytest.mark.parametrize("version", ["1.16.0", "1.16.3", "1.16.0.dev0"])
-def test_tested_versions_are_accepted(version):
-    _upstream.check_trl_version(version)
+@pytest.mark.parametrize("version", ["1.14.0", "1.14.2", "1.16.3", "1.16.0.dev0", "1.17.0", "2.0.0"])
+def test_versions_that_are_taken(version):
+    versions.check_trl_version(version)
 
 
-@pytest.mark.parametrize("version", ["1.15.2", "1.17.0", "1.17.0.dev0", "0.26.0", "2.0.0"])
-def test_other_versions_are_refused_with_what_to_install(version):
-    with pytest.raises(
-        ImportError, match=rf"trl {re.escape(version)} is installed. Run: pip install 'trl>=1.16,<1.17'"
-    ):
-        _upstream.check_trl_version(version)
+@pytest.mark.parametrize("version", ["1.13.0", "0.26.0"])
+def test_older_versions_are_refused_with_what_to_install(version):
+    with pytest.raises(ImportError, match=rf"trl {version} is installed\. Run: pip install -U 'trl>=1\.14'$"):
+        versions.check_trl_version(version)
 
 
-def test_range_is_the_one_in_setup_cfg():
+@pytest.mark.skipif(find_spec("triton") is not None, reason="Triton is installed")
+def test_a_version_that_cannot_train_here_is_refused():
+    with pytest.raises(ImportError, match=r"trl 1\.15\.0 cannot train without Triton.* pip install 'trl!=1\.15\.\*'"):
+        versions.check_trl_version("1.15.0")
+
+
+def test_requirement_is_the_one_in_setup_cfg():
+    """The oldest version that works, without an upper bound."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    requirement = f"trl>={_upstream.TRL_MIN},<{_upstream.TRL_BELOW}"
-    assert requirement in setup["options"]["install_requires"].split()
+    (requirement,) = [each for each in setup["options"]["install_requires"].split() if Requirement(each).name == "trl"]
+    assert requirement == f"trl>={versions.TRL_MIN}"
 
 
-def test_installed_trl_is_accepted():
-    _upstream.check_installation()
+@pytest.mark.parametrize(
+    ("version", "warned"), [("1.16.5", False), ("1.17.0", True), ("1.17.0.dev0", True), ("2.0", True)]
+)
+def test_newer_versions_are_warned_of_once(monkeypatch, version, warned):
+    monkeypatch.setattr(trl, "__version__", version)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        upstream.check_installation()
+    texts = [str(each.message) for each in caught]
+    assert len(texts) == warned
+    assert all(f"trl {version} is newer than trl-cancel" in text and "`trl-cancel doctor`" in text for text in texts)
 
 
-def method(signature):
-    """A trainer like TRL's, one of whose methods has another signature."""
-    return type("Changed", (trl.GRPOTrainer,), {signature.__name__: signature})
+def trainer_with(**changes):
+    """A trainer like TRL's with other methods; `None` takes one away."""
+    kept = {name: value for name, value in vars(trl.GRPOTrainer).items() if changes.get(name, "") is not None}
+    changed = {name: value for name, value in changes.items() if value is not None}
+    return type("Changed", trl.GRPOTrainer.__bases__, {**kept, **changed, "__module__": "trl.changed"})
 
 
-def test_changed_signature_is_refused():
-    def _prepare_inputs(self, batch, mode):
+def changed_keyword(self, batch, mode):
+    pass
+
+
+def of_two_values(self, model, input_ids, attention_mask, logits_to_keep) -> tuple[int, int]:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        (
+            {"_prepare_inputs": changed_keyword},
+            r"_prepare_inputs takes \['self', 'batch'\], expected \['self', 'gener",
+        ),
+        ({"_calculate_rewards": None}, "_calculate_rewards is gone"),
+        ({"_get_per_token_logps_and_entropies": of_two_values}, "expected 3 values"),
+        ({"__init__": lambda self: None}, "has no _logs, .*epsilon_high"),
+    ],
+    ids=["keyword", "renamed", "returned", "attributes"],
+)
+@pytest.mark.parametrize(
+    ("version", "remedy"), [("1.16.0", "--force-reinstall trl==1.16.0"), ("1.18.0", "'trl>=1.14,<1.17'")]
+)
+def test_a_trainer_that_differs_is_refused(monkeypatch, changes, found, version, remedy):
+    monkeypatch.setattr(trl, "__version__", version)
+    with pytest.raises(ImportError, match=rf"trl {version} differs from what .*{found}.* run: pip install .*{remedy}"):
+        upstream.check_installation(trainer_with(**changes))
+
+
+def test_a_function_that_is_called_otherwise_is_refused(monkeypatch):
+    monkeypatch.setattr(upstream, "unwrap_model_for_generation", lambda model, accelerator: None)
+    with pytest.raises(
+        ImportError, match=r"unwrap_model_for_generation\(\) is called otherwise .*gather_deepspeed3_params"
+    ):
+        upstream.check_installation()
+
+
+def test_a_wrapper_that_hands_everything_on_is_taken():
+    """As of 1.14."""
+
+    def wrapper(self, model, *args, batch_size=None, compute_aux_loss=False, **kwargs):
         pass
 
-    with pytest.raises(ImportError, match=r"_prepare_inputs takes \['self', 'batch'\], expected"):
-        _upstream.check_signatures(method(_prepare_inputs))
+    upstream.check_installation(trainer_with(_get_per_token_logps_and_entropies=wrapper))
 
 
-def test_changed_return_is_refused():
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep) -> tuple[int, int]:
-        pass
+def test_names_of_its_own_that_trl_has_too_are_refused(monkeypatch):
+    assert taken_names(trl_cancel.CancelGRPOTrainer, trl.GRPOTrainer) == []
 
-    with pytest.raises(ImportError, match="expected 3 values"):
-        _upstream.check_signatures(method(_get_per_token_logps_and_entropies))
+    def setting(self):
+        self._held = []
 
-
-def test_missing_method_is_refused():
-    class Without:
-        pass
-
-    with pytest.raises(ImportError, match="takes None, expected"):
-        _upstream.check_signatures(Without)
+    monkeypatch.setattr(trl.GRPOTrainer, "finished_at", lambda self: None, raising=False)
+    monkeypatch.setattr(trl.GRPOTrainer, "some_method", setting, raising=False)
+    with pytest.raises(
+        ImportError, match="its trainer has _held, finished_at too, which trl-cancel uses for something"
+    ):
+        upstream.check_names(trl_cancel.CancelGRPOTrainer)
 
 
-async def awaited(completions, **_):
-    return [0.0] * len(completions)
+class UnslothGRPOTrainer:
+    """Stands for what Unsloth puts in the place of TRL's trainer when it is imported."""
+
+    __module__ = "unsloth_compiled_cache.UnslothGRPOTrainer"
 
 
-@pytest.mark.parametrize("name", _upstream.ATTRIBUTES)
-def test_attributes_exist(tiny_model, name):
-    arguments = {"reward_funcs": awaited}  # with an event loop, which other trainers lack
-    assert hasattr(build(tiny_model, trl.GRPOTrainer, arguments=arguments), name)
-
-
-def test_what_rewards_are_called_with(tiny_model):
-    """Evaluation gives the same, and runs async ones in the same event loop."""
-    seen = {}
-
-    async def watch(completions, **columns):
-        seen.update(columns, loop=asyncio.get_running_loop())
-        return [0.0] * len(completions)
-
-    trainer = build(tiny_model, trl.GRPOTrainer, arguments={"reward_funcs": watch}, max_steps=1)
-    trainer.train()
-    trained = dict(seen)
-    seen.clear()
-    rewards_of(watch, trainer.processing_class, [trainer.train_dataset[0]], [[1]], trainer)
-    assert seen.keys() == trained.keys()
-    assert seen["trainer_state"] is trained["trainer_state"] is trainer.state
-    assert seen["loop"] is trained["loop"] is trainer.async_loop
+def test_a_trainer_in_the_place_of_trls(monkeypatch, tiny_model):
+    """Before this package is imported it is refused; after, the trainers are built on TRL's, and say so."""
+    with pytest.raises(ImportError, match=r"is unsloth_compiled_cache\.Uns.*Import trl_cancel before that package"):
+        upstream.check_installation(UnslothGRPOTrainer)
+    monkeypatch.setattr(trl, "GRPOTrainer", UnslothGRPOTrainer)
+    with pytest.warns(UserWarning, match=r"trl\.GRPOTrainer is unsloth_.* built on TRL's own, without its changes"):
+        trainer = build(tiny_model)
+    assert isinstance(trainer, upstream.GRPOTrainer)
 
 
 def test_private_names_of_trl_are_used_only_as_declared():
     """Whatever the trainer overrides or reads of TRL's private names is declared, with a reason."""
-    declared = {*_upstream.METHODS, *_upstream.ATTRIBUTES}
+    declared = {*names.METHODS, *names.ATTRIBUTES}
     files = Path(trl_cancel.__file__).parent.rglob("*.py")
     source = "".join(path.read_text(encoding="utf-8") for path in files)
     used = set(re.findall(r"(?:self|super\(\)|trainer)\.(_(?!_)\w+)", source))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.loss import LossHarness
+from trl_cancel.doctor.loss import LossHarness
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

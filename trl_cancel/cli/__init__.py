@@ -17,6 +17,7 @@ COMMANDS = {
     "probe": "measure what one update does to each token",
     "explain": "say what a configuration does, without training",
     "compare": "curves and a table of several training runs, from their logs",
+    "doctor": "say what is installed, and try whether TRL does what this package builds on",
     "push": "push what a run has left on disk to the Hub, for instance after an upload that failed",
 }
 

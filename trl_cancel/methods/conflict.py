@@ -172,6 +172,7 @@ class Conflict(Method):
 
     Settings = Settings
     switch = "conflict_tokens"
+    neutral = {"conflict_tokens": True, "conflict_tokens_positive": 1.0, "conflict_tokens_negative": 1.0}
     row = Row(
         "docs/conflict.md",
         "conflict tokens",

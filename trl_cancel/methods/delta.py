@@ -528,6 +528,7 @@ class DiscriminativeCredit(Method):
 
     Settings = Settings
     switch = "delta_credit"
+    neutral = {"delta_credit": True, "delta_lambda_min": 1.0, "delta_lambda_max": 1.0}
     row = Row(
         "docs/delta.md",
         "DelTA",

@@ -75,6 +75,7 @@ class DynamicSampling(Method):
 
     Settings = Settings
     switch = "filter_zero_variance"
+    neutral = {"filter_zero_variance": True}
     row = Row(
         "docs/balance.md",
         "dynamic sampling",

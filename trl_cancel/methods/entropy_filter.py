@@ -79,6 +79,7 @@ class Filter(Method):
 
     Settings = Settings
     switch = "max_completion_entropy"
+    neutral = {"max_completion_entropy": 1e9}
     off = 0.0
     row = Row(
         "docs/conflict.md#the-entropy-filter",

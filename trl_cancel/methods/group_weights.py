@@ -373,6 +373,15 @@ class GroupWeights(Method):
 
     Settings = Settings
     switch = "group_weights"
+    neutral = {
+        "group_weights": "min",
+        "importance_sampling_level": "sequence",
+        "loss_type": "grpo",
+        "num_iterations": 1,
+        "steps_per_generation": 1,
+        "max_steps": 3,
+    }
+    is_neutral_exactly = False
     off = "none"
     row = Row(
         "docs/dfpo.md",

@@ -192,6 +192,10 @@ class Method:
             A setting of TRL's that is taken for the switch, and what it is.
         says_when_idle (`bool`):
             Whether a run is told that it changes nothing there.
+        neutral (`dict[str, Any]`, *optional*):
+            Settings with which it is on and computes what TRL computes, where there are some; for the doctor.
+        is_neutral_exactly (`bool`):
+            Whether that agrees to the last bit, and not only to rounding.
     """
 
     Settings: ClassVar[type]
@@ -207,6 +211,8 @@ class Method:
     sets: ClassVar[tuple[str, ...]] = ()
     look_alike: ClassVar[tuple[str, str] | None] = None
     says_when_idle: ClassVar[bool] = False
+    neutral: ClassVar[dict[str, Any] | None] = None
+    is_neutral_exactly: ClassVar[bool] = True
 
     _of: ClassVar[dict[type, "Method"]] = {}
 

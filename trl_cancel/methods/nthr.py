@@ -335,6 +335,7 @@ class NegativeTokenHiddenReward(Method):
 
     Settings = Settings
     switch = "nthr"
+    neutral = {"nthr": True, "nthr_eta": "1"}
     row = Row(
         "docs/nthr.md",
         "NTHR",

@@ -84,6 +84,7 @@ class QueryPreserved(Method):
 
     Settings = Settings
     switch = "query_preserved"
+    neutral = {"query_preserved": True, "gradient_accumulation_steps": 4, "num_iterations": 2}
     row = Row(
         "docs/query_preserved.md",
         "query-preserved mini-batching",

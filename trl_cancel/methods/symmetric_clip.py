@@ -109,6 +109,7 @@ class SymmetricClip(Method):
 
     Settings = Settings
     switch = "symmetric_clip"
+    neutral = {"symmetric_clip": True, "num_iterations": 1, "steps_per_generation": 1, "max_steps": 3}
     row = Row(
         "docs/symmetric_clip.md",
         "symmetric clipping",
