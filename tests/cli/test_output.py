@@ -170,6 +170,47 @@ def test_a_finished_result_is_replaced_only_on_demand(tmp_path, capfd):
     assert json.loads((tmp_path / "run/trainer_state.json").read_text())["global_step"] == 1
 
 
+@pytest.mark.slow
+def test_a_run_that_replaces_another_and_is_killed(tmp_path, monkeypatch, capfd):
+    """Each command then goes on with its own, and no model stands beside what was said of the other."""
+    first, second = {**SHORT, "max_steps": 3}, {**SHORT, "max_steps": 3, "seed": 7}
+    assert train(tmp_path / "first", **first) == 0
+    assert train(tmp_path / "second", **second) == 0
+    models = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second")}
+    again = {"resume_from_checkpoint": "auto", "overwrite_output_dir": "true"}
+
+    def killed(run):
+        shutil.rmtree(run, ignore_errors=True)
+        assert train(run, **first) == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(graded, "answer_reward", dying(graded.answer_reward, 2))
+            with pytest.raises(SystemExit):
+                train(run, **second, overwrite_output_dir="true")
+        assert not any((run / name).exists() for name in ("all_results.json", "trainer_state.json"))
+
+    killed(tmp_path / "run")
+    assert train(tmp_path / "run", **second, **again) == 0
+    assert (tmp_path / "run/model.safetensors").read_bytes() == models["second"]
+    killed(tmp_path / "run")
+    assert train(tmp_path / "run", **first, **again) == 0
+    assert (tmp_path / "run/model.safetensors").read_bytes() == models["first"]
+    assert "| seed | 7 |" not in (tmp_path / "run/README.md").read_text()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def dying(reward, at):
+    """The reward function of a process that ends at a call."""
+    calls = []
+
+    def answer_reward(**kwargs):
+        calls.append(1)
+        if len(calls) > at:
+            raise SystemExit(9)
+        return reward(**kwargs)
+
+    return answer_reward
+
+
 def test_another_optimizer_is_one_line(tmp_path, monkeypatch, capfd):
     assert train(tmp_path, **SHORT, optim="sgd") == 0
     must_not_generate(monkeypatch)

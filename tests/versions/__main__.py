@@ -54,7 +54,7 @@ def installed(folder: Path, name: str) -> Path:
     pins = folder / "constraints.txt"
     pins.write_text(f"{TORCH}\n" if name == "newest" else kept(others))
     upgrade = ["--upgrade"] if name == "newest" else []
-    command = [python, "-m", "pip", "install", "--quiet", *upgrade, "-c", pins, ".[test]", TORCH, *others]
+    command = [python, "-m", "pip", "install", "-qq", *upgrade, "-c", pins, ".[test]", TORCH, *others]
     subprocess.run([str(part) for part in command], cwd=ROOT, check=True)
     return python
 
@@ -72,9 +72,11 @@ def tested(python: Path) -> dict[str, object]:
     asked = f"import importlib.metadata as m; print(*[m.version(name) for name in {SHOWN}])"
     versions = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.split()
     started = time.perf_counter()
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
+    command = [python, "-m", "pytest", "-o", "addopts=-n2 --dist=loadscope -m 'not slow'", *TESTS]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", done.stdout)}
+    counts = {
+        what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", done.stdout)
+    }
     if done.returncode:
         print(done.stdout[-4000:], done.stderr[-2000:], file=sys.stderr)
     failed = counts.get("failed", 0) + counts.get("error", 0) + counts.get("errors", 0)

@@ -63,7 +63,7 @@ def _done(settings: Settings, trainer: CancelGRPOTrainer, checkpoint: str | None
     def saved() -> int | None:
         if last is not None and step is not None and saved_step(folder, last) == step:
             return step
-        counts = _is_searched(wanted_checkpoint(settings)) and _counts_alone(folder, last, trainer, overwrites)
+        counts = _is_searched(wanted_checkpoint(settings)) and _counts_alone(folder, last, trainer)
         done = saved_step(folder) if counts else None
         if done is not None and done >= trainer.planned_steps():
             return done
@@ -74,14 +74,12 @@ def _done(settings: Settings, trainer: CancelGRPOTrainer, checkpoint: str | None
     return decided_by_main(trainer.accelerator, saved)
 
 
-def _counts_alone(folder: Path, last: Path | None, trainer: CancelGRPOTrainer, overwrites: bool) -> bool:
+def _counts_alone(folder: Path, last: Path | None, trainer: CancelGRPOTrainer) -> bool:
     """
     Whether a result counts that is not that of the last checkpoint: of a run without any, or one with the settings of
-    this beside a checkpoint of another run. What may be overwritten can be what was there when that was started.
+    this beside a checkpoint of another run.
     """
-    if last is None:
-        return True
-    return is_of_another_run(folder, last) and not overwrites and not changes(folder, run_record(trainer))
+    return last is None or (is_of_another_run(folder, last) and not changes(folder, run_record(trainer)))
 
 
 def _path(checkpoint: str | None) -> Path | None:

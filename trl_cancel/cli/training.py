@@ -33,10 +33,9 @@ from ..evaluation import evaluate as evaluate_problems
 from ..evaluation.callback import record, steps_trained, trainer_engine, unchanged_random_state
 from ..evaluation.result import shown
 from ..publishing.hub import PushError, check_token
-from ..publishing.model_card import FILE as CARD
 from ..running import checkpoints, damage, sources
 from ..running.changed_settings import changes, run_record
-from ..running.finished import RESULTS, Left, left_by
+from ..running.finished import CARD, RESULTS, Left, discard, is_of_another_run, left_by
 from ..running.fit import check_fit
 from ..running.inputs import check_rewards, columns_of
 from ..running.outcome import remark_on
@@ -228,8 +227,8 @@ def check_same_settings(checkpoint: str, trainer: CancelGRPOTrainer) -> None:
     changed = checkpoints.decided_by_main(trainer.accelerator, lambda: changes(Path(checkpoint), run_record(trainer)))
     if changed:
         raise UsageError(
-            f"{checkpoint}: the run finished there, and its model can be saved again from it, but only with the run's own "
-            f"settings; they differ: {'; '.join(changed)}. Set these back, or raise max_steps to train on."
+            f"{checkpoint}: nothing is left to train from there, and its model can be saved again, but only with the run's "
+            f"own settings; they differ: {'; '.join(changed)}. Set these back, or raise max_steps to train on."
         )
 
 
@@ -241,6 +240,9 @@ def _train(
     rewards: list[Any],
 ) -> None:
     before = evaluate(trainer, test, rewards[0], settings, "Before")
+    folder = Path(str(trainer.args.output_dir))
+    if trainer.is_world_process_zero() and (checkpoint is None or is_of_another_run(folder, Path(checkpoint))):
+        discard(folder)
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)

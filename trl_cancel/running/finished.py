@@ -10,6 +10,7 @@ from .damage import STATE, is_count, read_object, weights_at, why_unusable
 
 
 RESULTS = "all_results.json"  # the last that a run from the command line saves
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,19 @@ def is_of_another_run(folder: Path, checkpoint: Path) -> bool:
     state = read_object(folder / STATE)
     is_inside = checkpoint.resolve().parent == folder.resolve()
     return not is_inside or (tells_run(state) and not is_same_run(state, read_object(checkpoint / STATE)))
+
+
+def discard(folder: Path) -> None:
+    """
+    Takes away what says of which run a model is, and how it did, where another run begins to replace it: whatever ends
+    that run early, nothing of the two is taken for one. The model and its checkpoints stay until they are replaced.
+
+    Args:
+        folder (`Path`):
+            Output folder.
+    """
+    for name in (RESULTS, "train_results.json", STATE, CARD):
+        (folder / name).unlink(missing_ok=True)
 
 
 def check_replaceable(folder: Path, checkpoint: Path | None, args: Any) -> None:
