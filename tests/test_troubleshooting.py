@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import warnings
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,10 @@ from trl_cancel.playground.data import load_prompts
 from trl_cancel.running.changed_settings import SAVED_AS, settings_record
 from trl_cancel.running.fit import check_fit
 from trl_cancel.running.run_lock import LOCK, alone_in
-from trl_cancel.upstream.trl import check_trl_version
+from trl_cancel.upstream import trl as upstream
+from trl_cancel.upstream.versions import check_trl_version
 
+from .contract.test_upstream import UnslothGRPOTrainer, trainer_with
 from .runs import DEFAULTS, build, load, noisy_reward
 
 
@@ -152,6 +155,17 @@ def stream():
     return IterableDataset.from_generator(lambda: iter(list(ROWS)))
 
 
+def newer_trl(monkeypatch):
+    monkeypatch.setattr(trl, "__version__", "1.18.0")
+    with warnings.catch_warnings(action="error"):
+        upstream.check_installation()
+
+
+def changed_trl(monkeypatch):
+    monkeypatch.setattr(trl, "__version__", "1.18.0")
+    upstream.check_installation(trainer_with(_calculate_rewards=None))
+
+
 ERRORS = {
     "generation batch": lambda model, **_: theirs(
         model, num_generations=8, per_device_train_batch_size=6, gradient_accumulation_steps=2
@@ -183,7 +197,10 @@ ERRORS = {
     "no tokens": lambda model, **_: without_tokens(model),
     "weights that are nan, before": lambda model, **_: without_weights(model, nthr=True),
     "weights that are nan": lambda model, **_: without_weights(model).train(),
-    "version": lambda **_: check_trl_version("1.17.0"),
+    "version": lambda **_: check_trl_version("1.12.0"),
+    "changed version": lambda monkeypatch, **_: changed_trl(monkeypatch),
+    "newer version": lambda monkeypatch, **_: newer_trl(monkeypatch),
+    "Unsloth": lambda **_: upstream.check_installation(UnslothGRPOTrainer),
     "two adapters": lambda model, **_: theirs(
         get_peft_model(load(model), LoraConfig(**LORA)), {"peft_config": LoraConfig(**LORA)}
     ),
