@@ -20,7 +20,6 @@ TORCH = "torch==2.13.0"  # of which the machine has a build for the CPU
 # What is installed in place of what constraints.txt pins; of the newest nothing is pinned but PyTorch.
 ENVIRONMENTS: dict[str, list[str]] = {
     "oldest": ["trl==1.14.2"],
-    "with Triton": ["trl==1.15.0", "triton"],
     "tested": [],
     "newest": ["trl", "transformers", "peft", "accelerate", "datasets"],
 }

@@ -1,20 +1,34 @@
 """With everything off, or a method at its neutral setting, this package's trainer computes what TRL's does."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from ..methods import METHODS
+from ..methods.method import Method
 from ..playground import CHECKPOINT
 from .check import Checks, holds
-from .runs import OFF_POLICY, ON_POLICY, Run, same_weights, train, without
+from .runs import OFF_POLICY, ON_POLICY, Run, build, run_of, same_weights, train, without
 
 
 CHECKS = Checks()
 OFF = {"query_preserved": False, "cancellation_metrics": False}
 OF_TRL = GRPOConfig.__dataclass_fields__.keys()
+NEUTRAL_CREDITS = {
+    name: value
+    for method in METHODS
+    if method.neutral is not None and type(method).credit is not Method.credit
+    for name, value in method.neutral.items()
+}
+WAYS: list[dict[str, Any]] = [
+    {"cast_lm_head_to_fp32": True},
+    {"gradient_checkpointing": True},
+    {"bf16": True},
+    {"entropy_coef": 0.01},
+]
 NEUTRAL = {method.switch: method for method in METHODS if method.neutral is not None}
 
 
@@ -38,17 +52,39 @@ def metrics_change_nothing(model: str) -> None:
     _agree(ours, train(str(CHECKPOINT), GRPOTrainer, **settings))
 
 
+@CHECKS.assume("whatever else computes the log-probs, all methods at neutral settings change nothing", over=WAYS)
+def other_ways(model: str, way: dict[str, Any]) -> None:
+    sizes = {**ON_POLICY, "per_device_train_batch_size": 8}
+    for settings in (OFF_POLICY, sizes):
+        _agree_with(train, model, {**settings, **NEUTRAL_CREDITS, "query_preserved": False, **way})
+
+
+@CHECKS.assume("so it is where TRL, before 1.15, computes log-probs in chunks (use_liger_kernel)")
+def in_chunks(model: str) -> None:
+    def train_in_chunks(*args: Any, **settings: Any) -> Run:
+        trainer = build(*args, **settings)
+        trainer.use_liger_kernel = True  # where TRL has no such attribute, this is none
+        trainer.train()
+        return run_of(trainer)
+
+    _agree_with(train_in_chunks, model, {**OFF_POLICY, **NEUTRAL_CREDITS, "query_preserved": False})
+
+
 @CHECKS.assume("a method at its neutral setting changes nothing", over=NEUTRAL)
 def neutral(model: str, switch: str) -> None:
     method = NEUTRAL[switch]
     settings = {**OFF_POLICY, "query_preserved": False, **(method.neutral or {})}
-    theirs = train(model, GRPOTrainer, **{name: value for name, value in settings.items() if name in OF_TRL})
-    ours = train(model, **settings)
+    _agree_with(train, model, settings, method.is_neutral_exactly)
+
+
+def _agree_with(trains: Callable[..., Run], model: str, settings: dict[str, Any], exactly: bool = True) -> None:
+    theirs = trains(model, GRPOTrainer, **{name: value for name, value in settings.items() if name in OF_TRL})
+    ours = trains(model, **settings)
     ours.logs = [
         {name: value for name, value in log.items() if name in expected}
         for log, expected in zip(ours.logs, theirs.logs, strict=True)
     ]
-    _agree(ours, theirs, exactly=method.is_neutral_exactly)
+    _agree(ours, theirs, exactly)
 
 
 def _agree(ours: Run, theirs: Run, exactly: bool = True) -> None:

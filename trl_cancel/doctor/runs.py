@@ -94,6 +94,11 @@ def train(*args: Any, resume: Any = None, **kwargs: Any) -> Run:
     """Builds a trainer as [`build`] does and trains it."""
     trainer = build(*args, **kwargs)
     trainer.train(resume_from_checkpoint=resume)
+    return run_of(trainer)
+
+
+def run_of(trainer: Any) -> Run:
+    """What a trainer has come to."""
     return Run(trainer, weights_of(trainer.model), [repeatable(entry) for entry in trainer.state.log_history])
 
 

@@ -46,6 +46,8 @@ class TokenCredits:
 
     def _fits_loss(self, credits: Sequence[Credit]) -> bool:
         fits = self.layout.is_on_policy and self.layout.groups_are_local and self.layout.groups_fit_micro_batches
+        # What `torch.compile` has made of the model calls no hooks, by which hidden states are caught.
+        fits = fits and not self.args.torch_compile
         return fits and not makes_old_logps(self.args) and all(credit.scope != "batch" for credit in credits)
 
     def _check(self) -> None:

@@ -31,8 +31,8 @@ def check_trl_version(installed: str) -> None:
         )
     if is_of(release, NEEDS_TRITON) and find_spec("triton") is None:
         raise ImportError(
-            f"trl {installed} cannot train without Triton, which is not installed. Run: pip install 'trl!={NEEDS_TRITON}.*' "
-            "for another TRL, or, with an NVIDIA GPU, pip install triton"
+            f"trl {installed} trains with Triton on a GPU only, and Triton is not installed. Run: pip install "
+            f"'trl!={NEEDS_TRITON}.*' for another TRL, or, with an NVIDIA GPU, pip install triton"
         )
 
 
