@@ -14,7 +14,10 @@ from .table import RESULTS, write
 
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("tests/contract", "tests/test_off_is_off.py", "tests/test_methods.py", "tests/test_version_0_1.py")
+TESTS = (
+    *("tests/contract", "tests/test_off_is_off.py", "tests/test_methods.py", "tests/test_version_0_1.py"),
+    "tests/test_examples.py",
+)
 SHOWN = ("trl", "transformers", "peft", "accelerate", "datasets", "torch")
 TORCH = "torch==2.13.0"  # of which the machine has a build for the CPU
 # What is installed in place of what constraints.txt pins; of the newest nothing is pinned but PyTorch.
