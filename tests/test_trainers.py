@@ -133,9 +133,9 @@ def test_other_configurations_are_refused(tiny_model):
     ],
     ids=["of a test of TRL's", "halves of groups"],
 )
-def test_sizes_that_tear_groups_are_trls_with_a_warning(tiny_model, caplog, sizes):
+def test_sizes_that_tear_groups_are_trls_with_a_warning(tiny_model, tmp_path, caplog, sizes):
     """As a default; whoever asks for whole groups is refused."""
-    plain = trl.GRPOConfig(**{**DEFAULTS, **sizes}, output_dir="unused")
+    plain = trl.GRPOConfig(**{**DEFAULTS, **sizes}, output_dir=str(tmp_path))
     ours = CancelGRPOTrainer(tiny_model, noisy_reward, plain, load_prompts("train", 64))
     (warning,) = [each.getMessage() for each in caplog.records if "Groups are torn" in each.getMessage()]
     assert f"as by TRL: per_device_train_batch_size={sizes['per_device_train_batch_size']} with" in warning

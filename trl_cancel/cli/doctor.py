@@ -1,5 +1,6 @@
 """`trl-cancel doctor`: what is installed, and whether TRL does what this package builds on."""
 
+import io
 import logging
 import tempfile
 import time
@@ -87,7 +88,7 @@ def _silence() -> Iterator[None]:
     """Hides what a training says on the way."""
     logging.disable(logging.WARNING)
     try:
-        with redirect_stdout(None), warnings.catch_warnings(action="ignore"):
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(logging.NOTSET)
