@@ -251,6 +251,35 @@ def test_a_session_is_a_secret_if_it_looks_like_one():
     assert without_secrets(kept) is kept
 
 
+FOLDERS = """
+    hf_runs hf_models hf_cache hf_experiments2024 hf_baselineexperimentswithgrpo hf_run_Qwen3_seed42 sk-learn-run
+    sk-learn-baselineexperiments1 sk-qwen2x5b-lr1e5-seed3 sk-learn-baseline-BalancedGroups xai-explanationsofrewards
+    r8_experimentsofgroups2024 dapiexperiments20240501 SG.experimentsofgroups sk-2024-05-01-baselineexperiments
+"""
+MADE_UP = "Ab3xY9kLm2Qw8Zr5"
+TOKENS = f"""
+    hf_aBcDeFgHiJkLmN hf_abcdef1ghijkl hf_SECRETOFTHEHUB sk-{MADE_UP} sk-proj-{MADE_UP}_{MADE_UP} sk-0f1e2d3c4b5a69788796
+    sk-ant-api03-{MADE_UP}-{MADE_UP}AA sk-or-v1-0f1e2d3c4b5a69788796 r8_{MADE_UP} dapi0f1e2d3c4b5a69788796 xai-{MADE_UP}
+    nvapi-{MADE_UP} pplx-{MADE_UP} SG.{MADE_UP}.{MADE_UP} ya29.{MADE_UP} lsv2_pt_{MADE_UP}_0f1e2d3c4b dop_v1_{MADE_UP}
+"""
+
+
+@pytest.mark.parametrize("folder", FOLDERS.split())
+def test_folders_are_no_tokens(folder):
+    """In messages, or their advice could not be used, and among settings."""
+    for text in (folder, f"output_dir=/x/{folder}: is a file", f"push it with trl-cancel push '/x/{folder}/a'"):
+        assert without_tokens(text) == text
+        assert without_secrets([text]) == [text]
+
+
+@pytest.mark.parametrize("token", TOKENS.split())
+def test_tokens_by_their_looks(token):
+    for text in ("{0}", "is {0} one?", "/x/{0}", "{0}."):
+        shown = text.format("***")
+        assert without_tokens(text.format(token)) == shown
+        assert without_secrets({"a": [text.format(token)]}) == {"a": [shown]}
+
+
 KEY = "-----BEGIN {0}PRIVATE KEY{1}-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,AB\n\nMIIS3CRET\n-----END {0}"
 
 
@@ -471,7 +500,7 @@ def test_errors_that_quote_a_token_are_no_causes():
     inner, outer, plain = ValueError("b'Bearer hf_SECRET'"), RuntimeError("no connection"), OSError("no")
     outer.__context__ = inner
     assert quotable(outer) is quotable(inner) is None
-    plain.add_note("of hf_SECRET")
+    plain.add_note("of hf_SECRETOFTHEHUB")
     assert quotable(plain) is None
     assert quotable(OSError("no answer from http://user:SECRET@host")) is None
     assert isinstance(quotable(OSError("no")), OSError)

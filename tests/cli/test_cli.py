@@ -298,6 +298,10 @@ MISTAKES = {
         ["train", *flags(**{**QUICK, "model_name_or_path": "./a\nb"})],
         "model_name_or_path=./a\\nb: there is no such folder.",
     ),
+    "spaces in a folder's name": (
+        ["train", *flags(**{**QUICK, "model_name_or_path": "./hf_runs/a  b "})],
+        "model_name_or_path=./hf_runs/a  b : there is no such folder.",
+    ),
     "address of a model": (
         ["train", *flags(**{**QUICK, "model_name_or_path": "https://huggingface.co/a/b"})],
         "it is an address; give the Hub id, a/b.",

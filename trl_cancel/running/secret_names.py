@@ -95,6 +95,8 @@ WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 WORD = r"[A-Z]?[a-z]{1,20}|[A-Z]?[a-z]{2,20}(?:[A-Z][a-z]{2,20})+"
 PLAIN = re.compile(rf"\d*(?:(?:{WORD})(?:[24][a-z]{{1,20}})?)?\d{{0,5}}|\d+|\w{{1,3}}")
 PLAIN_WORD = re.compile(rf"{WORD}|\d+|\w{{1,3}}")  # `hunter2` is none
+# Words, of any length, and their numbers, as they stand in names of folders and runs.
+NAMED_SO = re.compile(r"\d*(?:[a-z]+[24])?[a-z]*(?:[A-Z][a-z]{2,})*\d{0,8}|\d+")
 SPECIAL = re.compile(r"[<\[].*[>\]]", re.DOTALL)
 NOTHING = ("", "None", "null", "True", "False", "true", "false", HIDDEN)
 
@@ -169,6 +171,16 @@ def is_plain(text: str, word: re.Pattern[str] = PLAIN) -> bool:
     if not text.isascii() or SPECIAL.fullmatch(text) or len(text.split()) > 1:
         return True
     return all(word.fullmatch(part) for part in re.split(r"[\W_]+", text) if part)
+
+
+def has_odd_words(text: str) -> bool:
+    """Whether a part of a text is made up by chance; `hunter2` is, too."""
+    return not all(is_plain(word, PLAIN_WORD) for word in text.split())
+
+
+def is_made_up(text: str) -> bool:
+    """Whether a long part of a name mixes digits and letters, or capitals and others, as nobody calls a folder."""
+    return any(len(part) >= 12 and not NAMED_SO.fullmatch(part) for part in re.split(r"[\W_]+", text))
 
 
 def may_be_number(name: str) -> bool:

@@ -5,19 +5,33 @@ password, a parameter or the path of a webhook's address, an option of a command
 
 import re
 
-from .secret_names import HIDDEN, NOTHING, WORDS, is_doubtful, is_secret, is_secret_beside, may_be_number
+from .secret_names import (
+    HIDDEN,
+    NOTHING,
+    WORDS,
+    has_odd_words,
+    is_doubtful,
+    is_made_up,
+    is_secret,
+    is_secret_beside,
+    may_be_number,
+)
 
 
-# What opens something wherever it stands.
+# What opens something wherever it stands. Folders are called `hf_runs` and `hf_experiments2`.
 TOKEN = re.compile(
-    r"(?<=Bearer )[^\s'\"]+|\bhf_\w+|\bgithub_pat_\w{20,}|\bgh[pousr]_[A-Za-z0-9]{16,}|\bglpat-[\w-]{16,}"
-    r"|\bsk-(?:[A-Za-z]+-)*[A-Za-z0-9]{16,}|\bxox[abeprs]-[\w-]{10,}|\bA[KS]IA[0-9A-Z]{16}\b|\bAIza[\w-]{30,}"
+    r"\bhf_(?![a-z]+\d*(?![A-Za-z0-9]))[A-Za-z0-9]{12,}|\bgithub_pat_\w{20,}|\bgh[pousr]_[A-Za-z0-9]{16,}"
+    r"|\bglpat-[\w-]{16,}|\bxox[abeprs]-[\w-]{10,}|\bA[KS]IA[0-9A-Z]{16}\b|\bAIza[\w-]{30,}"
     r"|\b[sr]k_(?:live|test)_\w{16,}|\bgsk_\w{20,}|\bnpm_\w{30,}|\bpypi-[\w-]{40,}|\b\d{6,12}:[\w-]{35}\b"
     r"|(?:(?<=PRIVATE KEY-----)|(?<=PRIVATE KEY BLOCK-----))(?:(?!-----END)[\s\S])+"
     r"|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"
 )
-# As values of settings: `hf_` alone may start a name.
-VALUE = re.compile(TOKEN.pattern.replace(r"\bhf_\w+", r"\bhf_[A-Za-z0-9]{12,}"))
+# What does so if the rest looks made up: a run may be called `sk-learn-...`.
+PREFIXED = re.compile(
+    r"\b(?:sk-|csk-|r8_|dapi|xai-|nvapi-|pplx-|tvly-|SG\.|ya29\.|hvs\.|lsv2_|dop_v1_|tgp_v1_|wandb_v1_)"
+    r"(?=[\w.-]{16})([\w-]+(?:\.[\w-]+)*)"
+)
+BEARER = re.compile(r"""((?<![\w-])(?i:bearer)[^\S\n]+)([^\s'"]+)""")
 # `user:password@` or `token@`, before a host; a password may hold a slash or an @ that were not encoded.
 # Of two slashes a `Path` keeps one.
 USER = re.compile(r"((?<=\w:)//|(?<=\w\w:)/)(?:[^\s/?#'\"]*@|[^\s/?#:@'\"]*:(?!\d+(?:[/?#]|$))[^\s'\"]*@)")
@@ -75,7 +89,7 @@ def without_tokens(text: str) -> str:
         text (`str`):
             The text.
     """
-    return _without_assigned(TOKEN.sub(HIDDEN, _masked_everywhere(text)))
+    return _without_assigned(_masked_everywhere(text))
 
 
 def _masked_everywhere(text: str) -> str:
@@ -84,7 +98,8 @@ def _masked_everywhere(text: str) -> str:
     text = NAMED_IN_JSON.sub(lambda match: f"{match[1]}{_masked_part(match[2], match[3])}", text)
     text = HEADER.sub(lambda match: match[1] + match[2] + (HIDDEN if is_secret(match[1]) else match[3]), text)
     text = OPTION.sub(lambda match: f"{match[1]}{match[2]}{_masked(match[2], match[3])}", text)
-    return VALUE.sub(HIDDEN, text)
+    text = PREFIXED.sub(lambda match: HIDDEN if is_made_up(match[1]) else match[0], TOKEN.sub(HIDDEN, text))
+    return BEARER.sub(lambda match: match[1] + (HIDDEN if has_odd_words(match[2]) else match[2]), text)
 
 
 def _masked(name: str, value: str) -> str:
