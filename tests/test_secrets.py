@@ -68,6 +68,8 @@ SECRET_NAMES = """
     slack_webhook webhook_url discordwebhook
     pin_code PIN-Code pincode pinNumber access_code otp_code sid connect.sid TWILIO_SID sig X-Sig login dbLogin
     private_pem privatePem seed_phrase mnemonic
+    totp_seed otpSeed recovery_codes recovery_code backupCodes join_code invite_code ssh_private RSA_PRIVATE pkcs12 pfx
+    fernet fernet_key hmac_key tkn hf_tkn passwort dbPasswort Kennwort mot_de_passe motDePasse contraseña senha
 """
 PLAIN_NAMES = """
     tokenizer tokenizer_name max_tokens num_tokens tokens eos_token pad_token pad_token_id bos_token image_token
@@ -78,6 +80,7 @@ PLAIN_NAMES = """
     token_ids attn_implementation pin_memory dataloader_pin_memory spin salted saltiness signature_columns
     input_signature sasquatch authors authority auth_type session session_name cookiecutter webhook_name pwm SESSION user_session
     code error_code code_prompt pin_memory_code sigma sign side sidecar inside signal pem cert login_url relogins
+    seed data_seed seeds codes language_code join private access_type hf_type tok tokens_seed pkcs12_path eos_tkn hmac
     private_dataset phrase stop_tokens api_version session_keys_per_step
 """
 
@@ -311,6 +314,15 @@ def test_private_keys_by_any_name(kind):
         ("db_password: S3CRET\ntoken: S3CRET", "db_password: ***\ntoken: ***"),
         ('{"token": "S3CRET", "PIN": 1234, "a": "b"}', '{"token": "***", "PIN": ***, "a": "b"}'),
         ("[{'name': 'api_key', 'value': 'S3CRET'}]", "[{'name': 'api_key', 'value': '***'}]"),
+        ("[default]\naws_secret_access_key = S3CRET\nregion = a", "[default]\naws_secret_access_key = ***\nregion = a"),
+        ('password = "S3CRET"; PASSWORD =word, a = 1', 'password = "***"; PASSWORD =***, a = 1'),
+        ("token = S3CRET password= S3CRET", "token = *** password= ***"),
+        ("bearer S3CRET, BEARER hf_SECRET and Bearer S3CRET", "bearer *** BEARER *** and Bearer ***"),
+        ("Authorization=Basic S3CRET== x", "Authorization=*** x"),
+        ("authorization: basic S3CRET==", "authorization: ***"),
+        ("curl -u me:S3CRET --proxy-user=me:word http://host", "curl -u *** --proxy-user=*** http://host"),
+        ("['curl', '-u', 'me:S3CRET']", "['curl', '-u', '***']"),
+        ("resume_from_checkpoint=/x/password=S3CRET/checkpoint-2", "resume_from_checkpoint=/x/password=***/checkpoint-2"),
     ],
 )
 def test_secrets_within_texts(text, shown):
@@ -329,6 +341,9 @@ def test_secrets_within_texts(text, shown):
         '{"token": "<s>", "key": "name", "max_tokens": "S3CRET", "api_key": 8, "sort_key": "S3CRET"}',
         "{'name': 'lr', 'value': 'S3CRET'}, {'name': 'token', 'value': 'word'}",
         "10:30 and https://host/cookie: no",
+        "if password == b: password = config.password, token = get_token(a), key = row['key'], password= a=1",
+        "the bearer of news, docker run -u 1000:1000 -u host.org:8000 -u http://a, python -u run.py a:b",
+        "/data/key=S3CRET/token=word/rows",
     ],
 )
 def test_texts_that_name_no_secret(text):
@@ -369,6 +384,42 @@ def test_names_and_values_beside_each_other():
         ("token", 3),
     ]
     assert without_secrets(kept) is kept
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("aws_secret_access_key = S3CRET", "aws_secret_access_key = ***"),
+        ("password= 'S3CRET'.", "password= '***'."),
+        ("Authorization=Basic S3CRET==", "Authorization=***"),
+        ("bearer S3CRET", "bearer ***"),
+        ("['-u', 'me:S3CRET']", "['-u', '***']"),
+        ("resume_from_checkpoint=/x/password=S3CRET/checkpoint-2", "resume_from_checkpoint=/x/password=***/checkpoint-2"),
+        ("args=--password=S3CRET", "args=--password=***"),
+        ("no /data/key=S3CRET/rows", "no /data/key=S3CRET/rows"),
+    ],
+)
+def test_secrets_within_messages(text, shown):
+    assert without_tokens(text) == shown
+
+
+def test_users_of_commands_and_addresses_that_are_keys():
+    args = ["curl", "-u", "me:S3CRET", "--user", "me:word"]
+    assert without_secrets(args, "***") == ["curl", "-u", "***", "--user", "***"]
+    kept = {"a": ["docker", "-u", "1000:1000", "-u", "note: a", "--user", "me", "x:y"], "http://host:80": 1, ("a", 2): 3}
+    assert without_secrets(kept) is kept
+    hosts = {"https://u:S3CRET@h": 1, ("x://S3CRET@h", 0): 2, "https://u:0TH3R@h": 3, "a": 4}
+    shown = {"https://***@h": 1, ("x://***@h", 0): 2, "https://***@h'": 3, "a": 4}
+    assert list(without_secrets({"x": hosts})["x"].items()) == list(shown.items())
+    assert without_secrets(defaultdict(list, hosts)) == shown
+    assert without_secrets({"recovery_codes": [12345678, "ab"]}, "***") == {"recovery_codes": "***"}
+
+
+def test_names_that_say_little_without_a_value():
+    for name in ("hf_access", "hf_tok", "hmac", "webhook_hmac"):
+        assert without_secrets({name: "S3CRET"}) == {name: None}
+        kept = {name: "read", "a": {name: "sha256"}}
+        assert without_secrets(kept) is kept
 
 
 class Pair(NamedTuple):

@@ -272,6 +272,10 @@ MISTAKES = {
         ["train", *flags(**{**QUICK, "reward_funcs": "rewards/grader.py"})],
         " Give rewards.grader.FUNCTION.",
     ),
+    "reward at an address": (
+        ["train", *flags(**{**QUICK, "reward_funcs": "https://u:SECRET@h"})],
+        "reward_funcs=https://***@h: is an address; give a function of TRL's or your own by its dotted path, module.func",
+    ),
     "argument of the model": (
         ["train", *flags(**{**QUICK, "model_init_kwargs": '{"openai_key": "SECRET"}'})],
         "model_init_kwargs: unknown argument 'openai_key', which Qwen3ForCausalLM does not take.",

@@ -4,6 +4,7 @@ Which names are those of secrets, word by word: `openai_key`, `my_pat` and `apiK
 """
 
 import re
+import unicodedata
 from itertools import pairwise
 from typing import Any
 
@@ -19,20 +20,27 @@ SECRETS = _words(
     password passwords passwd pwd passphrase passcode passkey secret secrets credential credentials cred creds
     authorization bearer cookie cookies csrf xsrf pat pats apikey apikeys apitoken accesskey accesstoken authtoken
     hftoken secretkey privatekey jwt sessionid sessid jsessionid phpsessid pincode mnemonic
+    passwort kennwort motdepasse contrasena senha wachtwoord losenord
     """
 )
 # Words that do so at the end, and in a name of two words.
-LAST = _words("auth authentication login oauth otp pass pin pw salt sas sid sig signature totp webhook webhooks")
+LAST = _words(
+    "auth authentication fernet login oauth otp pass pfx pin pkcs pw salt sas sid sig signature tkn totp webhook webhooks"
+)
 ENDS = LAST | {"key", "token"}
+CODES = _words("access auth backup invitation invite join otp pin recovery scratch security verification")
 PAIRS = {
     *(("pass", other) for other in ("word", "words", "phrase", "code")),
-    *((first, "code") for first in ("pin", "access", "auth", "otp", "security", "verification")),
-    *(("pin", "number"), ("session", "id"), ("private", "pem"), ("seed", "phrase"), ("recovery", "phrase")),
+    *((first, last) for first in CODES for last in ("code", "codes")),
+    *((first, last) for first in ("seed", "recovery") for last in ("phrase", "phrases")),
+    *((first, "seed") for first in ("mfa", "otp", "totp", "wallet")),
+    *((first, "private") for first in ("gpg", "pgp", "rsa", "ssh", "ssl", "tls")),
+    *(("pin", "number"), ("session", "id"), ("private", "pem")),
 }
 # Under these, texts that look like a secret are some; settings, columns and vocabularies are called so as well.
-DOUBTFUL = _words("keys session sessions tokens")
+DOUBTFUL = _words("hmac keys session sessions tokens")
 # Of these the value may be a number, which elsewhere opens nothing.
-NUMBERS = ("code", "otp", "pass", "passwd", "password", "pin", "pinnumber", "pw", "pwd")
+NUMBERS = ("code", "codes", "otp", "pass", "passwd", "password", "pin", "pinnumber", "pw", "pwd")
 # What tokens and keys open. `access_key_id` is one too.
 OPENERS = _words(
     """
@@ -42,13 +50,16 @@ OPENERS = _words(
     ssh ssl tavily telegram tls user wandb write read xai
     """
 )
+# After what opens something, these are doubtful, too.
+SHORT = _words("access tok")
 # What stands before `key`, `token` or `pass` without anything between, as in `sshkey`: `monkey` is none.
 GLUED = OPENERS | _words(
     "admin app basic csrf xsrf database db ftp http https mail mongo my mysql pg postgres proxy redis root smtp sql"
 )
 GLUE = re.compile(
-    r"\w*(?:api_?keys?|passwords?|passwd|passphrase|secrets?|sessionid|sessid)"
-    r"|(?:my)?(\w*?)(?:keys?|tokens?|pass|pwd?|creds?|auth|cookies?|webhooks?)"
+    r"\w*(?:api_?keys?|passwords?|passwd|passphrase|secrets?|sessionid|sessid"
+    r"|passwort|kennwort|motdepasse|contrasena)"
+    r"|(?:my)?(\w*?)(?:keys?|tokens?|tkn|pass|pwd?|creds?|auth|cookies?|webhooks?)"
 )
 # Words before `token` and `key` that make them parts of a vocabulary, of data or of attention.
 TOKENS_OF_TEXT = _words(
@@ -86,6 +97,7 @@ NO_SECRET_AFTER = {
     "pass": PASSES_OF_DATA,
     "sig": SIGNATURES_OF_CODE,
     "signature": SIGNATURES_OF_CODE,
+    "tkn": TOKENS_OF_TEXT,
     "token": TOKENS_OF_TEXT,
     "tokens": TOKENS_OF_TEXT,
 }
@@ -135,6 +147,8 @@ def is_doubtful(name: Any) -> bool:
     """
     *before, last = (words_of(name) if isinstance(name, str) else []) or [""]
     of_data = NO_SECRET_AFTER.get(last, frozenset())
+    if before and before[-1] in OPENERS and last in SHORT:
+        return True
     return last in DOUBTFUL and len(before) < 2 and not any(word in of_data or word[:-1] in of_data for word in before)
 
 
@@ -191,7 +205,12 @@ def may_be_number(name: str) -> bool:
 
 def words_of(name: str) -> list[str]:
     """The words of a name, without what tells one of several secrets from the others: `token2`, `api_key_prod`."""
-    return [word.lower() for word in WORDS.findall(VARIANT.sub("", name))]
+    letters = name if name.isascii() else _without_accents(name)
+    return [word.lower() for word in WORDS.findall(VARIANT.sub("", letters))]
+
+
+def _without_accents(name: str) -> str:
+    return "".join(letter for letter in unicodedata.normalize("NFKD", name) if not unicodedata.combining(letter))
 
 
 def _is_glued(word: str) -> bool:

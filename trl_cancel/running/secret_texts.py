@@ -49,17 +49,32 @@ LIKE_TOKEN = re.compile(r"(?=\w*\d)\w{16,}|[\da-f]{8}-[\da-f-]{27}|(?=.*\d)(?=.*
 PARAMETER = re.compile(r"([?&#;])([\w.~%-]+)=([^&#;\s'\"]+)")
 PARAMETERS = frozenset({"key", "sig", "signature", "auth", "sas"})
 QUOTED = r"""'[^']*'|"[^"]*\""""
-# As an option of a command, a setting among others, or a part of a connection string.
-OPTION = re.compile(rf"""(^|[\s,;(\[{{])(-{{0,2}}[A-Za-z][\w.-]*=|--[A-Za-z][\w.-]*\s+)({QUOTED}|[^\s,;&'"]+)""")
+NAME = r"[^\W\d][\w.-]*"
+# As an option of a command, a setting among others, or a part of a connection string. Of `a= b=1` the first is empty.
+OPTION = re.compile(
+    rf"""(^|[\s,;(\[{{])(-{{0,2}}{NAME}[^\S\n]*=(?:[^\S\n]+(?![\w.-]+=[^\s=]))?|--{NAME}\s+)({QUOTED}|[^\s,;&'"]+)"""
+)
+# As a part of a path, of which the rest can be told; data are stored by `key=...`.
+PART = re.compile(rf"""(?<=/)((?!key=){NAME})=([^\s/,;&'"]+)""")
+# A user with the password, as curl takes them.
+USER_OPTION = re.compile(r"-[uU]|--(?:proxy-)?user")
+USER_GIVEN = re.compile(
+    rf"""((?:^|[\s'"\[(,])(?:{USER_OPTION.pattern})["']?(?:=|\s+|\s*,\s*)["']?)([^\s:'"]+:[^\s'"]+)"""
+)
+USER_AND_PASSWORD = re.compile(r"[^\s:/=,]+:(?!//)\S+")
+NUMBERED = re.compile(r"(?:\d+|localhost|[\w-]+(?:\.[\w-]+)+):\d{1,5}")  # group or port
 # The line of a header: of HTTP's own wherever it stands, of others at the start of a line or a quotation.
 HEADER = re.compile(
     r"""(?i)(?<![\w/-])((?:set-)?cookie2?|(?:proxy-)?authorization|x-[\w-]+)(\s*:\s*)([^\s'"][^\n'"]*)"""
 )
-LINE = re.compile(r"""(?m)((?:^|['"])[^\S\n]*)([A-Za-z][\w-]*)(:[^\S\n]*)(?!//)([^\s'"][^\n'"]*)""")
+SCHEMED = re.compile(
+    r"""(?i)(?<![\w/-])((?:proxy-)?authorization["']?[=,]?\s*["']?)((?:basic|bearer|digest|token)\s+[^\s'",;)\]}]+)"""
+)
+LINE = re.compile(rf"""(?m)((?:^|['"])[^\S\n]*)({NAME})(:[^\S\n]*)(?!//)([^\s'"][^\n'"]*)""")
 # `name=value`, and `"name": "value"` as in JSON.
 ANY = rf"""{QUOTED}|\([^()]*\)|\[[^][]*\]|\{{[^{{}}]*\}}"""
 ASSIGNED = re.compile(
-    rf"""(?<!\w)(?<!\w-)([A-Za-z][\w-]*)(=)({ANY}|[^\s,;&'")\]}}]+)|(?<=["'])([\w-]+)(["']\s*:\s*)({ANY}|\d+)"""
+    rf"""(?<![\w/])(?<!\w-)([^\W\d][\w-]*)(=)({ANY}|[^\s,;&'")\]}}]+)|(?<=["'])([\w-]+)(["']\s*:\s*)({ANY}|\d+)"""
 )
 IN_JSON = re.compile(rf"""(?<=["'])([\w-]+)(["']\s*:\s*)({QUOTED}|\d+)""")
 NAMED_IN_JSON = re.compile(
@@ -92,12 +107,20 @@ def without_tokens(text: str) -> str:
     return _without_assigned(_masked_everywhere(text))
 
 
+def is_user(text: str) -> bool:
+    """Whether what follows an option for a user holds the password as well: not so `1000:1000` or a host with a port."""
+    return bool(USER_AND_PASSWORD.fullmatch(text)) and not NUMBERED.fullmatch(text)
+
+
 def _masked_everywhere(text: str) -> str:
     text = USER_WITHOUT_SCHEME.sub(HIDDEN, USER.sub(rf"\1{HIDDEN}@", text))
     text = PARAMETER.sub(_masked_parameter, ADDRESSES.sub(_masked_path, HOOK.sub(rf"\1{HIDDEN}", text)))
     text = NAMED_IN_JSON.sub(lambda match: f"{match[1]}{_masked_part(match[2], match[3])}", text)
     text = HEADER.sub(lambda match: match[1] + match[2] + (HIDDEN if is_secret(match[1]) else match[3]), text)
-    text = OPTION.sub(lambda match: f"{match[1]}{match[2]}{_masked(match[2], match[3])}", text)
+    text = SCHEMED.sub(lambda match: match[1] + HIDDEN, text)
+    text = PART.sub(lambda match: f"{match[1]}={_masked(match[1], match[2])}", text)
+    text = OPTION.sub(lambda match: match[1] + match[2] + _masked_option(match[2], match[3]), text)
+    text = USER_GIVEN.sub(lambda match: match[1] + (HIDDEN if is_user(match[2]) else match[2]), text)
     text = PREFIXED.sub(lambda match: HIDDEN if is_made_up(match[1]) else match[0], TOKEN.sub(HIDDEN, text))
     return BEARER.sub(lambda match: match[1] + (HIDDEN if has_odd_words(match[2]) else match[2]), text)
 
@@ -106,6 +129,14 @@ def _masked(name: str, value: str) -> str:
     """What stands for a value beside a name, in the quotation marks that it had."""
     quote = value[0] if value[0] in "'\"" else ""
     return f"{quote}{HIDDEN}{quote}" if is_secret_beside(name, value.strip("'\"")) else value
+
+
+def _masked_option(option: str, value: str) -> str:
+    """As `_masked`. With spaces around the sign it may be code, `password == x` or `password = config.password`."""
+    if option.rstrip().endswith("=") and option != option.replace(" ", ""):
+        if value.startswith("=") or option.strip("= ") == "key" or is_secret(re.split(r"[(\[]", value)[0]):
+            return value
+    return _masked(option, value)
 
 
 def _masked_part(name: str, value: str) -> str:
@@ -140,6 +171,6 @@ def _masked_assignment(match: re.Match[str]) -> str:
     if value[0] in "([{" and not is_secret(name):
         return f"{name}{sign}{value[0]}{_without_assigned(value[1:])}"
     if said in NOTHING or number or not (is_secret(name) or is_secret_beside(name, said)):
-        return match[0]
+        return f"{name}{sign}{_without_assigned(value)}"
     quote = value[0] if value[0] in "'\"" else ""
     return f"{name}{sign}{quote}{HIDDEN}{quote}"

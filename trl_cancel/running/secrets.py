@@ -14,7 +14,7 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from .secret_names import HIDDEN, SPECIAL, is_doubtful, is_secret, is_secret_beside, looks_like_secret, may_be_number
-from .secret_texts import text_of_settings, without_tokens
+from .secret_texts import USER_OPTION, is_user, text_of_settings, without_tokens
 
 
 # What `key` is beside these in one dictionary.
@@ -79,13 +79,12 @@ def without_secrets(settings: Any, instead: str | None = None) -> Any:
             return settings
         return cleaned if isinstance(settings, str) else cleaned.encode("latin-1")
     if isinstance(settings, Mapping):
-        parts = _cleaned_parts(settings, instead)
-        return settings if _same(parts.values(), settings.values()) else _like(settings, parts)
+        return _cleaned_mapping(settings, instead)
     if isinstance(settings, list | tuple | set | frozenset):
         values = [without_secrets(value, instead) for value in settings]
         if isinstance(settings, list | tuple):
             for place, (name, value) in enumerate(pairwise(settings), 1):
-                if (len(values) == 2 or str(name).startswith("-")) and _is_header(name, value):
+                if ((len(values) == 2 or str(name).startswith("-")) and _is_header(name, value)) or _has_user(name, value):
                     values[place] = instead
         return settings if _same(values, settings) else _like(settings, values)
     if is_dataclass(settings) and not isinstance(settings, type):
@@ -121,6 +120,24 @@ def _is_header(name: Any, value: Any) -> bool:
         return False
     text = value if isinstance(value, str) else value.decode("latin-1")
     return is_secret_beside(name, text) and not is_secret(text)
+
+
+def _has_user(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, str) and bool(USER_OPTION.fullmatch(name)) and is_user(value)
+
+
+def _cleaned_mapping(settings: Mapping[Any, Any], instead: str | None) -> Mapping[Any, Any]:
+    """Also its keys, which may be addresses; where two become the same, both are kept."""
+    parts = _cleaned_parts(settings, instead)
+    names = [without_secrets(name) if isinstance(name, str | bytes | tuple) else name for name in parts]
+    if _same(names, parts) and _same(parts.values(), settings.values()):
+        return settings
+    cleaned: dict[Any, Any] = {}
+    for name, value in zip(names, parts.values(), strict=True):
+        while name in cleaned:
+            name = f"{name}'"
+        cleaned[name] = value
+    return _like(settings, cleaned)
 
 
 def _cleaned_parts(settings: Mapping[Any, Any], instead: str | None) -> dict[Any, Any]:
@@ -167,7 +184,7 @@ def _opens_nothing(name: str, value: Any) -> bool:
     if isinstance(value, Mapping):
         return name.lower() == "key" or (bool(value) and all(_opens_nothing(name, part) for part in value.values()))
     if isinstance(value, list | tuple | set | frozenset):
-        return bool(value) and all(_opens_nothing("", part) for part in value)
+        return bool(value) and all(_opens_nothing(name, part) for part in value)
     if isinstance(value, int) and not isinstance(value, bool):
         return not may_be_number(name)
     plain = value is None or isinstance(value, bool | float | type) or isroutine(value) or hasattr(value, "dtype")
@@ -192,6 +209,8 @@ def _like(original: Any, content: Any) -> Any:
             isinstance(original, dict) and type(original) is not dict
         ):  # which may have a default, or an order of its own
             other = copy.copy(original)
+            if list(other) != list(content):
+                other.clear()
             other.update(content)
             return other
         return type(original)(content)
