@@ -50,6 +50,12 @@ OPENERS = _words(
     ssh ssl tavily telegram tls user wandb write read xai
     """
 )
+# What is done by such a key; it is a column or a field more often than a secret.
+SORTING = _words("bucketing grouping hashing ordering partitioning routing sharding")
+# A name that ends so tells about a secret.
+ABOUT = _words("length pattern policy regex required reward rewards score strength threshold weight weights")
+# Under these, names stand beside names.
+COLUMNS = _words("column columns features")
 # After what opens something, these are doubtful, too.
 SHORT = _words("access tok")
 # What stands before `key`, `token` or `pass` without anything between, as in `sshkey`: `monkey` is none.
@@ -106,10 +112,12 @@ WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 # A part of a name, a column or a token of a vocabulary: a word with numbers before or after it, or as `word2vec`.
 WORD = r"[A-Z]?[a-z]{1,20}|[A-Z]?[a-z]{2,20}(?:[A-Z][a-z]{2,20})+"
 PLAIN = re.compile(rf"\d*(?:(?:{WORD})(?:[24][a-z]{{1,20}})?)?\d{{0,5}}|\d+|\w{{1,3}}")
-PLAIN_WORD = re.compile(rf"{WORD}|\d+|\w{{1,3}}")  # `hunter2` is none
+PLAIN_WORD = re.compile(rf"{WORD}|v\d+[a-z]{{0,9}}|\d+|\w{{1,3}}")  # `v2run`, but not `hunter2`
 # Words, of any length, and their numbers, as they stand in names of folders and runs.
 NAMED_SO = re.compile(r"\d*(?:[a-z]+[24])?[a-z]*(?:[A-Z][a-z]{2,})*\d{0,8}|\d+")
 SPECIAL = re.compile(r"[<\[].*[>\]]", re.DOTALL)
+PLACEHOLDER = re.compile(r"<[\w -]+>|\$?\{\w+\}|\$[A-Z][A-Z_]+")  # for a secret
+FOUR_DIGITS = re.compile(r"\d{4,}")
 NOTHING = ("", "None", "null", "True", "False", "true", "false", HIDDEN)
 
 
@@ -124,8 +132,10 @@ def is_secret(name: Any) -> bool:
     if not isinstance(name, str):
         return False
     words = words_of(name)
-    if not words or SECRETS.intersection(words) or any(map(_is_glued, {*words, "".join(words)})):
-        return bool(words)
+    if not words or words[-1] in ABOUT:
+        return False
+    if SECRETS.intersection(words) or any(map(_is_glued, {*words, "".join(words)})):
+        return True
     *before, last = words
     if any(first in OPENERS and second in ("key", "token") for first, second in pairwise(words)):
         return last not in ("file", "path", "name", "type", "url", "len", "length")
@@ -133,6 +143,8 @@ def is_secret(name: Any) -> bool:
         return bool(before) and before[-1] in OPENERS
     if (before and (before[-1], last) in PAIRS) or ({"webhook", "webhooks"}.intersection(before) and last in ADDRESS):
         return True
+    if last == "key" and SORTING.intersection(before):
+        return False
     return last in ENDS and not NO_SECRET_AFTER.get(last, frozenset()).intersection(before)
 
 
@@ -147,7 +159,7 @@ def is_doubtful(name: Any) -> bool:
     """
     *before, last = (words_of(name) if isinstance(name, str) else []) or [""]
     of_data = NO_SECRET_AFTER.get(last, frozenset())
-    if before and before[-1] in OPENERS and last in SHORT:
+    if before and ((before[-1] in OPENERS and last in SHORT) or (before[-1] in SORTING and last == "key")):
         return True
     return last in DOUBTFUL and len(before) < 2 and not any(word in of_data or word[:-1] in of_data for word in before)
 
@@ -163,15 +175,17 @@ def is_secret_beside(name: str, value: str) -> bool:
         value (`str`):
             The text.
     """
-    if value in NOTHING:
+    if value in NOTHING or PLACEHOLDER.fullmatch(value):
         return False
     if is_secret(name):
-        return (
-            words_of(name)[0] not in ENDS
-            or not is_plain(value, PLAIN_WORD)
-            or (value.isdigit() and may_be_number(name))
-        )
+        number = FOUR_DIGITS.fullmatch(value) and may_be_number(name)
+        return words_of(name)[0] not in ENDS or bool(number) or not is_plain(value, PLAIN_WORD)
     return is_doubtful(name) and looks_like_secret(name, value)
+
+
+def is_of_columns(name: Any) -> bool:
+    """Whether a mapping under a name says how columns are called."""
+    return isinstance(name, str) and not COLUMNS.isdisjoint(words_of(name))
 
 
 def looks_like_secret(name: str, value: str) -> bool:

@@ -8,6 +8,7 @@ import re
 from .secret_names import (
     HIDDEN,
     NOTHING,
+    PLACEHOLDER,
     WORDS,
     has_odd_words,
     is_doubtful,
@@ -42,8 +43,9 @@ HOOK = re.compile(
     r"(://(?:hooks?\.[\w.-]+|[\w.-]*webhook\.office\.com|api\.telegram\.org"
     r"|[\w.-]*discord(?:app)?\.com/api/(?:v\d+/)?webhooks)(?::\d+)?/)[^\s?#'\"]+"
 )
-# Elsewhere what follows such a part of the path must look like a token, too; `hooks` stands behind the host.
-ADDRESSES = re.compile(r"://[^\s?#'\"]+")
+# Elsewhere what follows such a part of the path must look like a token, too; `hooks` stands behind the host. In
+# `s3://bucket/key/...` it is a file.
+ADDRESSES = re.compile(r"(?i:https?)://[^\s?#'\"]+")
 HOOKS = frozenset({"webhook", "webhooks", "web_hook", "web_hooks", "webhookb2", "key", "token", "secret"})
 LIKE_TOKEN = re.compile(r"(?=\w*\d)\w{16,}|[\da-f]{8}-[\da-f-]{27}|(?=.*\d)(?=.*[A-Z])[\w-]{20,}")
 PARAMETER = re.compile(r"([?&#;])([\w.~%-]+)=([^&#;\s'\"]+)")
@@ -54,6 +56,7 @@ NAME = r"[^\W\d][\w.-]*"
 OPTION = re.compile(
     rf"""(^|[\s,;(\[{{])(-{{0,2}}{NAME}[^\S\n]*=(?:[^\S\n]+(?![\w.-]+=[^\s=]))?|--{NAME}\s+)({QUOTED}|[^\s,;&'"]+)"""
 )
+CODE = re.compile(r"=|[\w.]+[(\[]")
 # As a part of a path, of which the rest can be told; data are stored by `key=...`.
 PART = re.compile(rf"""(?<=/)((?!key=){NAME})=([^\s/,;&'"]+)""")
 # A user with the password, as curl takes them.
@@ -64,18 +67,17 @@ USER_GIVEN = re.compile(
 USER_AND_PASSWORD = re.compile(r"[^\s:/=,]+:(?!//)\S+")
 NUMBERED = re.compile(r"(?:\d+|localhost|[\w-]+(?:\.[\w-]+)+):\d{1,5}")  # group or port
 # The line of a header: of HTTP's own wherever it stands, of others at the start of a line or a quotation.
-HEADER = re.compile(
-    r"""(?i)(?<![\w/-])((?:set-)?cookie2?|(?:proxy-)?authorization|x-[\w-]+)(\s*:\s*)([^\s'"][^\n'"]*)"""
-)
-SCHEMED = re.compile(
-    r"""(?i)(?<![\w/-])((?:proxy-)?authorization["']?[=,]?\s*["']?)((?:basic|bearer|digest|token)\s+[^\s'",;)\]}]+)"""
-)
-LINE = re.compile(rf"""(?m)((?:^|['"])[^\S\n]*)({NAME})(:[^\S\n]*)(?!//)([^\s'"][^\n'"]*)""")
+OF_HTTP = r"(?:set-)?cookie2?|(?:proxy-)?authorization|x-[\w-]+"
+HEADER = re.compile(rf"""(?i)(?<![\w/-])({OF_HTTP})(\s*:\s*)([^\s'"][^\n'"]*)""")
+SCHEME = r"(?:basic|bearer|digest|token)\s+"
+SCHEMED = re.compile(rf"""(?i)(?<![\w/-])((?:proxy-)?(authorization)["']?[=,]?\s*["']?)({SCHEME}[^\s'",;)\]}}]+)""")
+LINE = re.compile(rf"""(?m)((?:^|['"])[^\S\n]*)(?!(?i:{OF_HTTP}):)({NAME})(:[^\S\n]*)(?!//)([^\s'"][^\n'"]*)""")
 # `name=value`, and `"name": "value"` as in JSON.
 ANY = rf"""{QUOTED}|\([^()]*\)|\[[^][]*\]|\{{[^{{}}]*\}}"""
-ASSIGNED = re.compile(
-    rf"""(?<![\w/])(?<!\w-)([^\W\d][\w-]*)(=)({ANY}|[^\s,;&'")\]}}]+)|(?<=["'])([\w-]+)(["']\s*:\s*)({ANY}|\d+)"""
-)
+ASSIGNED = re.compile(r"""(?<![\w/])(?<!\w-)([^\W\d][\w-]*)=|(?<=["'])([\w-]+)["']\s*:\s*""")
+ASSIGNED_VALUE = re.compile(rf"""{ANY}|[^\s,;&'")\]}}]+""")
+VALUE_OF_JSON = re.compile(rf"{ANY}|\d+")
+SCHEMA = re.compile(r"""\{\s*["'](?:type|\$ref|anyOf|enum|description)["']\s*:(?!.*["']default["'])""", re.DOTALL)
 IN_JSON = re.compile(rf"""(?<=["'])([\w-]+)(["']\s*:\s*)({QUOTED}|\d+)""")
 NAMED_IN_JSON = re.compile(
     rf"""(["'](?:name|key|header)["']\s*:\s*["']([\w-]+)["']\s*,\s*["']value["']\s*:\s*)({QUOTED}|\d+)"""
@@ -107,6 +109,26 @@ def without_tokens(text: str) -> str:
     return _without_assigned(_masked_everywhere(text))
 
 
+def is_header(name: str, value: str) -> bool:
+    """
+    Whether a text is the secret of a header. A sentence is none, nor is what stands for one (`Bearer <token>`), nor a
+    cookie without a value.
+
+    Args:
+        name (`str`):
+            The header's name.
+        value (`str`):
+            The text.
+    """
+    schemed = re.sub(rf"(?i)^{SCHEME}", "", value)
+    odd = has_odd_words(schemed) or schemed.endswith("=")
+    if not is_secret(name) or PLACEHOLDER.fullmatch(schemed) or (schemed in NOTHING):
+        return False
+    if "cookie" in name.lower():
+        return odd or "=" in value
+    return odd or not (len(schemed.split()) > 1 or is_secret(schemed))
+
+
 def is_user(text: str) -> bool:
     """Whether what follows an option for a user holds the password as well: not so `1000:1000` or a host with a port."""
     return bool(USER_AND_PASSWORD.fullmatch(text)) and not NUMBERED.fullmatch(text)
@@ -116,8 +138,8 @@ def _masked_everywhere(text: str) -> str:
     text = USER_WITHOUT_SCHEME.sub(HIDDEN, USER.sub(rf"\1{HIDDEN}@", text))
     text = PARAMETER.sub(_masked_parameter, ADDRESSES.sub(_masked_path, HOOK.sub(rf"\1{HIDDEN}", text)))
     text = NAMED_IN_JSON.sub(lambda match: f"{match[1]}{_masked_part(match[2], match[3])}", text)
-    text = HEADER.sub(lambda match: match[1] + match[2] + (HIDDEN if is_secret(match[1]) else match[3]), text)
-    text = SCHEMED.sub(lambda match: match[1] + HIDDEN, text)
+    text = HEADER.sub(lambda match: match[1] + match[2] + _masked_header(match[1], match[3]), text)
+    text = SCHEMED.sub(lambda match: match[1] + _masked_header(match[2], match[3]), text)
     text = PART.sub(lambda match: f"{match[1]}={_masked(match[1], match[2])}", text)
     text = OPTION.sub(lambda match: match[1] + match[2] + _masked_option(match[2], match[3]), text)
     text = USER_GIVEN.sub(lambda match: match[1] + (HIDDEN if is_user(match[2]) else match[2]), text)
@@ -131,12 +153,15 @@ def _masked(name: str, value: str) -> str:
     return f"{quote}{HIDDEN}{quote}" if is_secret_beside(name, value.strip("'\"")) else value
 
 
+def _masked_header(name: str, value: str) -> str:
+    return HIDDEN if is_header(name, value) else value
+
+
 def _masked_option(option: str, value: str) -> str:
     """As `_masked`. With spaces around the sign it may be code, `password == x` or `password = config.password`."""
-    if option.rstrip().endswith("=") and option != option.replace(" ", ""):
-        if value.startswith("=") or option.strip("= ") == "key" or is_secret(re.split(r"[(\[]", value)[0]):
-            return value
-    return _masked(option, value)
+    spaced = re.search(r"\s=|=\s", option) is not None
+    code = CODE.match(value) or is_secret(value) or option.strip("= ") == "key"
+    return value if spaced and code else _masked(option, value)
 
 
 def _masked_part(name: str, value: str) -> str:
@@ -159,18 +184,28 @@ def _masked_parameter(match: re.Match[str]) -> str:
 
 
 def _without_assigned(text: str) -> str:
-    return ASSIGNED.sub(_masked_assignment, text)
+    shown, end = "", 0
+    for match in ASSIGNED.finditer(text):
+        name = match[1] or match[2]
+        if match.start() < end or not (is_secret(name) or is_doubtful(name)):
+            continue
+        value = (ASSIGNED_VALUE if match[1] else VALUE_OF_JSON).match(text, match.end())
+        if value is None:
+            continue
+        masked = _masked_assigned(name, value[0])
+        if masked != value[0]:
+            shown += text[end : value.start()] + masked
+            end = value.end()
+    return shown + text[end:]
 
 
-def _masked_assignment(match: re.Match[str]) -> str:
-    name, sign, value = match.groups()[:3] if match[1] else match.groups()[3:]
+def _masked_assigned(name: str, value: str) -> str:
     said = value.strip("'\"")
     number = said.replace(".", "").isdigit() and not (said.isdigit() and may_be_number(name))
     if value[0] in "([{" and is_doubtful(name):
-        return f"{name}{sign}{re.sub(QUOTED, lambda part: _masked(name, part[0]), value)}"
-    if value[0] in "([{" and not is_secret(name):
-        return f"{name}{sign}{value[0]}{_without_assigned(value[1:])}"
-    if said in NOTHING or number or not (is_secret(name) or is_secret_beside(name, said)):
-        return f"{name}{sign}{_without_assigned(value)}"
+        return re.sub(QUOTED, lambda part: _masked(name, part[0]), value)
+    opens = is_secret(name) or is_secret_beside(name, said)
+    if said in NOTHING or number or PLACEHOLDER.fullmatch(said) or SCHEMA.match(value) or not opens:
+        return value
     quote = value[0] if value[0] in "'\"" else ""
-    return f"{name}{sign}{quote}{HIDDEN}{quote}"
+    return f"{quote}{HIDDEN}{quote}"
