@@ -888,6 +888,8 @@ def test_errors_of_the_disk_by_name(tmp_path, monkeypatch):
             assert is_storage_error(error)
             assert what_happened(error, tmp_path / "none").startswith(said)
     (of_pytorch,) = errors["[enforce fail"]
+    named = OSError(errno.ENOSPC, "No space", "/a  b ")
+    assert what_happened(named, tmp_path).endswith("No space: '/a  b ')"), "a folder's name stays as it is"
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     assert what_happened(of_pytorch, tmp_path).startswith("the disk is full ([enforce")
     monkeypatch.setattr(os, "statvfs", lambda folder: SimpleNamespace(f_flag=os.ST_RDONLY))

@@ -68,6 +68,8 @@ SECRET_NAMES = """
     slack_webhook webhook_url discordwebhook
     pin_code PIN-Code pincode pinNumber access_code otp_code sid connect.sid TWILIO_SID sig X-Sig login dbLogin
     private_pem privatePem seed_phrase mnemonic
+    totp_seed otpSeed recovery_codes recovery_code backupCodes join_code invite_code ssh_private RSA_PRIVATE pkcs12 pfx
+    fernet fernet_key hmac_key tkn hf_tkn passwort dbPasswort Kennwort mot_de_passe motDePasse contraseña senha
 """
 PLAIN_NAMES = """
     tokenizer tokenizer_name max_tokens num_tokens tokens eos_token pad_token pad_token_id bos_token image_token
@@ -78,6 +80,8 @@ PLAIN_NAMES = """
     token_ids attn_implementation pin_memory dataloader_pin_memory spin salted saltiness signature_columns
     input_signature sasquatch authors authority auth_type session session_name cookiecutter webhook_name pwm SESSION user_session
     code error_code code_prompt pin_memory_code sigma sign side sidecar inside signal pem cert login_url relogins
+    seed data_seed seeds codes language_code join private access_type hf_type tok tokens_seed pkcs12_path eos_tkn hmac
+    password_strength_reward secret_word_rewards token_length password_policy passwordRegex hashing_key routingKey
     private_dataset phrase stop_tokens api_version session_keys_per_step
 """
 
@@ -251,6 +255,35 @@ def test_a_session_is_a_secret_if_it_looks_like_one():
     assert without_secrets(kept) is kept
 
 
+FOLDERS = """
+    hf_runs hf_models hf_cache hf_experiments2024 hf_baselineexperimentswithgrpo hf_run_Qwen3_seed42 sk-learn-run
+    sk-learn-baselineexperiments1 sk-qwen2x5b-lr1e5-seed3 sk-learn-baseline-BalancedGroups xai-explanationsofrewards
+    r8_experimentsofgroups2024 dapiexperiments20240501 SG.experimentsofgroups sk-2024-05-01-baselineexperiments
+"""
+MADE_UP = "Ab3xY9kLm2Qw8Zr5"
+TOKENS = f"""
+    hf_aBcDeFgHiJkLmN hf_abcdef1ghijkl hf_SECRETOFTHEHUB sk-{MADE_UP} sk-proj-{MADE_UP}_{MADE_UP} sk-0f1e2d3c4b5a69788796
+    sk-ant-api03-{MADE_UP}-{MADE_UP}AA sk-or-v1-0f1e2d3c4b5a69788796 r8_{MADE_UP} dapi0f1e2d3c4b5a69788796 xai-{MADE_UP}
+    nvapi-{MADE_UP} pplx-{MADE_UP} SG.{MADE_UP}.{MADE_UP} ya29.{MADE_UP} lsv2_pt_{MADE_UP}_0f1e2d3c4b dop_v1_{MADE_UP}
+"""
+
+
+@pytest.mark.parametrize("folder", FOLDERS.split())
+def test_folders_are_no_tokens(folder):
+    """In messages, or their advice could not be used, and among settings."""
+    for text in (folder, f"output_dir=/x/{folder}: is a file", f"push it with trl-cancel push '/x/{folder}/a'"):
+        assert without_tokens(text) == text
+        assert without_secrets([text]) == [text]
+
+
+@pytest.mark.parametrize("token", TOKENS.split())
+def test_tokens_by_their_looks(token):
+    for text in ("{0}", "is {0} one?", "/x/{0}", "{0}."):
+        shown = text.format("***")
+        assert without_tokens(text.format(token)) == shown
+        assert without_secrets({"a": [text.format(token)]}) == {"a": [shown]}
+
+
 KEY = "-----BEGIN {0}PRIVATE KEY{1}-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,AB\n\nMIIS3CRET\n-----END {0}"
 
 
@@ -270,6 +303,12 @@ def test_private_keys_by_any_name(kind):
     ("text", "shown"),
     [
         ("a=1,token=S3CRET", "a=1,token=***"),
+        ("auth: S3CRET", "auth: ***"),
+        ("PIN: 1234", "PIN: ***"),
+        ("Cookie: theme=dark", "Cookie: ***"),
+        ("Authorization: Bearer word", "Authorization: ***"),
+        ("x-api-key: word", "x-api-key: ***"),
+        ("https://bucket.org/key/" + "9f86d081884c7d65", "https://bucket.org/key/***"),
         ("token=S3CRET,betas=(0.9,0.95)", "token=***,betas=(0.9,0.95)"),
         ("key = S3CRET, auth=hunter2 pin=1234", "key = S3CRET, auth=*** pin=***"),
         ("f(token=S3CRET) session=SECRET", "f(token=*** session=***"),
@@ -282,6 +321,21 @@ def test_private_keys_by_any_name(kind):
         ("db_password: S3CRET\ntoken: S3CRET", "db_password: ***\ntoken: ***"),
         ('{"token": "S3CRET", "PIN": 1234, "a": "b"}', '{"token": "***", "PIN": ***, "a": "b"}'),
         ("[{'name': 'api_key', 'value': 'S3CRET'}]", "[{'name': 'api_key', 'value': '***'}]"),
+        (
+            "[default]\naws_secret_access_key = S3CRET\nregion = a",
+            "[default]\naws_secret_access_key = ***\nregion = a",
+        ),
+        ('password = "S3CRET"; PASSWORD =word, a = 1', 'password = "***"; PASSWORD =***, a = 1'),
+        ("token = S3CRET password= S3CRET", "token = *** password= ***"),
+        ("bearer S3CRET, BEARER hf_SECRET and Bearer S3CRET", "bearer *** BEARER *** and Bearer ***"),
+        ("Authorization=Basic S3CRET== x", "Authorization=*** x"),
+        ("authorization: basic S3CRET==", "authorization: ***"),
+        ("curl -u me:S3CRET --proxy-user=me:word http://host", "curl -u *** --proxy-user=*** http://host"),
+        ("['curl', '-u', 'me:S3CRET']", "['curl', '-u', '***']"),
+        (
+            "resume_from_checkpoint=/x/password=S3CRET/checkpoint-2",
+            "resume_from_checkpoint=/x/password=***/checkpoint-2",
+        ),
     ],
 )
 def test_secrets_within_texts(text, shown):
@@ -300,6 +354,16 @@ def test_secrets_within_texts(text, shown):
         '{"token": "<s>", "key": "name", "max_tokens": "S3CRET", "api_key": 8, "sort_key": "S3CRET"}',
         "{'name': 'lr', 'value': 'S3CRET'}, {'name': 'token', 'value': 'word'}",
         "10:30 and https://host/cookie: no",
+        "if password == b: password = config.password, a.token = b.get(S3CRET), key = row['key'], password= a=1",
+        "the bearer of news, docker run -u 1000:1000 -u host.org:8000 -u http://a, python -u run.py a:b",
+        "/data/key=S3CRET/token=word/rows",
+        "s3://bucket/key/9f86d081884c7d659a2feaa0c55ad015/token/gs://secret/9f86d081884c7d65",
+        "auth: v2run",
+        "pin:3",
+        "lr=1e-4,pin=3,auth=v2run,token=$HF_TOKEN,api_key=${API_KEY},password=<password>",
+        "Cookie: chocolate chip",
+        "Answer with Cookie: chocolate chip or Cookie: none",
+        "Set Authorization: Bearer <token> and then Authorization: Bearer token",
     ],
 )
 def test_texts_that_name_no_secret(text):
@@ -340,6 +404,120 @@ def test_names_and_values_beside_each_other():
         ("token", 3),
     ]
     assert without_secrets(kept) is kept
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("aws_secret_access_key = S3CRET", "aws_secret_access_key = ***"),
+        ("password= 'S3CRET'.", "password= '***'."),
+        ("Authorization=Basic S3CRET==", "Authorization=***"),
+        ("bearer S3CRET", "bearer ***"),
+        ("['-u', 'me:S3CRET']", "['-u', '***']"),
+        (
+            "resume_from_checkpoint=/x/password=S3CRET/checkpoint-2",
+            "resume_from_checkpoint=/x/password=***/checkpoint-2",
+        ),
+        ("args=--password=S3CRET note='--password=S3CRET'", "args=--password=*** note='--password=***'"),
+        ("a=" * 5000, "a=" * 5000),
+        ("export HF_TOKEN=$TOKEN", "export HF_TOKEN=$TOKEN"),
+        ("no /data/key=S3CRET/rows", "no /data/key=S3CRET/rows"),
+    ],
+)
+def test_secrets_within_messages(text, shown):
+    assert without_tokens(text) == shown
+
+
+def test_users_of_commands_and_addresses_that_are_keys():
+    args = ["curl", "-u", "me:S3CRET", "--user", "me:word"]
+    assert without_secrets(args, "***") == ["curl", "-u", "***", "--user", "***"]
+    kept = {
+        "a": ["docker", "-u", "1000:1000", "-u", "note: a", "--user", "me", "x:y"],
+        "http://host:80": 1,
+        ("a", 2): 3,
+    }
+    assert without_secrets(kept) is kept
+    hosts = {"https://u:S3CRET@h": 1, ("x://S3CRET@h", 0): 2, "https://u:0TH3R@h": 3, "a": 4}
+    shown = {"https://***@h": 1, ("x://***@h", 0): 2, "https://***@h'": 3, "a": 4}
+    assert list(without_secrets({"x": hosts})["x"].items()) == list(shown.items())
+    assert without_secrets(defaultdict(list, hosts)) == shown
+    assert without_secrets({"recovery_codes": [12345678, "ab"]}, "***") == {"recovery_codes": "***"}
+
+
+def test_pairs_of_texts_are_headers_if_they_look_so():
+    """By themselves, only with a value that is made up; in a list of pairs, with any."""
+    hidden = [
+        ["password", "hunter2"],
+        ("PIN", "1234"),
+        ["Authorization", "Basic X=="],
+        ["Authorization", "Bearer S3CRET"],
+    ]
+    for pair in hidden:
+        assert without_secrets({"a": pair}, "***") == {"a": type(pair)([pair[0], "***"])}
+    assert without_secrets([("Cookie", "word"), ["Authorization", "Bearer word"], ["a", "b"]]) == [
+        ("Cookie", None),
+        ["Authorization", None],
+        ["a", "b"],
+    ]
+    kept = [
+        *(
+            ["Password:", "User2:"],
+            ["Authorization: ", "key: value"],
+            ["secret", "agent"],
+            ["secret", "a number of words"],
+        ),
+        *(["password", "token"], ["Authorization", "Bearer <token>"], [("auth", "none"), ("key", "value")]),
+        ["run", "--password", "--user2"],
+    ]
+    for values in kept:
+        settings = {"stop_strings": values}
+        assert without_secrets(settings) is settings
+    # Choices that read like arguments are taken for some.
+    assert without_secrets({"guided_choice": ["password=abc1", "a=b"]}) == {"guided_choice": ["password=***", "a=b"]}
+
+
+def test_schemas_stay_readable():
+    """Those of tools and of structured outputs; what a parameter is by default may be a secret."""
+    kinds: list[dict[str, Any]] = [
+        {"type": "string", "minLength": 8, "title": "Password"},
+        {"type": ["string", "null"], "enum": ["a", "b"]},
+        {"$ref": "#/$defs/Password"},
+        {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        {"description": "what opens the door"},
+        {"type": "object", "properties": {"token": {"type": "string"}}, "required": ["token", "pin"]},
+    ]
+    for kind in kinds:
+        tool = {"name": "login", "parameters": {"properties": {"password": kind, "token": kind, "pin": kind}}}
+        settings = {"tools": [{"type": "function", "function": tool}]}
+        assert without_secrets(settings) is settings
+    assert without_tokens(f"not {json.dumps({'password': kinds[0]})}") == f"not {json.dumps({'password': kinds[0]})}"
+    with_default = {"properties": {"password": {"type": "string", "default": "S3CRET", "examples": ["S3CRET"]}}}
+    assert without_secrets(with_default) == {
+        "properties": {"password": {"type": "string", "default": None, "examples": None}}
+    }
+    assert "S3CRET" not in without_tokens(json.dumps(with_default))
+    account = {"type": "service_account", "client": "S3CRET"}
+    described = {"description": "a", "user": "S3CRET", "properties": {"password": "S3CRET"}}
+    assert without_secrets({"credentials": account, "auth": described}, "***") == {
+        "credentials": "***",
+        "auth": {"description": "a", "user": "***", "properties": {"password": "***"}},
+    }
+
+
+def test_names_of_columns_and_fields():
+    kept = {"column_names": {"key": "prompt_v2", "token": "t5", "password": "pw"}, "routing_key": "user_id"}
+    assert without_secrets(kept) is kept
+    assert without_secrets({"columns": {"key": "S3CRET"}, "a": {"hashing_key": "S3CRET"}}) == {
+        "columns": {"key": None},
+        "a": {"hashing_key": None},
+    }
+
+
+def test_names_that_say_little_without_a_value():
+    for name in ("hf_access", "hf_tok", "hmac", "webhook_hmac"):
+        assert without_secrets({name: "S3CRET"}) == {name: None}
+        kept = {name: "read", "a": {name: "sha256"}}
+        assert without_secrets(kept) is kept
 
 
 class Pair(NamedTuple):
@@ -471,7 +649,7 @@ def test_errors_that_quote_a_token_are_no_causes():
     inner, outer, plain = ValueError("b'Bearer hf_SECRET'"), RuntimeError("no connection"), OSError("no")
     outer.__context__ = inner
     assert quotable(outer) is quotable(inner) is None
-    plain.add_note("of hf_SECRET")
+    plain.add_note("of hf_SECRETOFTHEHUB")
     assert quotable(plain) is None
     assert quotable(OSError("no answer from http://user:SECRET@host")) is None
     assert isinstance(quotable(OSError("no")), OSError)

@@ -11,6 +11,7 @@ from pathlib import Path
 JOINERS = "\u200c\u200d"
 UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 ESCAPES = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
+LINE_FEEDS = re.compile(r" *[\t\n\v\f\r\x1c-\x1f\x85\u2028\u2029]\s*")
 MARKUP = re.compile(r"[\\`*\[\]<>|~&$]|(?<![^\W_])_|_(?![^\W_])|(?<=:)/(?=/)|(?<=\bwww)\.")
 
 
@@ -39,6 +40,17 @@ def plain(text: object, lines: bool = False) -> str:
         character if (lines and character in "\n\t") or not _is_unseen(character) else _escape(character)
         for character in text
     )
+
+
+def one_line(text: object) -> str:
+    """
+    A text in one line, in which spaces stay as they are, since names of folders may have several.
+
+    Args:
+        text (`object`):
+            The text, or what is made one.
+    """
+    return LINE_FEEDS.sub(" ", str(text)).strip()
 
 
 def markdown(text: object) -> str:

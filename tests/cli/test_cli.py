@@ -272,6 +272,10 @@ MISTAKES = {
         ["train", *flags(**{**QUICK, "reward_funcs": "rewards/grader.py"})],
         " Give rewards.grader.FUNCTION.",
     ),
+    "reward at an address": (
+        ["train", *flags(**{**QUICK, "reward_funcs": "https://u:SECRET@h"})],
+        "reward_funcs=https://***@h: is an address; give a function of TRL's or your own by its dotted path, module.func",
+    ),
     "argument of the model": (
         ["train", *flags(**{**QUICK, "model_init_kwargs": '{"openai_key": "SECRET"}'})],
         "model_init_kwargs: unknown argument 'openai_key', which Qwen3ForCausalLM does not take.",
@@ -297,6 +301,10 @@ MISTAKES = {
     "line feed": (
         ["train", *flags(**{**QUICK, "model_name_or_path": "./a\nb"})],
         "model_name_or_path=./a\\nb: there is no such folder.",
+    ),
+    "spaces in a folder's name": (
+        ["train", *flags(**{**QUICK, "model_name_or_path": "./hf_runs/a  b "})],
+        "model_name_or_path=./hf_runs/a  b : there is no such folder.",
     ),
     "address of a model": (
         ["train", *flags(**{**QUICK, "model_name_or_path": "https://huggingface.co/a/b"})],

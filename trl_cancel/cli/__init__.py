@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from ..running.secrets import quotable, without_tokens
-from ..texts import plain
+from ..texts import one_line, plain
 from ..version import __version__
 
 
@@ -80,13 +80,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _one_line(text: str, arguments: list[str]) -> str:
-    """A message in one line, in which line feeds and tabs of what was given can be seen."""
+    """A message in one line, in which line feeds and tabs of what was given can be seen, and spaces are as given."""
     given = {
         part for argument in arguments for part in (argument, argument.partition("=")[2]) if not part.isprintable()
     }
     for part in sorted(given, key=len, reverse=True):
         text = text.replace(part, plain(part))
-    return " ".join(text.split())
+    return one_line(text)
 
 
 def _help() -> str:

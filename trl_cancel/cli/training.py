@@ -503,6 +503,10 @@ def _refuse_file(name: str) -> None:
     """Refuses what names a file, with the dotted path that may be meant."""
     if os.sep not in name and ":" not in name and not name.endswith(".py"):
         return
+    if "://" in name or "@" in name:
+        raise UsageError(
+            f"reward_funcs={name}: is an address; give a function of TRL's or your own by its dotted path, module.function."
+        )
     file, _, function = name.partition(".py")
     path = Path(file).expanduser()
     inside = path.resolve().is_relative_to(Path.cwd())

@@ -4,6 +4,7 @@ Which names are those of secrets, word by word: `openai_key`, `my_pat` and `apiK
 """
 
 import re
+import unicodedata
 from itertools import pairwise
 from typing import Any
 
@@ -19,20 +20,27 @@ SECRETS = _words(
     password passwords passwd pwd passphrase passcode passkey secret secrets credential credentials cred creds
     authorization bearer cookie cookies csrf xsrf pat pats apikey apikeys apitoken accesskey accesstoken authtoken
     hftoken secretkey privatekey jwt sessionid sessid jsessionid phpsessid pincode mnemonic
+    passwort kennwort motdepasse contrasena senha wachtwoord losenord
     """
 )
 # Words that do so at the end, and in a name of two words.
-LAST = _words("auth authentication login oauth otp pass pin pw salt sas sid sig signature totp webhook webhooks")
+LAST = _words(
+    "auth authentication fernet login oauth otp pass pfx pin pkcs pw salt sas sid sig signature tkn totp webhook webhooks"
+)
 ENDS = LAST | {"key", "token"}
+CODES = _words("access auth backup invitation invite join otp pin recovery scratch security verification")
 PAIRS = {
     *(("pass", other) for other in ("word", "words", "phrase", "code")),
-    *((first, "code") for first in ("pin", "access", "auth", "otp", "security", "verification")),
-    *(("pin", "number"), ("session", "id"), ("private", "pem"), ("seed", "phrase"), ("recovery", "phrase")),
+    *((first, last) for first in CODES for last in ("code", "codes")),
+    *((first, last) for first in ("seed", "recovery") for last in ("phrase", "phrases")),
+    *((first, "seed") for first in ("mfa", "otp", "totp", "wallet")),
+    *((first, "private") for first in ("gpg", "pgp", "rsa", "ssh", "ssl", "tls")),
+    *(("pin", "number"), ("session", "id"), ("private", "pem")),
 }
 # Under these, texts that look like a secret are some; settings, columns and vocabularies are called so as well.
-DOUBTFUL = _words("keys session sessions tokens")
+DOUBTFUL = _words("hmac keys session sessions tokens")
 # Of these the value may be a number, which elsewhere opens nothing.
-NUMBERS = ("code", "otp", "pass", "passwd", "password", "pin", "pinnumber", "pw", "pwd")
+NUMBERS = ("code", "codes", "otp", "pass", "passwd", "password", "pin", "pinnumber", "pw", "pwd")
 # What tokens and keys open. `access_key_id` is one too.
 OPENERS = _words(
     """
@@ -42,13 +50,22 @@ OPENERS = _words(
     ssh ssl tavily telegram tls user wandb write read xai
     """
 )
+# What is done by such a key; it is a column or a field more often than a secret.
+SORTING = _words("bucketing grouping hashing ordering partitioning routing sharding")
+# A name that ends so tells about a secret.
+ABOUT = _words("length pattern policy regex required reward rewards score strength threshold weight weights")
+# Under these, names stand beside names.
+COLUMNS = _words("column columns features")
+# After what opens something, these are doubtful, too.
+SHORT = _words("access tok")
 # What stands before `key`, `token` or `pass` without anything between, as in `sshkey`: `monkey` is none.
 GLUED = OPENERS | _words(
     "admin app basic csrf xsrf database db ftp http https mail mongo my mysql pg postgres proxy redis root smtp sql"
 )
 GLUE = re.compile(
-    r"\w*(?:api_?keys?|passwords?|passwd|passphrase|secrets?|sessionid|sessid)"
-    r"|(?:my)?(\w*?)(?:keys?|tokens?|pass|pwd?|creds?|auth|cookies?|webhooks?)"
+    r"\w*(?:api_?keys?|passwords?|passwd|passphrase|secrets?|sessionid|sessid"
+    r"|passwort|kennwort|motdepasse|contrasena)"
+    r"|(?:my)?(\w*?)(?:keys?|tokens?|tkn|pass|pwd?|creds?|auth|cookies?|webhooks?)"
 )
 # Words before `token` and `key` that make them parts of a vocabulary, of data or of attention.
 TOKENS_OF_TEXT = _words(
@@ -86,6 +103,7 @@ NO_SECRET_AFTER = {
     "pass": PASSES_OF_DATA,
     "sig": SIGNATURES_OF_CODE,
     "signature": SIGNATURES_OF_CODE,
+    "tkn": TOKENS_OF_TEXT,
     "token": TOKENS_OF_TEXT,
     "tokens": TOKENS_OF_TEXT,
 }
@@ -94,8 +112,12 @@ WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 # A part of a name, a column or a token of a vocabulary: a word with numbers before or after it, or as `word2vec`.
 WORD = r"[A-Z]?[a-z]{1,20}|[A-Z]?[a-z]{2,20}(?:[A-Z][a-z]{2,20})+"
 PLAIN = re.compile(rf"\d*(?:(?:{WORD})(?:[24][a-z]{{1,20}})?)?\d{{0,5}}|\d+|\w{{1,3}}")
-PLAIN_WORD = re.compile(rf"{WORD}|\d+|\w{{1,3}}")  # `hunter2` is none
+PLAIN_WORD = re.compile(rf"{WORD}|v\d+[a-z]{{0,9}}|\d+|\w{{1,3}}")  # `v2run`, but not `hunter2`
+# Words, of any length, and their numbers, as they stand in names of folders and runs.
+NAMED_SO = re.compile(r"\d*(?:[a-z]+[24])?[a-z]*(?:[A-Z][a-z]{2,})*\d{0,8}|\d+")
 SPECIAL = re.compile(r"[<\[].*[>\]]", re.DOTALL)
+PLACEHOLDER = re.compile(r"<[\w -]+>|\$?\{\w+\}|\$[A-Z][A-Z_]+")  # for a secret
+FOUR_DIGITS = re.compile(r"\d{4,}")
 NOTHING = ("", "None", "null", "True", "False", "true", "false", HIDDEN)
 
 
@@ -110,8 +132,10 @@ def is_secret(name: Any) -> bool:
     if not isinstance(name, str):
         return False
     words = words_of(name)
-    if not words or SECRETS.intersection(words) or any(map(_is_glued, {*words, "".join(words)})):
-        return bool(words)
+    if not words or words[-1] in ABOUT:
+        return False
+    if SECRETS.intersection(words) or any(map(_is_glued, {*words, "".join(words)})):
+        return True
     *before, last = words
     if any(first in OPENERS and second in ("key", "token") for first, second in pairwise(words)):
         return last not in ("file", "path", "name", "type", "url", "len", "length")
@@ -119,6 +143,8 @@ def is_secret(name: Any) -> bool:
         return bool(before) and before[-1] in OPENERS
     if (before and (before[-1], last) in PAIRS) or ({"webhook", "webhooks"}.intersection(before) and last in ADDRESS):
         return True
+    if last == "key" and SORTING.intersection(before):
+        return False
     return last in ENDS and not NO_SECRET_AFTER.get(last, frozenset()).intersection(before)
 
 
@@ -133,6 +159,8 @@ def is_doubtful(name: Any) -> bool:
     """
     *before, last = (words_of(name) if isinstance(name, str) else []) or [""]
     of_data = NO_SECRET_AFTER.get(last, frozenset())
+    if before and ((before[-1] in OPENERS and last in SHORT) or (before[-1] in SORTING and last == "key")):
+        return True
     return last in DOUBTFUL and len(before) < 2 and not any(word in of_data or word[:-1] in of_data for word in before)
 
 
@@ -147,15 +175,17 @@ def is_secret_beside(name: str, value: str) -> bool:
         value (`str`):
             The text.
     """
-    if value in NOTHING:
+    if value in NOTHING or PLACEHOLDER.fullmatch(value):
         return False
     if is_secret(name):
-        return (
-            words_of(name)[0] not in ENDS
-            or not is_plain(value, PLAIN_WORD)
-            or (value.isdigit() and may_be_number(name))
-        )
+        number = FOUR_DIGITS.fullmatch(value) and may_be_number(name)
+        return words_of(name)[0] not in ENDS or bool(number) or not is_plain(value, PLAIN_WORD)
     return is_doubtful(name) and looks_like_secret(name, value)
+
+
+def is_of_columns(name: Any) -> bool:
+    """Whether a mapping under a name says how columns are called."""
+    return isinstance(name, str) and not COLUMNS.isdisjoint(words_of(name))
 
 
 def looks_like_secret(name: str, value: str) -> bool:
@@ -171,6 +201,16 @@ def is_plain(text: str, word: re.Pattern[str] = PLAIN) -> bool:
     return all(word.fullmatch(part) for part in re.split(r"[\W_]+", text) if part)
 
 
+def has_odd_words(text: str) -> bool:
+    """Whether a part of a text is made up by chance; `hunter2` is, too."""
+    return not all(is_plain(word, PLAIN_WORD) for word in text.split())
+
+
+def is_made_up(text: str) -> bool:
+    """Whether a long part of a name mixes digits and letters, or capitals and others, as nobody calls a folder."""
+    return any(len(part) >= 12 and not NAMED_SO.fullmatch(part) for part in re.split(r"[\W_]+", text))
+
+
 def may_be_number(name: str) -> bool:
     """Whether a number under the name of a secret is one: a PIN, but not a bare `pass`."""
     joined = "".join(words_of(name))
@@ -179,7 +219,12 @@ def may_be_number(name: str) -> bool:
 
 def words_of(name: str) -> list[str]:
     """The words of a name, without what tells one of several secrets from the others: `token2`, `api_key_prod`."""
-    return [word.lower() for word in WORDS.findall(VARIANT.sub("", name))]
+    letters = name if name.isascii() else _without_accents(name)
+    return [word.lower() for word in WORDS.findall(VARIANT.sub("", letters))]
+
+
+def _without_accents(name: str) -> str:
+    return "".join(letter for letter in unicodedata.normalize("NFKD", name) if not unicodedata.combining(letter))
 
 
 def _is_glued(word: str) -> bool:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from ..texts import one_line
+
 
 STORAGE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
@@ -36,7 +38,7 @@ def what_happened(error: BaseException, folder: Path) -> str:
         folder (`Path`):
             What was written to.
     """
-    said = " ".join(str(error).split())
+    said = one_line(error)
     meanings = [meaning for number, meaning in MEANINGS.items() if number in _numbers(error)]
     if not meanings and not _numbers(error):  # of PyTorch, which does not tell one from the other
         meanings = list(_state_of_disk(folder))
