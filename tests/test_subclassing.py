@@ -103,6 +103,8 @@ class LossInputs:
 class OwnLoss:
     """With TRL's forward pass, without its loss."""
 
+    takes_token_advantages = True
+
     def _compute_loss(self, model, inputs):
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
@@ -115,6 +117,8 @@ class OwnLoss:
 
 class OwnPass:
     """With a forward pass and a loss of its own."""
+
+    takes_token_advantages = True
 
     def _compute_loss(self, model, inputs):
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)

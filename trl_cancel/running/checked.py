@@ -1,13 +1,13 @@
 """The trainer's part that refuses data, reward functions and tokenizers that do not fit together."""
 
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from accelerate.logging import get_logger
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 
-from ..upstream.hooks import is_overridden
+from ..upstream.hooks import overridden
 from ..upstream.trl import WAY_OF_ROWS
 from . import ignored
 from .inputs import (
@@ -33,7 +33,6 @@ class Checked(GRPOTrainer):
     """The part of [`CancelGRPOTrainer`] that looks at what it is given, as early as it can be seen."""
 
     args: Any
-    _base: ClassVar[type]  # `CancelGRPOTrainer`, whose hooks users override
 
     def _check_given(self) -> None:
         """Refuses a tokenizer that lacks what the run needs, once it is loaded."""
@@ -135,7 +134,7 @@ class Checked(GRPOTrainer):
 
     def _is_trls(self, *methods: str) -> bool:
         """Whether some methods are as they stand here or in TRL's trainer, and not a user's."""
-        return not any(is_overridden(self, name, self._base) for name in methods)
+        return not overridden(self, methods)
 
     def _calculate_rewards(self, *args, **kwargs):
         functions, names = self.reward_funcs, self.reward_func_names
