@@ -6,16 +6,19 @@ it gets from TRL's.
 """
 
 import logging
+from functools import partial
 
 import pytest
 import torch
 import trl
 from accelerate.logging import MultiProcessAdapter
+from transformers import TrainerCallback
+from trl.experimental.gmpo import GMPOTrainer
 
 from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer, NTHRTrainer
 
 from .methods import FirstTokens
-from .runs import OFF_POLICY, assert_same_weights, build, noisy_reward, train, trained_by_trl
+from .runs import OFF_POLICY, assert_same_weights, build, noisy_reward, train, trained_by_trl, weights_of
 
 
 class Rewards:
@@ -479,3 +482,235 @@ def test_off_policy_mask_of_an_override_decides(tiny_model):
     settings = {**SEQUENCE, **SPLIT, "group_weights": "min", "group_weights_trust_region": "none"}
     mine = train(tiny_model, KeepsAll, **settings, off_policy_mask_threshold=1e-9)
     assert_same_weights(mine.weights, train(tiny_model, **settings).weights)
+
+
+class OfTrl:
+    """A loss as TRL's users write it, for advantages of rollouts."""
+
+    def _compute_loss(self, model, inputs):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        logps, _, _ = self._get_per_token_logps_and_entropies(model, ids, mask, inputs["completion_ids"].size(1))
+        ratio = torch.exp(logps - logps.detach())
+        return -(ratio * inputs["advantages"].unsqueeze(1) * inputs["completion_mask"]).mean()
+
+
+@pytest.mark.parametrize("other", [OfTrl, GMPOTrainer])
+def test_a_loss_of_rollouts_gets_no_advantages_of_tokens(tiny_model, other):
+    """They would broadcast to (B, B, T) in silence."""
+    mine = type("Mine", (other, CancelGRPOTrainer), {})
+    for credit in ({"nthr": True}, {"delta_credit": True}):
+        name = next(iter(credit))
+        with pytest.raises(ValueError, match=rf"{other.__name__}\._compute_loss .* but {name}=True gives it inputs"):
+            build(tiny_model, mine, **SIZES, **credit)
+    with pytest.raises(ValueError, match="but the token credit FirstTokens gives it inputs"):
+        build(tiny_model, mine, **SIZES, arguments={"credits": [FirstTokens()]})
+    build(tiny_model, type("Mine", (mine,), {"takes_token_advantages": True}), **SIZES, nthr=True)
+    build(tiny_model, mine, **SIZES, advantage_sign="positive", max_completion_entropy=5.0)
+
+
+def test_a_credit_of_rollouts_gives_no_advantages_of_tokens(tiny_model):
+    class Halved:
+        scope, by_rollout, columns = "rollout", True, 1
+
+        def coefficients(self, rollouts):
+            return torch.full((len(rollouts.mask), self.columns), 0.5)
+
+    mine, credit = type("Mine", (OfTrl, CancelGRPOTrainer), {}), Halved()
+    build(tiny_model, mine, **SIZES, arguments={"credits": [credit]}).train()
+    credit.columns = 6
+    with pytest.raises(ValueError, match="by_rollout=True promises one a rollout"):
+        build(tiny_model, mine, **SIZES, arguments={"credits": [credit]}).train()
+
+
+def in_chunks(loss, trainer, model, inputs):
+    """The micro-batch in parts, which save memory."""
+    parts = torch.arange(len(inputs["advantages"])).split(2)
+    return sum(loss(model, only(inputs, rows)) for rows in parts) / len(parts)
+
+
+def replayed(prepare, trainer, generation_batch):
+    """Every second micro-batch is the one before, again."""
+    inputs = prepare(generation_batch)
+    before, trainer.before = getattr(trainer, "before", inputs), inputs
+    return before if trainer._step % 2 else inputs
+
+
+def half(prepare, trainer, generation_batch):
+    return only(prepare(generation_batch), slice(0, None, 2))
+
+
+def only(inputs, rows):
+    return {
+        name: value[rows] if isinstance(value, torch.Tensor) and value.dim() else value
+        for name, value in inputs.items()
+    }
+
+
+def hooked(hook, function, base=CancelGRPOTrainer):
+    """A subclass with a hook that is given the one that it overrides."""
+
+    def method(self, *args):
+        return function(partial(getattr(base, hook), self), self, *args)
+
+    return type("Mine", (base,), {hook: method})
+
+
+class Numbered:
+    """Credit that tells tokens and prompts apart, and waits for a forward pass."""
+
+    scope, needs_states = "rollout", True
+
+    def coefficients(self, rollouts):
+        return numbers(vars(rollouts))
+
+
+def numbers(rows):
+    return 1.0 + rows["completion_ids"] + rows["prompt_ids"].sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("function", [in_chunks, replayed, half], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("place", ["class", "object"])
+def test_credits_are_of_the_rows_that_the_loss_is_of(tiny_model, monkeypatch, function, place):
+    """Also those that need a forward pass, which otherwise wait for that of the loss."""
+    seen, loss = [], trl.GRPOTrainer._compute_loss
+
+    def look(self, model, inputs):
+        seen.extend([inputs] * torch.is_grad_enabled())  # not those of a pass of this package's
+        return loss(self, model, inputs)
+
+    monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", look)
+    hook = "_compute_loss" if function is in_chunks else "_prepare_inputs"
+    settings = {**SIZES, "gradient_accumulation_steps": 2, "steps_per_generation": 2, "max_steps": 2}
+    make = hooked(hook, function) if place == "class" else CancelGRPOTrainer
+    trainer = build(tiny_model, make, **settings, arguments={"credits": [Numbered()]})
+    assert bool(trainer._credits.in_loss) == (place == "object")
+    if place == "object":
+        setattr(trainer, hook, partial(function, getattr(trainer, hook), trainer))
+    trainer.train()
+    assert len(seen) == (16 if function is in_chunks else 4)
+    for inputs in seen:
+        plain = inputs["rollout_advantages"].unsqueeze(1)
+        expected = torch.where(inputs["completion_mask"].bool(), plain * numbers(inputs), plain)
+        torch.testing.assert_close(inputs["advantages"], expected)
+
+
+def test_a_hook_that_is_set_while_rollouts_wait(tiny_model):
+    class Sets(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            trainer._prepare_inputs = partial(replayed, trainer._prepare_inputs, trainer)
+
+    settings = {**SIZES, "gradient_accumulation_steps": 2, "steps_per_generation": 2, "max_steps": 2}
+    trainer = build(tiny_model, **settings, nthr=True, arguments={"callbacks": [Sets()]})
+    with pytest.raises(RuntimeError, match=r"CancelGRPOTrainer\._prepare_inputs was set .* nthr=True looks at"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("settings", [{"nthr": True}, {"symmetric_clip": True, **SPLIT}], ids=str)
+def test_compute_loss_as_trl_writes_it(tiny_model, settings):
+    """It calls self._compute_loss, in a subclass or set on the object, and methods act all the same."""
+
+    def own(model, inputs, return_outputs=False, num_items_in_batch=None):
+        return trainer._compute_loss(model, inputs)
+
+    class Mine(CancelGRPOTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return self._compute_loss(model, inputs)
+
+    settings = {**SIZES, **settings}
+    trainer = build(tiny_model, **settings)
+    trainer.compute_loss = own
+    trainer.train()
+    whole, mine = train(tiny_model, **settings), train(tiny_model, Mine, **settings)
+    for weights in (trainer.model.state_dict(), mine.weights):
+        for name, value in whole.weights.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
+    assert "cancel/positive_fraction" in mine.logs[0].keys() & trainer.state.log_history[0].keys()
+
+
+@pytest.mark.parametrize("place", ["class", "object", "during the training"])
+def test_a_loss_that_is_not_this_packages(tiny_model, place, caplog):
+    """Methods that would drop out are refused before an update; metrics are left out with one warning."""
+
+    def own(model, inputs, return_outputs=False, num_items_in_batch=None):
+        return sum(weight.square().sum() for weight in model.parameters())
+
+    class Mine(CancelGRPOTrainer):
+        takes_token_advantages = True
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return own(model, inputs)
+
+    class Sets(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            trainer.compute_loss = own
+
+    def make(**settings):
+        callbacks = {"callbacks": [Sets()]} if place == "during the training" else {}
+        made = build(tiny_model, Mine if place == "class" else CancelGRPOTrainer, **settings, arguments=callbacks)
+        if place == "object":
+            made.compute_loss = own
+            made.takes_token_advantages = True
+        return made
+
+    refusal = r"symmetric_clip=True (acts there|could not act)"
+    if place == "class":
+        with pytest.raises(ValueError, match=refusal):
+            make(**SPLIT, symmetric_clip=True)
+    else:
+        trainer = make(**SPLIT, symmetric_clip=True)
+        before = weights_of(trainer.model)
+        with pytest.raises((ValueError, RuntimeError), match=refusal):
+            trainer.train()
+        assert_same_weights(before, weights_of(trainer.model))
+    with caplog.at_level(logging.WARNING):
+        trainer = make(**SIZES, delta_credit=True)
+        trainer.train()
+    assert caplog.text.count("is left out") == 1
+    assert "compute_loss computes it without this package's" in caplog.text
+    logged = {name for entry in trainer.state.log_history for name in entry}
+    assert "delta/lambda_mean" in logged
+    assert not any(name.startswith("cancel/") for name in logged)
+
+
+class Silent(trl.GRPOTrainer):
+    """Nothing to learn from."""
+
+    def _prepare_inputs(self, generation_batch):
+        inputs = super()._prepare_inputs(generation_batch)
+        return {**inputs, "advantages": inputs["advantages"] * 0}
+
+
+def test_micro_batches_of_a_class_that_stands_after_this_packages(tiny_model, monkeypatch):
+    """Also the first of each generation batch, where this package cuts it."""
+    seen = watched(monkeypatch)
+    train(tiny_model, type("Mine", (CancelGRPOTrainer, Silent), {}), **SPLIT)
+    assert len(seen) == 4
+    assert not torch.cat(seen).any()
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_num_items_of_an_override_divide_the_loss(tiny_model, rounds, monkeypatch):
+    """Also where groups are chosen, of several rounds too."""
+
+    def fewer(generate, trainer, inputs):
+        batch = generate(inputs)
+        return {**batch, "num_items_in_batch": batch["num_items_in_batch"] * 4}
+
+    settings = {**SIZES, "filter_zero_variance": True, "max_generation_rounds": rounds, "learning_rate": 0.0}
+    seen, loss = [], trl.GRPOTrainer._compute_loss
+
+    def look(self, model, inputs):
+        seen.append((inputs["num_items_in_batch"] / inputs["completion_mask"].sum()).item())
+        return loss(self, model, inputs)
+
+    monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", look)
+    reward = {"reward_funcs": noisy_reward if rounds == 1 else mostly_constant_reward}
+    run = train(tiny_model, hooked("_generate_and_score_completions", fewer), **settings, arguments=reward)
+    assert {round(value, 4) for value in seen} == {4.0}
+    assert (max(entry["balance/rounds"] for entry in run.logs[:-1]) > 1) == (rounds > 1)
+
+
+def mostly_constant_reward(completion_ids, **kwargs):
+    """So that most groups of four teach nothing."""
+    return [float(ids[0] % 17 == 0) for ids in completion_ids]

@@ -184,7 +184,8 @@ def _names(function: Any, trainer: Any, hook: str) -> set[str]:
         called = waiting.pop()
         if isinstance(called, partial):
             waiting += [called.func, *called.args]
-        names |= {called.__name__} if inspect.ismethod(called) else set()
+        if isinstance(called, str) or inspect.ismethod(called):  # for `getattr`, or of this very trainer
+            names.add(called if isinstance(called, str) else called.__name__)
         called = getattr(called, "__func__", called)
         code = getattr(called, "__code__", None)
         if code is None or code in known:
