@@ -6,8 +6,10 @@ it gets from TRL's.
 """
 
 import logging
+import re
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import trl
@@ -714,3 +716,179 @@ def test_num_items_of_an_override_divide_the_loss(tiny_model, rounds, monkeypatc
 def mostly_constant_reward(completion_ids, **kwargs):
     """So that most groups of four teach nothing."""
     return [float(ids[0] % 17 == 0) for ids in completion_ids]
+
+
+def shuffled(generate, trainer, inputs):
+    batch = generate(inputs)
+    return only(batch, torch.arange(len(inputs)).view(-1, 4).T.flatten())
+
+
+def turned(generate, trainer, inputs):
+    """Within the groups."""
+    batch = generate(inputs)
+    return only(batch, torch.arange(len(inputs)).view(-1, 4).flip(1).flatten())
+
+
+def best_and_worst(generate, trainer, inputs):
+    batch = generate(inputs)
+    order = batch["advantages"].view(-1, 4).argsort(1)[:, [0, 3]]
+    return only(batch, (order + 4 * torch.arange(len(order)).unsqueeze(1)).flatten())
+
+
+def own_rollouts(generate, trainer, inputs):
+    """Without super(): rollouts of the second prompt, and of the first, in turn."""
+    prompts = [str(row["prompt"]) for row in inputs]
+    prompt_ids = torch.tensor([[3 + prompts.index(prompt)] for prompt in prompts]).view(-1, 4).T.reshape(-1, 1)
+    completion_ids = 2 + torch.arange(len(inputs) * 3).view(-1, 3) % 7
+    return {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": torch.ones_like(prompt_ids),
+        "completion_ids": completion_ids,
+        "completion_mask": torch.ones_like(completion_ids),
+        "advantages": torch.arange(len(inputs)) % 4 - 1.5,
+        "num_items_in_batch": torch.tensor(completion_ids.numel()),
+    }
+
+
+GENERATION = "_generate_and_score_completions"
+
+
+@pytest.mark.parametrize(
+    ("function", "problem"),
+    [
+        (shuffled, "rollouts in another order than its rows"),
+        (turned, "rollouts in another order than its rows"),
+        (best_and_worst, r"\d+ rollouts where it was given \d+ rows"),
+        (own_rollouts, "rollouts of different prompts in a group"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_rollouts_that_do_not_stand_by_their_rows(tiny_model, caplog, function, problem):
+    """They are refused where a method takes them for those of their prompts; otherwise they are left to TRL, in full."""
+    make = hooked(GENERATION, function)
+    for method in ({"nthr": True}, {"filter_zero_variance": True}, {**SEQUENCE, "group_weights": "min"}):
+        name, value = list(method.items())[-1]
+        match = rf"{name}={value!r} could not act: Mine\.{GENERATION} has returned {problem}"
+        with pytest.raises(RuntimeError, match=match):
+            build(tiny_model, make, **{**(SPLIT if "group_weights" in method else SIZES), **method}).train()
+    if function is own_rollouts:
+        return  # which is TRL's own business, and this package keeps its groups whole
+    settings = {**SPLIT, "per_device_train_batch_size": 4 if function is best_and_worst else 8}
+    with caplog.at_level(logging.WARNING):
+        ours = train(tiny_model, make, **settings)
+    assert caplog.text.count("left out") == 1
+    assert re.search(
+        rf"cancel/\* and query_preserved=True are left out: Mine\.\w+ has returned {problem}", caplog.text
+    )
+    theirs = train(tiny_model, hooked(GENERATION, function, trl.GRPOTrainer), **settings)
+    assert_same_weights(ours.weights, theirs.weights)
+
+
+@pytest.mark.parametrize("settings", [{"nthr": True}, {"advantage_sign": "positive"}], ids=str)
+def test_rewards_are_those_of_the_rollouts_that_are_returned(tiny_model, settings):
+    """Of several calls of super(), of which an override takes groups."""
+    seen = []
+
+    def first_of_two(generate, trainer, inputs):
+        first, second = generate(inputs), generate(inputs)
+        width = min(first["completion_ids"].size(1), second["completion_ids"].size(1))
+        mixed = dict(first)
+        for name, value in second.items():
+            if isinstance(value, torch.Tensor) and value.dim():
+                columns = slice(None) if value.dim() == 1 or name.startswith("prompt") else slice(width)
+                mixed[name] = (
+                    torch.cat([first[name][:4], value[4:]])
+                    if value.dim() == 1
+                    else torch.cat([first[name][:4, columns], value[4:, columns]])
+                )
+        return mixed
+
+    class Watch:
+        scope, by_rollout = "group", True
+
+        def coefficients(self, rollouts):
+            ids = [ids[mask.bool()].tolist() for ids, mask in zip(rollouts.completion_ids, rollouts.mask, strict=True)]
+            seen.append((rollouts.rewards.squeeze(1).tolist(), noisy_reward(ids)))
+            return torch.ones(len(ids), 1)
+
+    make = hooked(GENERATION, first_of_two)
+    train(tiny_model, make, **SIZES, **settings, arguments={"credits": [Watch()]})
+    assert len(seen) == 4
+    assert all(rewards == expected for rewards, expected in seen)
+
+
+def every_second(loss, trainer, model, inputs):
+    return loss(model, only(inputs, slice(0, None, 2)))
+
+
+def trimmed(rows):
+    names = ("completion_ids", "completion_mask", "old_per_token_logps", "ref_per_token_logps")
+    return {name: value[:, :4] if name in names else value for name, value in rows.items()}
+
+
+def fewer_tokens(loss, trainer, model, inputs):
+    return loss(model, trimmed(inputs))
+
+
+def fewer_tokens_prepared(prepare, trainer, generation_batch):
+    return trimmed(prepare(generation_batch))
+
+
+def forgetful(prepare, trainer, generation_batch):
+    return {name: value for name, value in prepare(generation_batch).items() if name != "shared_contexts"}
+
+
+def in_place(loss, trainer, model, inputs):
+    inputs["advantages"] *= 0.5
+    return loss(model, inputs)
+
+
+def as_numpy(loss, trainer, model, inputs):
+    assert np.isfinite(inputs["advantages"].cpu().numpy()).all()
+    return loss(model, inputs)
+
+
+def measured_after(loss, trainer, model, inputs):
+    found = loss(model, inputs)
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    trainer._get_per_token_logps_and_entropies(model, ids, mask, inputs["completion_ids"].size(1))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("hook", "function", "reads"),
+    [
+        ("_compute_loss", every_second, True),
+        ("_compute_loss", fewer_tokens, False),
+        ("_prepare_inputs", fewer_tokens_prepared, False),
+        ("_prepare_inputs", forgetful, False),
+        ("_compute_loss", in_place, True),
+        ("_compute_loss", as_numpy, True),
+        ("_compute_loss", measured_after, True),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_metrics_end_no_run(tiny_model, caplog, hook, function, reads, beta):
+    """What is trained is what TRL trains; what cannot be read is left out with one warning."""
+    settings = {**SIZES, "beta": beta, "token_shift_steps": 2}
+    with caplog.at_level(logging.WARNING):
+        ours = train(tiny_model, hooked(hook, function), **settings)
+    assert caplog.text.count("cancel/* is left out: the loss of Mine cannot be read (") == (not reads)
+    assert caplog.text.count("left out") == (not reads)
+    del settings["token_shift_steps"]
+    assert_same_weights(ours.weights, train(tiny_model, hooked(hook, function, trl.GRPOTrainer), **settings).weights)
+    residuals = [
+        entry["cancel/shared_prefix_residual"] for entry in ours.logs if "cancel/shared_prefix_residual" in entry
+    ]
+    assert bool(residuals) == reads
+    assert function is every_second or all(residual < 1e-6 for residual in residuals)
+
+
+def test_shifts_end_no_run(tiny_model, caplog):
+    """Also where an override leaves no trace of the rollouts' advantages."""
+    with caplog.at_level(logging.WARNING):
+        run = train(tiny_model, hooked(GENERATION, best_and_worst), **SIZES, token_shift_steps=1)
+    assert caplog.text.count("shift/* is left out: the rollouts of Mine cannot be read (KeyError: ") == 1
+    assert not any(name.startswith("shift/") for entry in run.logs for name in entry)
