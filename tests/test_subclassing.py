@@ -8,6 +8,7 @@ it gets from TRL's.
 import logging
 import re
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from transformers import TrainerCallback
 from trl.experimental.gmpo import GMPOTrainer
 
 from trl_cancel import CancelGRPOConfig, CancelGRPOTrainer, NTHRTrainer
+from trl_cancel.pipeline.overrides import FOR_SUBCLASSES
+from trl_cancel.upstream.hooks import private_names
 
 from .methods import FirstTokens
 from .runs import OFF_POLICY, assert_same_weights, build, noisy_reward, train, trained_by_trl, weights_of
@@ -437,20 +440,90 @@ def test_advantages_of_a_subclass_are_something_to_weigh(tiny_model, caplog):
     assert "changes nothing here" not in caplog.text
 
 
-def test_super_may_be_reached_by_another_method(tiny_model):
-    class ByHelper(CancelGRPOTrainer):
-        def _compute_loss(self, model, inputs):
-            return self.loss_of(model, inputs)
+def plain_decorator(function):
+    """Without functools.wraps."""
 
-        def loss_of(self, model, inputs):
+    def wrapper(self, *args):
+        return function(self, *args)
+
+    return wrapper
+
+
+def loss_of_super(cls, trainer, model, inputs):
+    return super(cls, trainer)._compute_loss(model, inputs)
+
+
+class Never(CancelGRPOTrainer):
+    def _compute_loss(self, model, inputs):
+        return torch.zeros(())
+
+
+class Decorated(CancelGRPOTrainer):
+    @plain_decorator
+    def _compute_loss(self, model, inputs):
+        return super()._compute_loss(model, inputs)
+
+
+class ByHelper(CancelGRPOTrainer):
+    def _compute_loss(self, model, inputs):
+        return self.loss_of(model, inputs)
+
+    def loss_of(self, model, inputs):
+        return super()._compute_loss(model, inputs)
+
+
+class ByFunction(CancelGRPOTrainer):
+    def _compute_loss(self, model, inputs):
+        return loss_of_super(ByFunction, self, model, inputs)
+
+
+class ByName(CancelGRPOTrainer):
+    def _compute_loss(self, model, inputs):
+        return getattr(super(), "_compute" + "_loss")(model, inputs)
+
+
+class Past(Never):
+    def _compute_loss(self, model, inputs):
+        return CancelGRPOTrainer._compute_loss(self, model, inputs)
+
+
+class PastBySuper(Never):
+    def _compute_loss(self, model, inputs):
+        return super(Never, self)._compute_loss(model, inputs)
+
+
+class Partly(CancelGRPOTrainer):
+    def __init__(self, *args, **kwargs):
+        self.loss_of = partial(CancelGRPOTrainer._compute_loss, self)
+        super().__init__(*args, **kwargs)
+
+    def _compute_loss(self, model, inputs):
+        return self.loss_of(model, inputs)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Decorated, ByHelper, ByFunction, ByName, Past, PastBySuper, Partly],
+    ids=lambda make: make.__name__,
+)
+def test_super_may_be_reached_in_other_ways(tiny_model, make):
+    """Nobody is blamed who calls it."""
+    build(tiny_model, make, **SPLIT, symmetric_clip=True)
+
+
+def test_who_does_not_call_super_is_blamed(tiny_model):
+    """Through those that call it too."""
+
+    class Calls(Never):
+        @plain_decorator
+        def _compute_loss(self, model, inputs):
             return super()._compute_loss(model, inputs)
 
-    class ByName(CancelGRPOTrainer):
-        def _compute_loss(self, model, inputs):
-            return getattr(super(), "_compute" + "_loss")(model, inputs)
-
-    for make in (ByHelper, ByName):
-        build(tiny_model, make, **SPLIT, symmetric_clip=True)
+    for make in (Never, Calls):
+        with pytest.raises(
+            ValueError, match=r"^Never\._compute_loss does not call super\(\)\._compute_loss, but symm"
+        ):
+            build(tiny_model, make, **SPLIT, symmetric_clip=True)
 
 
 def test_a_class_between_a_papers_trainer_and_the_packages(tiny_model):
@@ -892,3 +965,57 @@ def test_shifts_end_no_run(tiny_model, caplog):
         run = train(tiny_model, hooked(GENERATION, best_and_worst), **SIZES, token_shift_steps=1)
     assert caplog.text.count("shift/* is left out: the rollouts of Mine cannot be read (KeyError: ") == 1
     assert not any(name.startswith("shift/") for entry in run.logs for name in entry)
+
+
+def test_torn_groups_are_of_whoever_tears_them(tiny_model):
+    settings = {**SEQUENCE, **SPLIT, "group_weights": "min"}
+    for hook, function in (("_compute_loss", in_chunks), ("_prepare_inputs", half)):
+        with pytest.raises(
+            RuntimeError, match=rf"group_weights='min': .* Look at Mine\.{hook}: the rollouts of a"
+        ) as info:
+            build(tiny_model, hooked(hook, function), **settings).train()
+        assert "report" not in str(info.value)
+
+
+@pytest.mark.parametrize("names", [{"_generation": lambda self, prompts: prompts}, {"_credits": 3}], ids=str)
+def test_private_names_of_this_package(tiny_model, names):
+    """Of a class, of one that it is mixed with, and of attributes that it sets."""
+    (name,) = names
+    for bases in ((CancelGRPOTrainer,), (type("Theirs", (), names), CancelGRPOTrainer)):
+        with pytest.raises(
+            ValueError, match=rf"\.{name} is a name that trl-cancel's trainer uses for something of its"
+        ):
+            type("Mine", bases, names if len(bases) == 1 else {})
+
+
+def test_private_names_that_are_set(tiny_model):
+    with pytest.raises(ValueError, match=r"Mine\._rounds is a name that"):
+
+        class Mine(CancelGRPOTrainer):
+            def count(self):
+                self._rounds = 0
+
+    class Sets(CancelGRPOTrainer):
+        def __init__(self, *args, **kwargs):
+            setattr(self, "_sco" + "red", 0)
+            super().__init__(*args, **kwargs)
+
+    with pytest.raises(ValueError, match=r"Sets\._scored is a name that"):
+        build(tiny_model, Sets)
+
+
+def test_private_names_are_documented():
+    page = (Path(__file__).parents[1] / "docs" / "subclassing.md").read_text(encoding="utf-8")
+    listed = re.search(r"<!-- private names -->(.*?)<!-- end -->", page, re.DOTALL)[1]
+    names = private_names(CancelGRPOTrainer) - FOR_SUBCLASSES
+    assert re.findall(r"`(\w+)`", listed) == sorted(names)
+
+
+def test_a_pass_that_an_override_costs_is_explained(tiny_model):
+    """Credits wait for the loss's pass only where nobody else decides which rollouts that is of."""
+    added = "adds one without gradients for each generation batch, for the hidden states"
+    said = [
+        " ".join(build(tiny_model, make, **SIZES, nthr=True).explain().split())
+        for make in (CancelGRPOTrainer, subclass(Step))
+    ]
+    assert [added in lines for lines in said] == [False, True]

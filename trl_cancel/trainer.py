@@ -222,7 +222,7 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
 
     def explain(self) -> str:
         """What the configuration does: sizes, how far off policy, what is kept together, what is added and why."""
-        return explain(self.args, credits=self._credits.own)
+        return explain(self.args, self._credits.own, may_wait=self._is_trls(*WAY_TO_LOSS))
 
     def _tags(self) -> list[str]:
         """The tags of the class, with those of the methods that the configuration has on instead of the class's."""

@@ -33,6 +33,7 @@ class Checked(GRPOTrainer):
     """The part of [`CancelGRPOTrainer`] that looks at what it is given, as early as it can be seen."""
 
     args: Any
+    _checked_columns: frozenset[tuple[str, ...]] = frozenset()
 
     def _check_given(self) -> None:
         """Refuses a tokenizer that lacks what the run needs, once it is loaded."""
@@ -108,8 +109,7 @@ class Checked(GRPOTrainer):
             for row in rows:
                 if "prompt" in row:
                     check_row(source, row, self._tokenizer)
-        known = self.__dict__.setdefault("_checked_columns", set())
-        if (source, *columns) in known:
+        if (source, *columns) in self._checked_columns:
             return
         environment = self.environment_factories
         if environment is None:
@@ -120,7 +120,7 @@ class Checked(GRPOTrainer):
             check_rewards(self.reward_funcs, columns, source, passed=passed, may_grow=may_grow)
         if self._is_trls(*WAY_OF_ROWS):
             self._check_templates(source, rows[0].get("prompt", [{"role": "user", "content": ""}]))
-        known.add((source, *columns))
+        self._checked_columns |= {(source, *columns)}
 
     def _check_templates(self, source: str, prompt: Any) -> None:
         """Refuses conversations that the model's tokenizer, or a reward model's, cannot write."""

@@ -159,6 +159,7 @@ def _set_by(cls: type) -> set[str]:
     """Attributes that the methods of a class set on their object."""
     names = set()
     for value in vars(cls).values():
+        value = value.fset if isinstance(value, property) else value
         code = getattr(inspect.unwrap(value) if callable(value) else value, "__code__", None)
         if not inspect.iscode(code) or not code.co_varnames:
             continue
