@@ -584,6 +584,15 @@ def test_a_loss_of_rollouts_gets_no_advantages_of_tokens(tiny_model, other):
     build(tiny_model, mine, **SIZES, advantage_sign="positive", max_completion_entropy=5.0)
 
 
+def test_a_loss_that_only_looks_as_if_it_called_super(tiny_model):
+    class Perhaps(OfTrl, CancelGRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return OfTrl._compute_loss(self, model, inputs)
+
+    with pytest.raises(RuntimeError, match=r"nthr=True gives Perhaps's loss, .* of shape \(8, 6\)"):
+        build(tiny_model, Perhaps, **SIZES, nthr=True).train()
+
+
 def test_a_credit_of_rollouts_gives_no_advantages_of_tokens(tiny_model):
     class Halved:
         scope, by_rollout, columns = "rollout", True, 1
@@ -971,10 +980,12 @@ def test_torn_groups_are_of_whoever_tears_them(tiny_model):
     settings = {**SEQUENCE, **SPLIT, "group_weights": "min"}
     for hook, function in (("_compute_loss", in_chunks), ("_prepare_inputs", half)):
         with pytest.raises(
-            RuntimeError, match=rf"group_weights='min': .* Look at Mine\.{hook}: the rollouts of a"
+            RuntimeError, match=rf"group_weights='min': .* Look at Mine\.{hook}, which must leave"
         ) as info:
             build(tiny_model, hooked(hook, function), **settings).train()
         assert "report" not in str(info.value)
+    with pytest.raises(RuntimeError, match=r"4 tokens .* of 6, which nthr=True makes .* Look at Mine\._compute_loss,"):
+        build(tiny_model, hooked("_compute_loss", fewer_tokens), **SIZES, nthr=True).train()
 
 
 @pytest.mark.parametrize("names", [{"_generation": lambda self, prompts: prompts}, {"_credits": 3}], ids=str)

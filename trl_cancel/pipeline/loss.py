@@ -13,7 +13,7 @@ from ..upstream.hooks import around, overridden
 from .credit import CreditStage
 from .forward import FORWARD, Forward, Passes, without_empty_images
 from .monitor import UpdateMonitor
-from .overrides import LOSS, WAY_TO_LOSS, asked_for_in_generation, asked_for_in_loss, blamed
+from .overrides import LOSS, TAKES, WAY_TO_LOSS, asked_for_in_generation, asked_for_in_loss, blamed
 from .weights import WeightStage
 
 
@@ -102,6 +102,8 @@ class LossStage(TrainerCallback):
             self.progress = None
         if (self.credit.credits.in_loss or self.weights.acts(inputs.get("advantages"))) and not progress.is_weighed:
             raise self._left_out()
+        if not progress.losses:
+            self._check_shape(inputs.get("advantages"))
         if measures:
             self._watch(loss, progress)
         return loss
@@ -203,11 +205,21 @@ class LossStage(TrainerCallback):
 
     def _check_rows(self) -> None:
         """Refuses hooks that were set since the rollouts were scored, where it counts which of them come here."""
-        set_since, waiting = overridden(self.trainer, WAY_TO_LOSS), self.credit.credits.in_loss
-        if waiting and set_since:
+        waiting = self.credit.credits.in_loss
+        set_since = overridden(self.trainer, WAY_TO_LOSS) if waiting else []
+        if set_since:
             raise RuntimeError(
                 f"{' and '.join(set_since)} was set on the trainer while a generation batch was in use whose rollouts "
                 f"{' and '.join(self.credit.credits.named(waiting))} looks at in the loss. Set it before the training."
+            )
+
+    def _check_shape(self, advantages: torch.Tensor | None) -> None:
+        """Refuses a loss that is not TRL's and has not said that it takes advantages of tokens."""
+        made = self.credit.credits.named(self.credit.credits.of_tokens)
+        if made and not self.trainer.takes_token_advantages and advantages is not None and advantages.dim() > 1:
+            raise RuntimeError(
+                f"{' and '.join(made)} gives {type(self.trainer).__name__}'s loss, which is not TRL's, "
+                f"inputs['advantages'] of shape {tuple(advantages.shape)}. {TAKES}"
             )
 
     def _check_columns(self, inputs: Rows, logps: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from .token_credits import TokenCredits
 LOSS = {"compute_loss": ("_compute_loss",), "_compute_loss": ()}
 # Hooks in which a user may change which rollouts of a generation batch a loss is computed from.
 WAY_TO_LOSS = ("training_step", "_prepare_inputs", *LOSS)
+TAKES = "If it takes these, set takes_token_advantages = True in the class; otherwise call super(), or turn that off."
 FOR_SUBCLASSES = {"_config_class"}  # names that begin with `_` and are for subclasses to set
 
 
@@ -74,8 +75,7 @@ def check_overrides(trainer: Any, base: type, args: Any, credits: TokenCredits) 
         if of_tokens and not trainer.takes_token_advantages:
             raise ValueError(
                 f"{override}.{hook} does not call super().{hook}, but {' and '.join(of_tokens)} gives it "
-                "inputs['advantages'] of shape (B, T), one a token, where TRL's are of shape (B,). If it takes these, "
-                f"set takes_token_advantages = True in {override}; otherwise call super(), or turn that off."
+                f"inputs['advantages'] of shape (B, T), one a token, where TRL's are of shape (B,). {TAKES}"
             )
 
 
@@ -114,5 +114,5 @@ def blamed(trainer: Any, hooks: tuple[str, ...]) -> str:
     """Who may be at fault, as a sentence: the user's overrides of some hooks, or this package where there is none."""
     own = overridden(trainer, hooks)
     if own:
-        return f"Look at {' and '.join(own)}: the rollouts of a prompt must stay together there (docs/subclassing.md)."
+        return f"Look at {' and '.join(own)}, which must leave rollouts and groups whole (docs/subclassing.md)."
     return "This is a fault of trl-cancel: please report it with your configuration."

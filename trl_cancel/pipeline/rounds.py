@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from ..batch.groups import Choice, Groups
 from ..batch.rollouts import Rows, join_rows, loss_mask, of_rollouts, take_rows
 from ..batch.states import StateStore
+from ..upstream.hooks import overridden
 from ..upstream.trl import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 from .monitor import UpdateMonitor
 from .prompts import FreshPrompts
@@ -226,6 +227,8 @@ class Rounds:
         if "num_items_in_batch" not in batch:
             return None
         tokens, items = loss_mask(batch).sum(1), batch["num_items_in_batch"]
+        if not overridden(self.trainer, ["_generate_and_score_completions"]):
+            return tokens
         of_trl = self.trainer.accelerator.gather(tokens.sum()).sum()
         return tokens if of_trl == items else tokens * (items / of_trl.clamp(min=1))
 
