@@ -1030,3 +1030,11 @@ def test_a_pass_that_an_override_costs_is_explained(tiny_model):
         for make in (CancelGRPOTrainer, subclass(Step))
     ]
     assert [added in lines for lines in said] == [False, True]
+
+
+def test_metrics_are_read_off_the_pass_of_the_loss(tiny_model):
+    """Not off one that an override makes after it, on which nothing depends."""
+    trainer, seen = build(tiny_model, hooked("_compute_loss", measured_after), **SIZES), []
+    trainer._monitor.observers.append(lambda pushes, inputs: seen.append(pushes.any().item()))
+    trainer.train()
+    assert seen == [True] * 4
