@@ -32,11 +32,10 @@ ROOMS = [
 ]
 # What shows names of several rooms to users, and is imported by no file of the package.
 FACES = {"", "credit", "batching", "diagnostics"}
-# The words of the issue that asked for this layout, and what has come since.
-OF_METHODS = re.compile(
-    r"\b(nthr|delta_credit|delta_lambda|symmetric_clip|group_weights|advantage_sign|reward_balance|filter_zero_variance"
-    r"|conflict_tokens)"
-)
+# What measures a method may name it.
+NAME_METHODS = ("methods", "diagnostics")
+SETTINGS = {setting for method in METHODS for setting in vars(method.Settings)["__annotations__"]}
+OF_METHODS = re.compile(rf"\b({'|'.join(sorted(SETTINGS))})")
 
 
 def modules():
@@ -97,9 +96,11 @@ def test_nothing_is_imported_by_way_of_a_face():
 
 
 def test_methods_are_named_in_their_files_only():
-    """Apart from what measures a method, and what exports names."""
+    """By their settings, and by their modules; apart from what measures a method, and what exports names."""
     naming = {name for name, path in modules().items() if OF_METHODS.search(path.read_text(encoding="utf-8"))}
-    outside = {name for name in naming if not name.startswith(("methods", "diagnostics"))}
+    files = {type(method).__module__.removeprefix("trl_cancel.") for method in METHODS}
+    naming |= {name for name, found in imports().items() if found & files}
+    outside = {name for name in naming if not name.startswith(NAME_METHODS)}
     assert outside <= FACES
 
 

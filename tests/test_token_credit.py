@@ -450,7 +450,7 @@ def test_first_version_of_fsdp_is_refused(monkeypatch, tiny_model):
         self.is_fsdp_enabled = True
 
     monkeypatch.setattr(trl.GRPOTrainer, "__init__", as_if_sharded)
-    with pytest.raises(ValueError, match=r"NTHR and DelTA cannot read .* Set fsdp_version: 2"):
+    with pytest.raises(ValueError, match=r"nthr=True and delta_credit=True cannot read .* Set fsdp_version: 2"):
         build(tiny_model, **{**OFF_POLICY, **NTHR, **DELTA})
     build(tiny_model, **OFF_POLICY, advantage_sign="positive")  # reads no layer
 

@@ -1,7 +1,7 @@
 """Batching: which rollouts go into one optimizer step, as pure functions."""
 
+from .batch.groups import without_variance
 from .batch.layout import BatchLayout
-from .methods.dynamic_sampling import without_variance
 from .methods.query_preserved import query_preserved_permutation
 from .methods.reward_balance import balanced_order, select_balanced_groups
 

@@ -17,7 +17,7 @@ from .pipeline.token_credits import TokenCredits, makes_old_logps
 WIDTH, INDENT = 100, 16
 
 
-def explain(config: GRPOConfig, credits: Sequence[Credit] = ()) -> str:
+def explain(config: GRPOConfig, credits: Sequence[Credit] = (), may_wait: bool = True) -> str:
     """
     Describes a configuration.
 
@@ -26,12 +26,15 @@ def explain(config: GRPOConfig, credits: Sequence[Credit] = ()) -> str:
             The configuration.
         credits (`Sequence` of [`~trl_cancel.credit.Credit`], *optional*):
             Token credits that are passed to the trainer rather than configured.
+        may_wait (`bool`, *optional*, defaults to `True`):
+            Whether credits may wait for the forward pass of the loss, which a subclass that overrides the way there rules
+            out.
 
     Returns:
         `str`: A few lines, each led by its topic.
     """
     config = CancelGRPOConfig.adopt(config)
-    token_credits = TokenCredits(config, credits)
+    token_credits = TokenCredits(config, credits, may_wait)
     said: dict[str, list[str]] = defaultdict(list)
     for method in METHODS:
         for topic, line in method.explain(config):

@@ -22,10 +22,10 @@ from .pipeline.credit import CreditStage
 from .pipeline.forward import Passes
 from .pipeline.loss import LossStage
 from .pipeline.monitor import UpdateMonitor
-from .pipeline.overrides import check_overrides, has_own_loss
+from .pipeline.overrides import WAY_TO_LOSS, check_overrides, check_private_names
 from .pipeline.prompts import FreshPrompts, PromptSampler
 from .pipeline.rounds import Rounds, Scored
-from .pipeline.scoring import Scoring
+from .pipeline.scoring import OtherRows, Scoring
 from .pipeline.split import whole_group_batches
 from .pipeline.token_credits import TokenCredits
 from .pipeline.weights import WeightStage
@@ -37,7 +37,7 @@ from .running.precision import emulates_bfloat16, hold_trained_weights_in_float3
 from .running.removed import ARGUMENTS, init_behind, refuse_unknown
 from .running.resuming import Resumable
 from .running.weights import check_weights, weights_looked_at
-from .upstream.hooks import around, is_of
+from .upstream.hooks import around, overrides
 from .upstream.trl import check_names, get_config_model_id, warn_if_replaced
 
 
@@ -92,6 +92,11 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
         **trl_kwargs:
             Further keyword arguments of [`~trl.GRPOTrainer`].
 
+    Attributes:
+        takes_token_advantages (`bool`):
+            For subclasses that compute losses without TRL's: whether these take `inputs["advantages"]` of shape `(B, T)`,
+            as TRL's does, which token credits make of it.
+
     Raises:
         `ValueError`: If the configuration, the data set or a credit cannot be honoured.
     """
@@ -100,10 +105,15 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
     _name = "GRPO (trl-cancel)"
     _paper = papers.CANCELLATION.for_trl
 
+    takes_token_advantages: bool = False
     _config_class: type[CancelGRPOConfig] = CancelGRPOConfig
     args: CancelGRPOConfig
     _scored: Scored | None = None  # the generation batch, until it is cut into micro-batches
     _generated_at_step = 0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_private_names(cls, CancelGRPOTrainer)
 
     def __init__(
         self,
@@ -116,13 +126,14 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
         **trl_kwargs: Any,
     ):
         warn_if_replaced()
+        check_private_names(type(self), CancelGRPOTrainer, vars(self))
         refuse_unknown(trl_kwargs, ARGUMENTS, init_behind(type(self), CancelGRPOTrainer))
         model = str(model) if isinstance(model, PathLike) else model
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self._config_class(f"{name.split('/')[-1]}-GRPO")
         self.args = args = self._own_args(args)
-        token_credits = TokenCredits(args, credits, may_wait=not has_own_loss(type(self), CancelGRPOTrainer))
+        token_credits = TokenCredits(args, credits, may_wait=self._is_trls(*WAY_TO_LOSS))
         check_overrides(self, CancelGRPOTrainer, args, token_credits)
         self.evaluations: list[Evaluation] = []
         self.dataset_names = datasets_of(train_dataset)
@@ -160,7 +171,8 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
     def _make_stages(self, credits: TokenCredits) -> None:
         """The stages of the pipeline, in the order in which a generation batch goes through them."""
         self._credits = credits
-        self._monitor = UpdateMonitor(self.accelerator, self.args.layout.groups_are_local)
+        local = self.args.layout.groups_are_local
+        self._monitor = UpdateMonitor(self.accelerator, local, type(self).__name__)
         self._passes = Passes(self, super()._compute_loss, credits)
         self._rounds = None
         if self.args.selectors:
@@ -171,6 +183,8 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
         self._credit = CreditStage(self.args, credits, self._passes)
         self._weights = WeightStage(self, credits, self._passes, self._monitor)
         self._losses = LossStage(self, self._credit, self._weights, self._passes, self._monitor)
+        if self._losses.acts:
+            self.add_callback(self._losses)
 
     # What it says
 
@@ -203,7 +217,7 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
 
     def _check_sharding(self) -> None:
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
-            names = " and ".join(type(credit).__name__ for credit in self._credits.of_states)
+            names = " and ".join(self._credits.named(self._credits.of_states))
             raise ValueError(
                 f"{names} cannot read the output layer of a model that FSDP's first version has sharded. Set "
                 "fsdp_version: 2 in the configuration of accelerate, or use DeepSpeed ZeRO-3."
@@ -211,7 +225,7 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
 
     def explain(self) -> str:
         """What the configuration does: sizes, how far off policy, what is kept together, what is added and why."""
-        return explain(self.args, credits=self._credits.own)
+        return explain(self.args, self._credits.own, may_wait=self._is_trls(*WAY_TO_LOSS))
 
     def _tags(self) -> list[str]:
         """The tags of the class, with those of the methods that the configuration has on instead of the class's."""
@@ -225,8 +239,7 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
     def _weighs(self) -> bool:
         """Whether group weights differ from 1; advantages of a subclass need not sum to 0 in a group."""
         weigher = self.args.weigher
-        hook = "_generate_and_score_completions"
-        are_of_trl = self._is_trls(hook) and is_of(self, hook, CancelGRPOTrainer, GRPOTrainer)
+        are_of_trl = self._is_trls("_generate_and_score_completions")
         return weigher is not None and not (weigher.changes_nothing and are_of_trl)
 
     @property
@@ -258,8 +271,7 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
         with weights_looked_at(self.accelerator.unwrap_model(self.model)):
             batch = super()._generate_and_score_completions(inputs)
         # A class of TRL's kind that stands after this one may have changed them already.
-        is_of_trl = is_of(self, "_generate_and_score_completions", CancelGRPOTrainer, GRPOTrainer)
-        self._scoring.advantages_of_trl = batch["advantages"].clone() if is_of_trl else None
+        self._scoring.note(batch, not overrides(self, "_generate_and_score_completions", after=CancelGRPOTrainer))
         return batch
 
     def _generation(self, generate: Callable[..., Rows], inputs: list[dict[str, Any]]) -> Rows:
@@ -268,7 +280,11 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
         def score(rows: list[dict[str, Any]]) -> Scored:
             return self._scoring.score(generate, rows)
 
-        scored = score(inputs) if self._rounds is None else self._rounds.chosen(score, inputs)
+        self._credits.settle(self._is_trls(*WAY_TO_LOSS))
+        try:
+            scored = score(inputs) if self._rounds is None else self._rounds.chosen(score, inputs)
+        except OtherRows as other:
+            return other.batch
         batch, rollouts = scored.batch, self._scoring.view(scored)
         batch.update(group_ids=rollouts.group_ids, rollout_advantages=rollouts.advantages)
         if self.args.cancellation_metrics:
@@ -285,11 +301,6 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
             return inputs
         with around(self, "_generate_and_score_completions", self._generation):
             inputs = super()._prepare_inputs(generation_batch)
-        if self._scored is not None and self._cuts:
-            # TRL has just shuffled single rollouts into the micro-batches; cut the batch again, group by group.
-            micro_batches = whole_group_batches(self._scored.batch, self.args, self._scored.chosen)
-            self._buffered_inputs = cast(Any, micro_batches)
-            inputs = micro_batches[self._step % len(micro_batches)]
         self._scored = None
         if self._weighs_ahead:
             self._weigh_ahead()
@@ -297,6 +308,19 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
             if isinstance(callback, TokenShiftCallback):
                 callback.on_micro_batch(inputs)
         return inputs
+
+    @property
+    def _buffered_inputs(self) -> Any:
+        """The micro-batches, of which TRL takes the next one after it has set them."""
+        return self._micro_batches
+
+    @_buffered_inputs.setter
+    def _buffered_inputs(self, micro_batches: Any) -> None:
+        # TRL has just shuffled single rollouts into them; cut the batch again, group by group.
+        if micro_batches is not None and self._scored is not None and self._cuts:
+            micro_batches = whole_group_batches(self._scored.batch, self.args, self._scored.chosen)
+            self._scored = None
+        self._micro_batches = micro_batches
 
     def _weigh_ahead(self) -> None:
         """Weighs the groups of the micro-batches that always share an optimizer step, before the first of them."""
@@ -309,33 +333,31 @@ class CancelGRPOTrainer(Checked, Published, Resumable):
     def _forget_generation(self):
         super()._forget_generation()
         self._scored = self._credit.rollouts = None
-        self._monitor.forget_step()
+        self._losses.forget_step()
 
     # The loss
 
+    def _inner_training_loop(self, *args, **kwargs):
+        check_overrides(self, CancelGRPOTrainer, self.args, self._credits)  # with hooks set on the object since
+        return super()._inner_training_loop(*args, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         compute = super().compute_loss
-        acts = self.model.training and self._losses.acts
-        if acts:
-            loss = self._losses.compute(lambda rows: compute(model, rows, return_outputs, num_items_in_batch), inputs)
-        else:
-            loss = compute(model, inputs, return_outputs, num_items_in_batch)
+        loss = self._losses.compute(lambda rows: compute(model, rows, return_outputs, num_items_in_batch), inputs)
         if isinstance(loss, torch.Tensor) and not loss.isfinite().all():
             # Whoever samples for this model, as vLLM does, may not have failed for it.
             check_weights(self.accelerator.unwrap_model(self.model))
-        if acts and self.accelerator.sync_gradients:
-            for name, value in self._monitor.end_step().items():
-                self._metrics["train"][name].append(value)
         return loss
 
     def _compute_loss(self, model, inputs):
         compute = super()._compute_loss
-        return self._losses.of_trl(lambda rows: compute(model, rows), inputs)
+        return self._losses.compute(
+            lambda rows: self._losses.of_trl(lambda own_rows: compute(model, own_rows), rows), inputs
+        )
 
     def _current_logps(self, inputs: Rows) -> torch.Tensor:
         """Log-probs of a micro-batch now, for callbacks that measure."""
         return self._passes.logps(inputs)
 
 
-CancelGRPOTrainer._base = CancelGRPOTrainer
 check_names(CancelGRPOTrainer)

@@ -56,13 +56,11 @@ def reward(completion_ids, **columns):
 def deal_groups_alike() -> None:
     """The same groups in the same optimizer step whatever the number of processes, in place of a shuffle of each."""
 
-    def in_order(num_groups: int, group_size: int, generator: Any = None) -> torch.Tensor:
-        rows = torch.arange(num_groups * group_size)
-        if PROCESSES > 1:
-            return rows
-        return rows.view(2, -1, group_size).transpose(0, 1).flatten()  # what would be two processes', in turn
+    def in_order(num_groups: int, generator: Any = None) -> torch.Tensor:
+        groups = torch.arange(num_groups)
+        return groups if PROCESSES > 1 else groups.view(2, -1).T.flatten()  # what would be two processes', in turn
 
-    split.query_preserved_permutation = in_order
+    split.order_of_groups = in_order
     trl.trainer.grpo_trainer.shuffle_sequence_dict = lambda batch: batch
 
 

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from ..arguments import floats, shaped, single
 from .layout import BatchLayout
 
 
@@ -37,6 +38,37 @@ class Groups:
     def take(self, index: torch.Tensor) -> "Groups":
         """Some of the groups."""
         return Groups(self.positives[index], self.negatives[index], self.idle[index], self.layout)
+
+
+def without_variance(rewards: torch.Tensor, weights: torch.Tensor, apart: bool = False) -> torch.Tensor:
+    """
+    The groups whose rollouts all earn the same, so that none of them has an advantage.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(M, G, F)`):
+            Values of F reward functions; `nan` where a function gave none.
+        weights (`torch.Tensor` of shape `(F,)`):
+            Weights of the functions.
+        apart (`bool`, *optional*, defaults to `False`):
+            Whether advantages are normalised for each function on its own, so that two functions that differ by
+            opposite amounts do not make up for each other.
+
+    Returns:
+        `torch.Tensor` of shape `(M,)` and type `bool`.
+
+    Raises:
+        `ValueError`: If the shapes do not fit.
+    """
+    rewards, weights = single(*floats(rewards=rewards, weights=weights))
+    shaped(rewards=(rewards, "M G F"), weights=(weights, "F"))
+    if apart:
+        rewards = rewards[..., weights != 0]
+    else:
+        unknown = rewards.isnan().all(-1, keepdim=True)
+        rewards = (rewards * weights).nansum(-1, keepdim=True).masked_fill(unknown, torch.nan)
+    lowest = rewards.nan_to_num(torch.inf, torch.inf, -torch.inf).amin(1)
+    highest = rewards.nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(1)
+    return (lowest >= highest).all(-1)
 
 
 @dataclass

@@ -1,8 +1,46 @@
 """Metrics over the micro-batches of an optimizer step and over processes, with one exchange a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+from accelerate.logging import get_logger
+
+
+logger = get_logger(__name__)
+
+
+class Guard:
+    """
+    Metrics never end a run: where they cannot be taken they are left out from then on, with one warning.
+
+    Args:
+        what (`str`):
+            The metrics, as the beginning of a sentence.
+        source (`str`):
+            What they are read off.
+    """
+
+    def __init__(self, what: str, source: str):
+        self.what, self.source, self.is_off = what, source, False
+
+    def leave_out(self, why: str, also: str = "") -> None:
+        """Turns them off, with the reason, and what else is left out."""
+        if not self.is_off:
+            logger.warning(f"{self.what} {f'and {also} are' if also else 'is'} left out: {why}.")
+        self.is_off = True
+
+    def cannot_read(self, why: str) -> None:
+        """Turns them off, with what is wrong with their source."""
+        self.leave_out(f"{self.source} cannot be read ({why})")
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Stands around what takes them."""
+        try:
+            yield
+        except Exception as error:  # whatever a subclass has made of the batches
+            self.cannot_read(f"{type(error).__name__}: {error}")
 
 
 class StepMetrics:
@@ -48,6 +86,12 @@ class StepMetrics:
         nothing = values.new_full((1,), -torch.inf)
         self._largest.setdefault(highest, []).append(torch.cat([values, nothing]).amax())
         self._largest.setdefault(f"-{lowest}", []).append(torch.cat([-values, nothing]).amax())
+
+    def void(self, prefix: str) -> None:
+        """Lets the metrics whose names begin so have no value in this step."""
+        for name, sums in self._sums.items():
+            if name.startswith(prefix):
+                self._sums[name] = [torch.zeros_like(sums[0])]
 
     def flush(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """

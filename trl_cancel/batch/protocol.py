@@ -32,6 +32,10 @@ class Credit(Protocol):
         needs_entropies (`bool`, *optional*):
             Set it to `True` to find `entropies` in the rollouts, of the same passes.
 
+        by_rollout (`bool`, *optional*):
+            Set it to `True` if all tokens of a rollout carry the same, so that coefficients are of shape `(B, 1)` and
+            advantages stay of shape `(B,)`, for losses that take no others.
+
     Example:
 
     ```python

@@ -6,7 +6,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..arguments import not_negative, whole
-from ..batch.metrics import StepMetrics
+from ..batch.metrics import Guard, StepMetrics
 from ..batch.rollouts import Rows, loss_mask
 from ..batch.states import without_dropout
 from .shifts import THRESHOLD, TokenShifts, token_shifts
@@ -52,6 +52,7 @@ class TokenShiftCallback(TrainerCallback):
         not_negative("threshold", threshold, "1e-4")
         self.trainer, self.steps, self.threshold = trainer, steps, threshold
         self._metrics = StepMetrics()
+        self._guard = Guard("shift/*", f"the rollouts of {type(trainer).__name__}")
         self._is_due = False
         self._measured: list[tuple[Rows, torch.Tensor]] = []  # micro-batches, with their log-probs before the step
 
@@ -62,13 +63,19 @@ class TokenShiftCallback(TrainerCallback):
     def on_micro_batch(self, micro_batch: Rows) -> None:
         """Called by the trainer with each micro-batch of an optimizer step, before its loss."""
         if self._is_due:
-            self._measured.append((micro_batch, self._logps(micro_batch)))
+            with self._guard():
+                self._measured.append((micro_batch, self._logps(micro_batch)))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for rows, before in self._measured:
-            after = self._logps(rows)
-            self._add(token_shifts(before, after, loss_mask(rows).bool(), rows["rollout_advantages"], self.threshold))
+        with self._guard():
+            for rows, before in self._measured:
+                after, advantages = self._logps(rows), rows["rollout_advantages"]
+                self._add(token_shifts(before, after, loss_mask(rows).bool(), advantages, self.threshold))
         self._measured.clear()
+        if self._guard.is_off and self._is_due:  # other processes may have them, and all exchange the same
+            nothing = torch.zeros(0, 0, device=self.trainer.accelerator.device)
+            self._add(token_shifts(nothing, nothing, nothing, nothing.sum(1), self.threshold))
+            self._metrics.void("shift/")
         # The step is logged after this.
         for name, value in self._metrics.flush(self.trainer.accelerator.gather).items():
             self.trainer._metrics["train"][name].append(value)

@@ -3,6 +3,8 @@
 import torch
 import trl
 
+from trl_cancel import CancelGRPOTrainer
+
 from .runs import build
 
 
@@ -50,6 +52,8 @@ class LossHarness:
         }
         before = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
         loss = self.trainer.compute_loss(self.trainer.model, inputs)
+        if isinstance(self.trainer, CancelGRPOTrainer):
+            self.trainer._losses.end_step()
         assert inputs.keys() == before.keys(), "the micro-batch is used again and must not change"
         assert all(torch.equal(inputs[name], value) for name, value in before.items() if value is not None)
         (gradient,) = torch.autograd.grad(loss, self.logps)

@@ -45,6 +45,7 @@ class EntropyFilter:
     """
 
     scope: Scope = "rollout"
+    by_rollout = True
     needs_entropies = True
 
     def __init__(self, max_entropy: float):

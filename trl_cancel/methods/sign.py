@@ -34,6 +34,7 @@ class SignControl:
     """
 
     scope: Scope = "rollout"
+    by_rollout = True
 
     def __init__(self, sign: str):
         one_of("sign", sign, SIGNS)

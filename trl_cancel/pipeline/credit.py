@@ -85,6 +85,11 @@ def _checked(credit: Credit, rollouts: Rollouts) -> torch.Tensor:
             f"{name}.coefficients returned {found}; return a tensor of shape {(rows, length)}, one coefficient a "
             f"token, or {(rows, 1)}, one a rollout."
         )
+    if coefficients.size(1) > 1 and getattr(credit, "by_rollout", False):
+        raise ValueError(
+            f"{name}.coefficients returned {tuple(coefficients.shape)}, but by_rollout=True promises one a rollout: return "
+            f"a tensor of shape {(rows, 1)}, or leave by_rollout out."
+        )
     counted = rollouts.mask.bool() if coefficients.size(1) == length else rollouts.mask.any(1, keepdim=True)
     values = coefficients[counted]
     if not (torch.isfinite(values).all() and (values >= 0).all()):

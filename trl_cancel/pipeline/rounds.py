@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from ..batch.groups import Choice, Groups
 from ..batch.rollouts import Rows, join_rows, loss_mask, of_rollouts, take_rows
 from ..batch.states import StateStore
+from ..upstream.hooks import overridden
 from ..upstream.trl import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 from .monitor import UpdateMonitor
 from .prompts import FreshPrompts
@@ -42,6 +43,8 @@ class Scored:
             The data set's row behind each rollout.
         states ([`~trl_cancel.batch.states.StateStore`], *optional*):
             Their hidden states, if a pass over all of them was caught.
+        counts (`torch.Tensor` of shape `(B,)`, *optional*):
+            What each adds to `num_items_in_batch`, by which losses are divided: its tokens, unless an override scales it.
         chosen ([`Chosen`], *optional*):
             How their groups were chosen, if they were.
     """
@@ -53,6 +56,7 @@ class Scored:
     group_ids: torch.Tensor
     examples: list[dict[str, Any]]
     states: StateStore | None = None
+    counts: torch.Tensor | None = None
     chosen: "Chosen | None" = None
 
     def __len__(self) -> int:
@@ -71,6 +75,7 @@ class Scored:
         """Rollouts of several rounds, padded to one length."""
         batch = join_rows([part.batch for part in parts], pad_token_id)
         stores = [part.states for part in parts if part.states is not None]
+        counts = [part.counts for part in parts if part.counts is not None]
         return cls(
             batch,
             torch.cat([part.rewards for part in parts]),
@@ -79,6 +84,7 @@ class Scored:
             torch.cat([part.group_ids for part in parts]),
             [example for part in parts for example in part.examples],
             StateStore.join(stores, batch["completion_ids"].size(1)) if len(stores) == len(parts) else None,
+            torch.cat(counts) if len(counts) == len(parts) else None,
         )
 
 
@@ -202,7 +208,8 @@ class Rounds:
             log.clear()
         while True:
             scored = score(inputs)
-            pool.add(replace(scored, batch=split_pixel_values_by_grid(scored.batch)))
+            batch = split_pixel_values_by_grid(scored.batch)
+            pool.add(replace(scored, batch=batch, counts=self._counts(batch)))
             choice = pool.choose()
             satisfied = gather(torch.tensor([choice.satisfied], device=self.trainer.accelerator.device))
             if satisfied.min() == 1 or len(pool.rounds) == self.args.max_generation_rounds:
@@ -210,9 +217,20 @@ class Rounds:
             inputs = self._fresh_inputs(inputs[0].keys())
         chosen = self._note(pool, choice)
         scored = pool.take(choice.groups, self.trainer._tokenizer.pad_token_id)
-        tokens = gather(loss_mask(scored.batch).sum()).sum()
-        batch = unsplit_pixel_values_by_grid({**scored.batch, "num_items_in_batch": tokens})
-        return replace(scored, batch=batch, chosen=chosen)
+        batch = scored.batch
+        if scored.counts is not None:
+            batch = {**batch, "num_items_in_batch": gather(scored.counts.sum()).sum()}
+        return replace(scored, batch=unsplit_pixel_values_by_grid(batch), chosen=chosen)
+
+    def _counts(self, batch: Rows) -> torch.Tensor | None:
+        """What the rollouts of a round add to its `num_items_in_batch`."""
+        if "num_items_in_batch" not in batch:
+            return None
+        tokens, items = loss_mask(batch).sum(1), batch["num_items_in_batch"]
+        if not overridden(self.trainer, ["_generate_and_score_completions"]):
+            return tokens
+        of_trl = self.trainer.accelerator.gather(tokens.sum()).sum()
+        return tokens if of_trl == items else tokens * (items / of_trl.clamp(min=1))
 
     def _fresh_inputs(self, columns: Any) -> list[dict[str, Any]]:
         """This process's part of another round of prompts, each repeated for its group."""

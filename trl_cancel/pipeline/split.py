@@ -5,7 +5,6 @@ from typing import Any
 import torch
 
 from ..batch.rollouts import Rows, generator_of, take_rows
-from ..methods.query_preserved import query_preserved_permutation
 from ..upstream.trl import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 from .rounds import Chosen
 
@@ -26,6 +25,11 @@ def cut(batch: Rows, rows: torch.Tensor, count: int) -> list[Rows]:
     return [unsplit_pixel_values_by_grid(part) for part in parts]
 
 
+def order_of_groups(num_groups: int, generator: torch.Generator | None) -> torch.Tensor:
+    """The groups in random order."""
+    return torch.randperm(num_groups, generator=generator)
+
+
 def whole_group_batches(batch: Rows, args: Any, chosen: Chosen | None = None) -> list[Rows]:
     """
     The micro-batches of a generation batch whose groups stand in a row.
@@ -42,7 +46,7 @@ def whole_group_batches(batch: Rows, args: Any, chosen: Chosen | None = None) ->
     num_groups = layout.generation_batch_per_process // layout.num_generations
     # Where TRL's order would do too, later rollouts are to be sampled as if it had been kept.
     generator = None if layout.is_split else generator_of(batch["completion_ids"])
-    order = query_preserved_permutation(num_groups, 1, generator)
+    order = order_of_groups(num_groups, generator)
     if chosen is not None:
         for selector in args.selectors:
             order = selector.arranged(order, chosen.groups, chosen.choice)

@@ -21,7 +21,7 @@ class TokenCredits:
         own (`Sequence` of [`~trl_cancel.credit.Credit`]):
             The user's credits.
         may_wait (`bool`, *optional*, defaults to `True`):
-            Whether credits may wait for the loss; not for that of a subclass that goes its own way.
+            As in [`TokenCredits.settle`].
 
     Raises:
         `ValueError`: If a credit is none, or cannot be honoured with these settings.
@@ -34,15 +34,37 @@ class TokenCredits:
         self.args, self.layout = args, args.layout
         self._check()
         self.all = [*args.token_credits, *self.own]
+        settings = [method.chosen(args) for method in args.methods if method.credit(args) is not None]
+        self._names = [*settings, *(f"the token credit {type(credit).__name__}" for credit in self.own)]
         self.of_states = [credit for credit in self.all if getattr(credit, "needs_states", False)]
         self.need_entropies = any(getattr(credit, "needs_entropies", False) for credit in self.all)
+        self.settle(may_wait)
+
+    def __bool__(self) -> bool:
+        return bool(self.all)
+
+    def settle(self, may_wait: bool) -> None:
+        """
+        Decides when each credit is computed.
+
+        Args:
+            may_wait (`bool`):
+                Whether credits may wait for the loss: where nobody changes which rollouts of the generation batch that
+                is computed from.
+        """
         of_pass = [credit for credit in self.all if _needs_pass(credit)]
         self.in_loss = of_pass if may_wait and self._fits_loss(of_pass) else []
         self.when_scored = [credit for credit in self.all if credit not in self.in_loss]
         self.pass_when_scored = bool(of_pass) and not self.in_loss
 
-    def __bool__(self) -> bool:
-        return bool(self.all)
+    def named(self, credits: Sequence[Credit]) -> list[str]:
+        """What asks for some of the credits: the settings, and the classes of the user's own."""
+        return [name for name, credit in zip(self._names, self.all, strict=True) if credit in credits]
+
+    @property
+    def of_tokens(self) -> list[Credit]:
+        """Credits with which the advantages of a rollout's tokens may differ."""
+        return [credit for credit in self.all if not getattr(credit, "by_rollout", False)]
 
     def _fits_loss(self, credits: Sequence[Credit]) -> bool:
         fits = self.layout.is_on_policy and self.layout.groups_are_local and self.layout.groups_fit_micro_batches

@@ -17,6 +17,7 @@ from ..batch.ratios import sequence_ratios, token_ratios
 from ..batch.rollouts import Rows, loss_mask
 from .forward import Passes
 from .monitor import UpdateMonitor
+from .overrides import WAY_TO_LOSS, blamed
 from .token_credits import TokenCredits
 
 
@@ -26,6 +27,10 @@ NEEDED_FOR_GROUPS = {
     *("completion_mask", "tool_mask"),
 }
 OF_GROUPS = "weights_of_groups"  # entry of a micro-batch whose groups were weighed ahead of its loss
+
+
+class TornGroups(RuntimeError):
+    """Groups that are to be weighed are not whole."""
 
 
 class UpdateWeights:
@@ -100,7 +105,7 @@ class UpdateWeights:
             `torch.Tensor` of shape `(B,)`: The weights, 0 for rollouts that do not take part.
 
         Raises:
-            `RuntimeError`: If a group is not complete.
+            [`TornGroups`]: If a group is not complete.
         """
         correction = mean_correction(rows) if weigher.takes_correction else None
         inside = torch.ones_like(rows["rollout_advantages"]) if correction is None else correction.squeeze(1)
@@ -154,9 +159,9 @@ class WeightStage:
         self.clipping, self.methods = trainer.args.clipping, trainer.args.methods
         self.update = UpdateWeights(trainer.args, monitor, lambda **rows: trainer.get_off_policy_mask(**rows))
 
-    def acts(self, advantages: torch.Tensor) -> bool:
+    def acts(self, advantages: torch.Tensor | None) -> bool:
         """Whether the update needs weights that TRL's surrogate does not give."""
-        spread = self.credits.spread_over_tokens and advantages.dim() > 1
+        spread = self.credits.spread_over_tokens and advantages is not None and advantages.dim() > 1
         return spread or any(method.acts_in_loss for method in self.methods)
 
     def apply(self, inputs: Rows, logps: torch.Tensor, is_measured: bool) -> None:
@@ -174,18 +179,13 @@ class WeightStage:
         advantages = inputs["advantages"]
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
         spreads = self.credits.spread_over_tokens and advantages.size(1) > 1
-        ratios = self.update.ratios(inputs, logps.detach())
-        of_surrogate = self.clipping.weights(ratios, advantages.detach())
         weights: torch.Tensor | None = None
         if self.weigher is not None:
             weights = self._of_groups(self.weigher, inputs, logps)
         elif self.clipping.is_constant or spreads:
-            weights = of_surrogate
-        mask = loss_mask(inputs)
-        for method in self.methods:
-            method.watch_ratios(self.args, ratios, advantages.detach(), mask, self.monitor.metrics.add)
-        if is_measured:
-            self.monitor.watch_weights(of_surrogate if weights is None else weights, inputs, mask)
+            weights = self._of_surrogate(inputs, logps, advantages)
+        with self.monitor.guard():
+            self._watch(inputs, logps, advantages, weights, is_measured)
         if weights is None:
             return
         if spreads:
@@ -194,6 +194,26 @@ class WeightStage:
             if (correction := mean_correction(inputs)) is not None:  # which its tokens shared, as they did the ratio
                 inputs["importance_sampling_ratio"] = correction
         self._freeze_ratios(inputs, logps, advantages * weights)
+
+    def _of_surrogate(self, inputs: Rows, logps: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        """What TRL's surrogate multiplies the advantages with, `(B, T)` or `(B, 1)`."""
+        return self.clipping.weights(self.update.ratios(inputs, logps.detach()), advantages.detach())
+
+    def _watch(
+        self,
+        inputs: Rows,
+        logps: torch.Tensor,
+        advantages: torch.Tensor,
+        weights: torch.Tensor | None,
+        is_measured: bool,
+    ) -> None:
+        """Metrics of the ratios and the weights of a micro-batch."""
+        mask, ratios = loss_mask(inputs), self.update.ratios(inputs, logps.detach())
+        for method in self.methods:
+            method.watch_ratios(self.args, ratios, advantages.detach(), mask, self.monitor.metrics.add)
+        if is_measured:
+            weights = self.clipping.weights(ratios, advantages.detach()) if weights is None else weights
+            self.monitor.watch_weights(weights, inputs, mask)
 
     def _freeze_ratios(self, inputs: Rows, logps: torch.Tensor, weighted_advantages: torch.Tensor) -> None:
         """Makes the loss's ratio 1 in value with gradient ∇log π, so that the advantages alone weigh the tokens."""
@@ -214,7 +234,7 @@ class WeightStage:
         else:
             ratios = self.update.ratios(inputs, logps if weigher.differentiates else logps.detach()).squeeze(1)
             active = self.update.taking_part(inputs, logps.detach())
-            weights = self.update.of_groups(weigher, ratios, active, inputs)
+            weights = self._weighed(weigher, ratios, active, inputs)
         if self.args.off_policy_mask_threshold is not None:
             # Rollouts that it drops have weight 0 already; it must not drop others for the sign of their weight.
             inputs["sampling_per_token_logps"] = logps.detach()
@@ -222,6 +242,15 @@ class WeightStage:
         if weigher.takes_correction and correction is not None:
             inputs["importance_sampling_ratio"] = torch.ones_like(correction)
         return weights.unsqueeze(1)
+
+    def _weighed(self, weigher: GroupWeigher, ratios: torch.Tensor, active: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """[`UpdateWeights.of_groups`]; whoever may have torn them is named."""
+        try:
+            return self.update.of_groups(weigher, ratios, active, rows)
+        except TornGroups as error:
+            hooks = ("_generate_and_score_completions", *WAY_TO_LOSS)
+            chosen = " and ".join(m.chosen(self.args) for m in self.methods if m.weigher(self.args) is not None)
+            raise RuntimeError(f"{chosen}: {error} {blamed(self.trainer, hooks)}") from None
 
     def ahead(self, micro_batches: list[Rows], is_new: bool) -> None:
         """
@@ -243,7 +272,7 @@ class WeightStage:
         ratios, active = (torch.cat(part) for part in zip(*parts, strict=True))
         names = NEEDED_FOR_GROUPS & micro_batches[0].keys()
         rows = {name: torch.cat([micro_batch[name] for micro_batch in micro_batches]) for name in names}
-        weights = update.of_groups(self.weigher, ratios, active, rows)
+        weights = self._weighed(self.weigher, ratios, active, rows)
         sizes = [micro_batch["group_ids"].size(0) for micro_batch in micro_batches]
         for micro_batch, part in zip(micro_batches, weights.split(sizes), strict=True):
             micro_batch[OF_GROUPS] = part
@@ -285,14 +314,12 @@ def in_whole_groups(group_ids: torch.Tensor, group_size: int) -> torch.Tensor:
         `torch.Tensor` of shape `(B/G, G)`: Indices of the rollouts.
 
     Raises:
-        `RuntimeError`: If a group has fewer rollouts, or more.
+        [`TornGroups`]: If a group has fewer rollouts, or more.
     """
     order = group_ids.argsort(stable=True)
     sizes = group_ids.unique(return_counts=True)[1]
     if (sizes != group_size).any():
-        raise RuntimeError(
-            f"Weights of groups of {group_size} rollouts were to be made of groups of {sizes.unique().tolist()}. An "
-            "override of _prepare_inputs or _generate_and_score_completions must leave groups whole; otherwise this is "
-            "a fault of trl-cancel: please report it with your configuration."
+        raise TornGroups(
+            f"Weights of groups of {group_size} rollouts were to be made of groups of {sizes.unique().tolist()}."
         )
     return order.view(-1, group_size)

@@ -1,13 +1,13 @@
 """The trainer's part that refuses data, reward functions and tokenizers that do not fit together."""
 
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from accelerate.logging import get_logger
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 
-from ..upstream.hooks import is_overridden
+from ..upstream.hooks import overridden
 from ..upstream.trl import WAY_OF_ROWS
 from . import ignored
 from .inputs import (
@@ -33,7 +33,7 @@ class Checked(GRPOTrainer):
     """The part of [`CancelGRPOTrainer`] that looks at what it is given, as early as it can be seen."""
 
     args: Any
-    _base: ClassVar[type]  # `CancelGRPOTrainer`, whose hooks users override
+    _checked_columns: frozenset[tuple[str, ...]] = frozenset()
 
     def _check_given(self) -> None:
         """Refuses a tokenizer that lacks what the run needs, once it is loaded."""
@@ -109,8 +109,7 @@ class Checked(GRPOTrainer):
             for row in rows:
                 if "prompt" in row:
                     check_row(source, row, self._tokenizer)
-        known = self.__dict__.setdefault("_checked_columns", set())
-        if (source, *columns) in known:
+        if (source, *columns) in self._checked_columns:
             return
         environment = self.environment_factories
         if environment is None:
@@ -121,7 +120,7 @@ class Checked(GRPOTrainer):
             check_rewards(self.reward_funcs, columns, source, passed=passed, may_grow=may_grow)
         if self._is_trls(*WAY_OF_ROWS):
             self._check_templates(source, rows[0].get("prompt", [{"role": "user", "content": ""}]))
-        known.add((source, *columns))
+        self._checked_columns |= {(source, *columns)}
 
     def _check_templates(self, source: str, prompt: Any) -> None:
         """Refuses conversations that the model's tokenizer, or a reward model's, cannot write."""
@@ -135,7 +134,7 @@ class Checked(GRPOTrainer):
 
     def _is_trls(self, *methods: str) -> bool:
         """Whether some methods are as they stand here or in TRL's trainer, and not a user's."""
-        return not any(is_overridden(self, name, self._base) for name in methods)
+        return not overridden(self, methods)
 
     def _calculate_rewards(self, *args, **kwargs):
         functions, names = self.reward_funcs, self.reward_func_names

@@ -8,10 +8,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...arguments import is_number, whole
+from ...batch.groups import without_variance
 from ...batch.rollouts import Rollouts
 from ...evaluation import RewardFunction, continuations, prompt_token_ids, rewards_of, sampling
 from ...evaluation.scoring import filler_token
-from ...methods.dynamic_sampling import without_variance
 from ...running.inputs import check_problems
 from ...upstream.trl import get_callable_name
 
