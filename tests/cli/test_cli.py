@@ -348,7 +348,10 @@ MISTAKES = {
         "is not a multiple of num_generations=7. Set one of",
     ),
     "sizes of ours": (
-        ["train", *flags(**{**QUICK, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1})],
+        [
+            *("train", "--query_preserved"),
+            *flags(**{**QUICK, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}),
+        ],
         "query_preserved=True cannot keep groups whole",
     ),
     "choice": (["train", *flags(**{**QUICK, "symmetric_clip_gradient": "none"})], "symmetric_clip_gradient"),
