@@ -860,7 +860,7 @@ def test_rollouts_that_do_not_stand_by_their_rows(tiny_model, caplog, function, 
         ours = train(tiny_model, make, **settings)
     assert caplog.text.count("left out") == 1
     assert re.search(
-        rf"cancel/\* and query_preserved=True are left out: Mine\.\w+ has returned {problem}", caplog.text
+        rf"cancel/\* and query_preserved='auto' are left out: Mine\.\w+ has returned {problem}", caplog.text
     )
     theirs = train(tiny_model, hooked(GENERATION, function, trl.GRPOTrainer), **settings)
     assert_same_weights(ours.weights, theirs.weights)
@@ -988,7 +988,7 @@ def test_torn_groups_are_of_whoever_tears_them(tiny_model):
         build(tiny_model, hooked("_compute_loss", fewer_tokens), **SIZES, nthr=True).train()
 
 
-@pytest.mark.parametrize("names", [{"_generation": lambda self, prompts: prompts}, {"_credits": 3}], ids=str)
+@pytest.mark.parametrize("names", [{"_generation": lambda self, prompts: prompts}, {"_credits": 3}], ids=" ".join)
 def test_private_names_of_this_package(tiny_model, names):
     """Of a class, of one that it is mixed with, and of attributes that it sets."""
     (name,) = names

@@ -6,10 +6,10 @@ import trl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.contract.test_batching import seen_micro_batches
 from tests.runs import build
 from trl_cancel import CancelGRPOTrainer
 from trl_cancel.batching import query_preserved_permutation
+from trl_cancel.doctor.batches import micro_batches
 from trl_cancel.playground.data import load_prompts
 
 
@@ -38,11 +38,10 @@ def test_seed_decides():
     assert permute(1) == permute(1) != permute(2)
 
 
-def groups_by_step(monkeypatch, model, trainer, accumulation, **settings):
+def groups_by_step(model, trainer, accumulation, **settings):
     """For each optimizer step, how many rollouts of each group it holds; groups are numbered over the run."""
     steps_per_generation = 4 * accumulation
-    seen = seen_micro_batches(
-        monkeypatch,
+    seen = micro_batches(
         model,
         trainer,
         gradient_accumulation_steps=accumulation,
@@ -63,12 +62,10 @@ def groups_by_step(monkeypatch, model, trainer, accumulation, **settings):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("iterations", [1, 2])
-def test_whole_groups_in_every_optimizer_step(monkeypatch, tiny_model, accumulation, iterations):
+def test_whole_groups_in_every_optimizer_step(tiny_model, accumulation, iterations):
     """With steps_per_generation four times the accumulation, TRL tears groups and this package does not."""
-    with monkeypatch.context() as patch:
-        ours = groups_by_step(patch, tiny_model, CancelGRPOTrainer, accumulation, num_iterations=iterations)
-    with monkeypatch.context() as patch:
-        theirs = groups_by_step(patch, tiny_model, trl.GRPOTrainer, accumulation, num_iterations=iterations)
+    ours = groups_by_step(tiny_model, CancelGRPOTrainer, accumulation, num_iterations=iterations)
+    theirs = groups_by_step(tiny_model, trl.GRPOTrainer, accumulation, num_iterations=iterations)
     assert all(set(step) <= {0, 4} for step in ours)
     assert not any(set(step) <= {0, 4} for step in theirs)
     for steps in (ours, theirs):  # either way every rollout is used once an iteration
@@ -77,9 +74,8 @@ def test_whole_groups_in_every_optimizer_step(monkeypatch, tiny_model, accumulat
     assert ours[:4] != ours[4:] or iterations == 2, "groups are shuffled"
 
 
-def test_whole_groups_in_micro_batches_where_they_fit(monkeypatch, tiny_model):
-    seen = seen_micro_batches(
-        monkeypatch,
+def test_whole_groups_in_micro_batches_where_they_fit(tiny_model):
+    seen = micro_batches(
         tiny_model,
         CancelGRPOTrainer,
         per_device_train_batch_size=8,
@@ -91,10 +87,9 @@ def test_whole_groups_in_micro_batches_where_they_fit(monkeypatch, tiny_model):
         assert torch.bincount(batch["tag"] // 4, minlength=8).unique().tolist() == [0, 4]
 
 
-def test_groups_spread_over_the_micro_batches_of_a_step(monkeypatch, tiny_model):
+def test_groups_spread_over_the_micro_batches_of_a_step(tiny_model):
     """Micro-batches smaller than a group: the group is whole in the optimizer step."""
-    seen = seen_micro_batches(
-        monkeypatch,
+    seen = micro_batches(
         tiny_model,
         CancelGRPOTrainer,
         per_device_train_batch_size=2,
@@ -107,10 +102,9 @@ def test_groups_spread_over_the_micro_batches_of_a_step(monkeypatch, tiny_model)
         assert torch.bincount(tags // 4, minlength=4).tolist().count(4) == 1
 
 
-def test_misaligned_steps_keep_groups_whole(monkeypatch, tiny_model):
+def test_misaligned_steps_keep_groups_whole(tiny_model):
     """Three micro-batches a generation, two an optimizer step: boundaries wander through the generation batches."""
-    seen = seen_micro_batches(
-        monkeypatch,
+    seen = micro_batches(
         tiny_model,
         CancelGRPOTrainer,
         gradient_accumulation_steps=2,

@@ -81,7 +81,7 @@ def sampler(model: str) -> None:
     )
 
 
-def _micro_batches(model: str, **settings: Any) -> list[dict[str, Any]]:
+def micro_batches(model: str, trainer: type = GRPOTrainer, **settings: Any) -> list[dict[str, Any]]:
     """The micro-batches that reach TRL's loss, in order, with the numbers of their rollouts in three forms."""
     seen: list[dict[str, Any]] = []
     generate, loss = GRPOTrainer._generate_and_score_completions, GRPOTrainer.compute_loss
@@ -101,13 +101,13 @@ def _micro_batches(model: str, **settings: Any) -> list[dict[str, Any]]:
     with Patches() as patches:
         patches.setattr(GRPOTrainer, "_generate_and_score_completions", generate_tagged)
         patches.setattr(GRPOTrainer, "compute_loss", watched_loss)
-        build(model, GRPOTrainer, **settings).train()
+        build(model, trainer, **settings).train()
     return seen
 
 
 @CHECKS.assume("single rollouts are shuffled and split, and a further iteration uses the same micro-batches")
 def shuffled_and_split(model: str) -> None:
-    seen = _micro_batches(model, steps_per_generation=4, num_iterations=2, max_steps=8)
+    seen = micro_batches(model, steps_per_generation=4, num_iterations=2, max_steps=8)
     tags = [batch["tag"].tolist() for batch in seen]
     order = [tag for batch in tags[:4] for tag in batch]
     holds(sorted(order) == list(range(16)), f"the rollouts that are trained on are {order}")
@@ -118,7 +118,7 @@ def shuffled_and_split(model: str) -> None:
 
 @CHECKS.assume("whatever is added to a batch by rows, tensors and lists, is shuffled and split with it")
 def extra_rows(model: str) -> None:
-    for batch in _micro_batches(model, steps_per_generation=4, max_steps=4):
+    for batch in micro_batches(model, steps_per_generation=4, max_steps=4):
         holds((batch["tag_rows"] == batch["tag"].unsqueeze(1)).all(), "rows of a tensor are in another order")
         holds(batch["names"] == [f"rollout {i}" for i in batch["tag"].tolist()], "a list is in another order")
 
