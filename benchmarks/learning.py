@@ -37,28 +37,36 @@ RESULTS = Path(__file__).parent / "results" / "learning"
 # Ratios of whole sequences vary less than those of tokens; in trust_region.py 0.02 was best for DFPO, nearly for GSPO.
 SEQUENCE_CLIP = {"epsilon": 0.02}
 BASELINE, UNTRAINED = "GRPO", "untrained"
+
+
+def method(name: str) -> dict[str, Any]:
+    """The settings of a named method; whether groups stay whole is said, where it is left to the sizes, which allow it."""
+    settings = complete_settings(name)
+    return {**settings, "query_preserved": settings["query_preserved"] is not False}
+
+
 COMPARED: dict[str, dict[str, Any]] = {
-    BASELINE: complete_settings("grpo"),
-    "GRPO, loss_type grpo": {**complete_settings("grpo"), "loss_type": "grpo"},
-    "Pos Only": {**complete_settings("positive-only"), "query_preserved": False},
-    "entropy mask": {**complete_settings("grpo"), "top_entropy_quantile": 0.2},
-    "SAPO": {**complete_settings("grpo"), "loss_type": "sapo"},
-    "GSPO": {**complete_settings("gspo"), **SEQUENCE_CLIP},
-    "query-preserved": complete_settings("query-preserved"),
-    "GRPO-fix": complete_settings("grpo-fix"),
-    "DFPO min": {**complete_settings("dfpo-min"), **SEQUENCE_CLIP},
-    "DFPO orth": {**complete_settings("dfpo-orth"), **SEQUENCE_CLIP},
-    "DFPO positive_orth": {**complete_settings("dfpo-positive-orth"), **SEQUENCE_CLIP},
-    "NTHR": complete_settings("nthr"),
-    "NTHR, random": complete_settings("nthr-random"),
-    "DelTA": complete_settings("delta"),
-    "DelTA, random": complete_settings("delta-random"),
-    "reward-balanced": complete_settings("reward-balanced"),
-    "dynamic sampling": complete_settings("dynamic-sampling"),
-    "GRPO-fix + DelTA": {**complete_settings("grpo-fix"), "delta_credit": True},
-    "NTHR + DelTA": {**complete_settings("nthr"), "delta_credit": True},
-    "Pos Only + DelTA": {**complete_settings("positive-only"), "delta_credit": True, "query_preserved": False},
-    ORACLE: complete_settings("query-preserved"),
+    BASELINE: method("grpo"),
+    "GRPO, loss_type grpo": {**method("grpo"), "loss_type": "grpo"},
+    "Pos Only": {**method("positive-only"), "query_preserved": False},
+    "entropy mask": {**method("grpo"), "top_entropy_quantile": 0.2},
+    "SAPO": {**method("grpo"), "loss_type": "sapo"},
+    "GSPO": {**method("gspo"), **SEQUENCE_CLIP},
+    "query-preserved": method("query-preserved"),
+    "GRPO-fix": method("grpo-fix"),
+    "DFPO min": {**method("dfpo-min"), **SEQUENCE_CLIP},
+    "DFPO orth": {**method("dfpo-orth"), **SEQUENCE_CLIP},
+    "DFPO positive_orth": {**method("dfpo-positive-orth"), **SEQUENCE_CLIP},
+    "NTHR": method("nthr"),
+    "NTHR, random": method("nthr-random"),
+    "DelTA": method("delta"),
+    "DelTA, random": method("delta-random"),
+    "reward-balanced": method("reward-balanced"),
+    "dynamic sampling": method("dynamic-sampling"),
+    "GRPO-fix + DelTA": {**method("grpo-fix"), "delta_credit": True},
+    "NTHR + DelTA": {**method("nthr"), "delta_credit": True},
+    "Pos Only + DelTA": {**method("positive-only"), "delta_credit": True, "query_preserved": False},
+    ORACLE: method("query-preserved"),
 }
 # Of a method, the one that lacks just what it adds, where that is not the baseline.
 CONTROLS = {

@@ -134,7 +134,7 @@ def test_sizes_against_a_simulation(batch, group, accumulation, steps, iteration
     assert step.startswith(f"{in_words(seen.rollouts, 'rollout')} (")
     assert step.endswith(f", as {accumulation * processes} x {batch}.")
     assert (f"each used {in_words(seen.times, 'time')}," in step) == (seen.times != {1})
-    if not config.layout.is_split or config.query_preserved:
+    if not config.tears_groups:
         assert f"({in_words(seen.prompts, 'prompt')})" in step
     if "No:" in lines["Off-policy"]:
         assert seen.updates == {1}

@@ -25,7 +25,14 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+LONG = [NOTEBOOKS[0].with_name("choose_a_method.ipynb")]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow) if path in LONG else path for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_runs_offline(path, tmp_path, monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     notebook = read(path)

@@ -568,6 +568,7 @@ def test_one_reward_may_stand_without_brackets(tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_evaluations_take_the_memory_there_is(tmp_path, monkeypatch):
     """Answers are those of larger batches, and rewards are asked once for each."""
     whole, sizes = TransformersEngine._answers, []

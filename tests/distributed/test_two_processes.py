@@ -97,7 +97,10 @@ def test_one_process_and_deepspeed_agree(results, name, stage):
     assert_agree(results, name, stage)
 
 
-@pytest.mark.parametrize(("how", "processes", "sharded"), [("one", 1, False), ("two", 2, False), ("fsdp2", 2, True)])
+@pytest.mark.parametrize(
+    ("how", "processes", "sharded"),
+    [("one", 1, False), ("two", 2, False), pytest.param("fsdp2", 2, True, marks=pytest.mark.slow)],
+)
 def test_processes_are_as_said(results, how, processes, sharded):
     assert {result["processes"] for result, _ in results(how).values()} == {processes}
     assert {result["sharded"] for result, _ in results(how).values()} == {sharded}

@@ -12,7 +12,7 @@ from ..evaluation import rewards_of
 from ..upstream.names import ATTRIBUTES
 from ..upstream.trl import split_tensor_dict
 from .check import Checks, Patches, holds
-from .runs import build
+from .runs import OFF, build
 
 
 CHECKS = Checks()
@@ -156,7 +156,7 @@ def when_old_logps_are_computed(model: str, sizes: tuple[int, int, int, bool]) -
             gradient_accumulation_steps=accumulation,
             steps_per_generation=steps,
             num_iterations=iterations,
-            query_preserved=False,
+            **OFF,
             max_steps=1,
         )
         trainer.train()

@@ -11,11 +11,10 @@ from ..methods import METHODS
 from ..methods.method import Method
 from ..playground import CHECKPOINT
 from .check import Checks, holds
-from .runs import OFF_POLICY, ON_POLICY, Run, build, run_of, same_weights, train, without
+from .runs import OFF, OFF_POLICY, ON_POLICY, Run, build, run_of, same_weights, train, without
 
 
 CHECKS = Checks()
-OFF = {"query_preserved": False, "cancellation_metrics": False}
 OF_TRL = GRPOConfig.__dataclass_fields__.keys()
 NEUTRAL_CREDITS = {
     name: value
@@ -41,13 +40,13 @@ NEUTRAL = {method.switch: method for method in METHODS if method.neutral is not 
     ],
 )
 def off_is_off(model: str, settings: dict[str, Any]) -> None:
-    _agree(train(model, **settings, **OFF), train(model, GRPOTrainer, **settings))
+    _agree(train(model, **settings, **OFF, cancellation_metrics=False), train(model, GRPOTrainer, **settings))
 
 
 @CHECKS.assume("so they are on the playground, with the metrics on")
 def metrics_change_nothing(model: str) -> None:
     settings = {**OFF_POLICY, "max_steps": 2, "learning_rate": 1e-3}
-    ours = train(str(CHECKPOINT), **settings, query_preserved=False)
+    ours = train(str(CHECKPOINT), **settings, **OFF)
     ours.logs = [without(log, ("cancel/",)) for log in ours.logs]
     _agree(ours, train(str(CHECKPOINT), GRPOTrainer, **settings))
 
@@ -56,7 +55,7 @@ def metrics_change_nothing(model: str) -> None:
 def other_ways(model: str, way: dict[str, Any]) -> None:
     sizes = {**ON_POLICY, "per_device_train_batch_size": 8}
     for settings in (OFF_POLICY, sizes):
-        _agree_with(train, model, {**settings, **NEUTRAL_CREDITS, "query_preserved": False, **way})
+        _agree_with(train, model, {**settings, **OFF, **NEUTRAL_CREDITS, **way})
 
 
 @CHECKS.assume("so it is where TRL, before 1.15, computes log-probs in chunks (use_liger_kernel)")
@@ -67,13 +66,13 @@ def in_chunks(model: str) -> None:
         trainer.train()
         return run_of(trainer)
 
-    _agree_with(train_in_chunks, model, {**OFF_POLICY, **NEUTRAL_CREDITS, "query_preserved": False})
+    _agree_with(train_in_chunks, model, {**OFF_POLICY, **OFF, **NEUTRAL_CREDITS})
 
 
 @CHECKS.assume("a method at its neutral setting changes nothing", over=NEUTRAL)
 def neutral(model: str, switch: str) -> None:
     method = NEUTRAL[switch]
-    settings = {**OFF_POLICY, "query_preserved": False, **(method.neutral or {})}
+    settings = {**OFF_POLICY, **OFF, **(method.neutral or {})}
     _agree_with(train, model, settings, method.is_neutral_exactly)
 
 

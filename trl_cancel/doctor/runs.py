@@ -10,6 +10,7 @@ import trl
 from transformers import set_seed
 
 from ..config import CancelGRPOConfig
+from ..methods import METHODS
 from ..playground.data import load_prompts
 from ..playground.tokenizer import build_tokenizer
 from ..playground.warm_start import build_model
@@ -42,6 +43,8 @@ TINY = {
     "num_key_value_heads": 1,
     "head_dim": 8,
 }
+# Every method switched off.
+OFF = {method.switch: method.off for method in METHODS}
 # Several optimizer steps with one generation batch, so that ratios leave 1 and groups can be torn.
 OFF_POLICY = {"steps_per_generation": 4, "gradient_accumulation_steps": 1, "num_iterations": 2, "max_steps": 8}
 # One optimizer step with each generation batch.

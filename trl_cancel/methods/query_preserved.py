@@ -64,12 +64,12 @@ class Settings:
     """
     > Parameters that control which rollouts meet in one optimizer step
 
-    query_preserved (`bool` or `str`, *optional*, defaults to `"auto"`):
+    query_preserved (`str`, *optional*, defaults to `"auto"`):
         Put all rollouts of a prompt into the same optimizer step, instead of shuffling single rollouts. Acts where
         a generation batch is spread over several optimizer steps (`steps_per_generation` greater than
         `gradient_accumulation_steps`); otherwise batches are TRL's. With sizes that cannot keep groups whole, `"auto"`
-        leaves batches to TRL, with a warning, and `True` is refused. Source: section 4 of
-        [2605.08666](https://huggingface.co/papers/2605.08666).
+        leaves batches to TRL, with a warning, and `True` is refused; `False` always leaves them to TRL. Source: section
+        4 of [2605.08666](https://huggingface.co/papers/2605.08666).
     """
 
     # Text, for the command line, where it may also stand alone; `True` and `False` are kept as such.
