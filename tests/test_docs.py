@@ -1,5 +1,6 @@
 """The documentation: every Python snippet runs, every command is one, every link leads somewhere."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +9,7 @@ import datasets
 import pytest
 
 from tests import tables
+from tests.versions import table as versions
 from trl_cancel import CancelGRPOTrainer
 from trl_cancel.cli import main
 from trl_cancel.cli.probe import MEASUREMENTS
@@ -87,6 +89,13 @@ def test_links_lead_somewhere(page):
 def test_there_is_something_to_test():
     assert len(blocks("python")) >= 6
     assert len(commands()) >= 6
+
+
+def test_versions_are_those_that_were_tested():
+    page = versions.PAGE.read_text(encoding="utf-8")
+    results = json.loads(versions.RESULTS.read_text())
+    assert versions.rewritten(page, results) == page, "run tests/versions/run"
+    assert not any(result["failed"] for result in results.values())
 
 
 def test_readme_says_of_the_methods_what_their_files_say():
