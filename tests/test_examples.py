@@ -11,6 +11,8 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import trl
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from trl_cancel.playground.__main__ import write_playground
@@ -100,6 +102,7 @@ def test_conversational_rewards(run):
     assert all(f"eval_rewards/{name}/mean" in evaluation for name in names)
 
 
+@pytest.mark.skipif(Version(trl.__version__) < Version("1.15"), reason="adapters begin at random, without the seed")
 def test_split_generations_keep_their_groups(run):
     """Here a generation is split; without whole groups, the weights are TRL's again."""
     logs, weights = run("lora", THEIRS)
