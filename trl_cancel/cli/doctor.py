@@ -69,7 +69,7 @@ def _found() -> Iterator[tuple[str, str | None]]:
 
     with tempfile.TemporaryDirectory() as folder, patch.object(tempfile, "tempdir", folder):
         model = tiny_model(Path(tempfile.mkdtemp()))
-        for check in tqdm(CHECKS, desc="Checking", unit="assumption", leave=False):
+        for check in tqdm(CHECKS, desc="Checking", initial=1, total=len(CHECKS) + 1, unit="assumption", leave=False):
             found: str | None = None
             try:
                 with _silence():

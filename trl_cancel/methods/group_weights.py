@@ -373,6 +373,7 @@ class GroupWeights(Method):
 
     Settings = Settings
     switch = "group_weights"
+    needs_whole_groups = True
     neutral = {
         "group_weights": "min",
         "importance_sampling_level": "sequence",

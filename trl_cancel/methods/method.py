@@ -190,6 +190,8 @@ class Method:
             Settings of TRL's that it sets by itself.
         look_alike (`tuple[str, str]`, *optional*):
             A setting of TRL's that is taken for the switch, and what it is.
+        needs_whole_groups (`bool`):
+            Whether it has no meaning where groups are torn between optimizer steps.
         says_when_idle (`bool`):
             Whether a run is told that it changes nothing there.
         neutral (`dict[str, Any]`, *optional*):
@@ -210,6 +212,7 @@ class Method:
     acts_in_loss: ClassVar[bool] = False
     sets: ClassVar[tuple[str, ...]] = ()
     look_alike: ClassVar[tuple[str, str] | None] = None
+    needs_whole_groups: ClassVar[bool] = False
     says_when_idle: ClassVar[bool] = False
     neutral: ClassVar[dict[str, Any] | None] = None
     is_neutral_exactly: ClassVar[bool] = True

@@ -14,7 +14,7 @@ import torch
 
 from ..arguments import whole
 from ..papers import CANCELLATION
-from .method import ActiveMethod, Config, Method, Named, PaperEvaluation, Row, documented
+from .method import ActiveMethod, Config, Method, Named, PaperEvaluation, Row, documented, whole_groups
 
 
 def query_preserved_permutation(
@@ -124,11 +124,18 @@ class QueryPreserved(Method):
             raise ValueError(f"query_preserved={args.query_preserved!r} is not one of True, False, {AUTO!r}.")
         args.query_preserved = spelt
         if spelt is True and not _fits(args):
-            raise ValueError(f"query_preserved=True cannot keep groups whole: {_why_torn(args)}")
+            is_needed = any(method.needs_whole_groups for method in args.methods)
+            ways_out = [*args.layout.sizes_that_fit(), *([] if is_needed else ["query_preserved=False"])]
+            raise ValueError(
+                f"query_preserved=True cannot keep groups whole: {_why_torn(args)}. Set one of {', '.join(ways_out)}."
+            )
 
     def warns(self, args: Config) -> Iterator[str]:
         if args.query_preserved == AUTO and not _fits(args):
-            yield f"Groups are torn between optimizer steps, as by TRL: {_why_torn(args)}"
+            yield (
+                f"Groups are torn between optimizer steps, as by TRL: {_why_torn(args)}. {whole_groups(args)} "
+                "query_preserved=False has TRL's batches without this warning."
+            )
 
     def active(self, args: Config) -> ActiveMethod | None:
         if not self.acts(args):  # on by default, and nothing that somebody has asked for
@@ -147,9 +154,11 @@ class QueryPreserved(Method):
                 "own."
             )
         if not self.is_on(args):
-            remedy = "Set query_preserved=True to keep the rollouts of a prompt together."
-            return "Torn: TRL shuffles single rollouts and spreads them over several optimizer steps. " + (
-                _why_torn(args) if args.query_preserved == AUTO else remedy
+            why = "" if _fits(args) else f" Here {_why_torn(args)}."
+            then = " Then query_preserved=True keeps them whole." if not (args.query_preserved or _fits(args)) else ""
+            return (
+                f"Torn: TRL shuffles single rollouts and spreads them over several optimizer steps.{why} "
+                f"{whole_groups(args)}{then}"
             )
         also = "and every micro-batch" if layout.groups_fit_micro_batches else "but spread over its micro-batches"
         return f"Whole in every optimizer step {also}: {self.chosen(args)} shuffles prompts, not single rollouts."
@@ -171,17 +180,14 @@ def _fits(args: Config) -> bool:
 def _why_torn(args: Config) -> str:
     layout = args.layout
     if layout.groups_are_local:
-        problem = (
+        return (
             f"per_device_train_batch_size={args.per_device_train_batch_size} with gradient_accumulation_steps="
             f"{args.gradient_accumulation_steps} and steps_per_generation={args.steps_per_generation} keeps "
             f"{layout.rollouts_together} rollouts of a process together in an optimizer step, which is not a "
             f"multiple of num_generations={args.num_generations}"
         )
-    else:
-        problem = (
-            f"per_device_train_batch_size={args.per_device_train_batch_size} x steps_per_generation="
-            f"{args.steps_per_generation} rollouts a process is not a multiple of num_generations="
-            f"{args.num_generations}, so groups straddle the {layout.num_processes} processes"
-        )
-    ways_out = [*layout.sizes_that_fit(), *(["query_preserved=False"] if args.weigher is None else [])]
-    return f"{problem}. Set one of {', '.join(ways_out)}."
+    return (
+        f"per_device_train_batch_size={args.per_device_train_batch_size} x steps_per_generation="
+        f"{args.steps_per_generation} rollouts a process is not a multiple of num_generations="
+        f"{args.num_generations}, so groups straddle the {layout.num_processes} processes"
+    )

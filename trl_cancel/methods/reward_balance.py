@@ -305,6 +305,7 @@ class RewardBalance(Method):
 
     Settings = Settings
     switch = "reward_balance"
+    needs_whole_groups = True
     neutral = {"reward_balance": 0.01, "max_generation_rounds": 1, "steps_per_generation": 1, "num_iterations": 1}
     off = 0.0
     row = Row(
