@@ -1,5 +1,8 @@
 """`trl-cancel doctor`: what is installed, and what does not hold, in words."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import trl
@@ -86,3 +89,14 @@ def test_a_future_trl_is_named_in_words(capsys, monkeypatch, hook, change, check
     assert f"Does not hold: {checks[0].says}." in out
     assert found in out
     assert "1 of 2 assumptions do not hold" in out
+
+
+def test_a_trl_that_is_refused_is_reported():
+    """In a process of its own, in which the trainer has not been imported yet."""
+    code = "import trl; del trl.GRPOTrainer._calculate_rewards; import trl_cancel.cli as c; raise SystemExit(c.main(['doctor']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "trl              " in done.stdout
+    assert "Does not hold: TRL has the names that are built on" in done.stdout
+    assert "GRPOTrainer._calculate_rewards is gone" in done.stdout
+    assert "Traceback" not in done.stderr

@@ -138,7 +138,9 @@ class UnslothGRPOTrainer:
 
 def test_a_trainer_in_the_place_of_trls(monkeypatch, tiny_model):
     """Before this package is imported it is refused; after, the trainers are built on TRL's, and say so."""
-    with pytest.raises(ImportError, match=r"is unsloth_compiled_cache\.Uns.*Import trl_cancel before that package"):
+    with pytest.raises(
+        ImportError, match=r"is unsloth_compiled_cache\.Uns.*Import GRPOTrainer of trl_cancel before that"
+    ):
         upstream.check_installation(UnslothGRPOTrainer)
     monkeypatch.setattr(trl, "GRPOTrainer", UnslothGRPOTrainer)
     with pytest.warns(UserWarning, match=r"trl\.GRPOTrainer is unsloth_.* built on TRL's own, without its changes"):

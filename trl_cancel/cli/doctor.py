@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--versions", action="store_true", help="only say what is installed")
     only_versions = parser.parse_args(arguments).versions
     with quiet():
-        from ..doctor.report import report
+        from ..running.installed import report  # works with any TRL
 
         for topic, text in report():
             print(plain(f"{topic:<17}{text}"))

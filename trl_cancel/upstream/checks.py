@@ -26,7 +26,7 @@ def differences(trainer: type, functions: dict[str, Callable[..., Any]]) -> Iter
         if method is None:
             yield f"GRPOTrainer.{name} is gone"
         elif not _takes(method, expected):
-            found = list(inspect.signature(method).parameters)[: len(expected)]
+            found = list(inspect.signature(method).parameters)[: len(expected)] if callable(method) else "no arguments"
             yield f"GRPOTrainer.{name} takes {found}, expected {expected}"
     for name, arity in RETURNS.items():
         annotation = inspect.signature(getattr(trainer, name, lambda: None)).return_annotation
@@ -65,6 +65,8 @@ def taken_names(own: type, trainer: type) -> list[str]:
 
 def _takes(method: Any, expected: list[str]) -> bool:
     """Whether a method takes these parameters in this order; what it only hands on, it takes."""
+    if not callable(method):  # a property, say
+        return False
     parameters = list(inspect.signature(method).parameters.values())
     named = [parameter.name for parameter in parameters if parameter.kind not in VARIADIC]
     hands_on = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)

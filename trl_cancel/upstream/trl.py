@@ -53,11 +53,12 @@ def check_installation(trainer: type = GRPOTrainer) -> None:
     if trainer.__module__.partition(".")[0] != trl.__name__:
         raise ImportError(
             f"trl.GRPOTrainer is {trainer.__module__}.{trainer.__name__}: another package, as Unsloth does, has put it in "
-            "the place of TRL's, whose loss and batches the methods build on. Import trl_cancel before that package; its "
+            "the place of TRL's, whose loss and batches the methods build on. Import GRPOTrainer of trl_cancel before that package; its "
             "trainers are then built on TRL's own."
         )
-    for difference in differences(trainer, {name: globals()[name] for name in FUNCTIONS}):
-        raise differs(difference)
+    found = list(differences(trainer, {name: globals()[name] for name in FUNCTIONS}))
+    if found:
+        raise differs("; ".join(found))
     versions.warn_if_newer(trl.__version__)
 
 

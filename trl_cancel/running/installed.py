@@ -6,8 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from ..running.precision import best_precision
 from ..version import __version__
+from .precision import best_precision
 
 
 PACKAGES = ("trl", "transformers", "peft", "accelerate", "datasets", "torch", "huggingface_hub", "math-verify")
