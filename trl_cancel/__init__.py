@@ -14,8 +14,6 @@ from .upstream.versions import check_trl_version
 from .version import __version__ as __version__
 
 
-check_trl_version(metadata.version("trl"))  # before anything of it is imported
-
 if TYPE_CHECKING:
     from .batch.protocol import Credit
     from .batch.rollouts import Rollouts

@@ -6,6 +6,7 @@ import re
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 import trl
@@ -15,10 +16,11 @@ import trl_cancel
 from tests.runs import build
 from trl_cancel.upstream import names, versions
 from trl_cancel.upstream import trl as upstream
-from trl_cancel.upstream.checks import taken_names
+from trl_cancel.upstream.checks import names_in_both
 
 
 ROOT = Path(__file__).parents[2]
+FORWARD = "_get_per_token_logps_and_entropies"
 TRL_SOURCE = set(re.findall(r"\b_\w+", inspect.getsource(inspect.getmodule(trl.GRPOTrainer))))
 
 
@@ -114,14 +116,28 @@ def test_a_wrapper_that_hands_everything_on_is_taken():
         pass
 
     upstream.check_installation(trainer_with(_get_per_token_logps_and_entropies=wrapper))
+    of_three = getattr(trl.GRPOTrainer, FORWARD).__get__(None, trl.GRPOTrainer)
+    as_text = FunctionType(of_three.__code__, of_three.__globals__, closure=of_three.__closure__)
+    as_text.__defaults__, as_text.__annotations__ = of_three.__defaults__, {"return": "tuple[Tensor, Tensor, Tensor]"}
+    upstream.check_installation(trainer_with(_get_per_token_logps_and_entropies=as_text))
+
+
+def test_a_property_in_place_of_a_method_is_refused():
+    with pytest.raises(ImportError, match="_get_train_sampler takes no arguments, expected"):
+        upstream.check_installation(trainer_with(_get_train_sampler=property(lambda self: None)))
 
 
 def test_names_of_its_own_that_trl_has_too_are_refused(monkeypatch):
-    assert taken_names(trl_cancel.CancelGRPOTrainer, trl.GRPOTrainer) == []
+    assert names_in_both(trl_cancel.CancelGRPOTrainer, trl.GRPOTrainer) == []
 
     def setting(self):
         self._held = []
 
+    def setting_of_others(self, other):
+        other._signals = 3
+
+    monkeypatch.setattr(trl.GRPOTrainer, "another_method", setting_of_others, raising=False)
+    assert names_in_both(trl_cancel.CancelGRPOTrainer, trl.GRPOTrainer) == []
     monkeypatch.setattr(trl.GRPOTrainer, "finished_at", lambda self: None, raising=False)
     monkeypatch.setattr(trl.GRPOTrainer, "some_method", setting, raising=False)
     with pytest.raises(

@@ -13,8 +13,8 @@ class LossHarness:
     Computes a trainer's loss on hand-made log-probs.
 
     Args:
-        monkeypatch:
-            pytest's fixture; the forward pass of TRL's trainer is replaced with it.
+        monkeypatch ([`~trl_cancel.doctor.check.Patches`]):
+            Replaces the forward pass of TRL's trainer for a while; pytest's fixture will do.
         model (`str`):
             Path of any model, which is not called.
         **settings:

@@ -3,9 +3,10 @@
 import dis
 import inspect
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
-from .names import ATTRIBUTES, FUNCTIONS, METHODS, OF_TENSORS, RETURNS
+from .names import ATTRIBUTES, FUNCTIONS, METHODS, RETURNS
 
 
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -30,19 +31,22 @@ def differences(trainer: type, functions: dict[str, Callable[..., Any]]) -> Iter
             yield f"GRPOTrainer.{name} takes {found}, expected {expected}"
     for name, arity in RETURNS.items():
         annotation = inspect.signature(getattr(trainer, name, lambda: None)).return_annotation
-        if annotation is not inspect.Signature.empty and len(getattr(annotation, "__args__", ())) != arity:
+        if (
+            not (annotation is inspect.Signature.empty or isinstance(annotation, str))
+            and len(getattr(annotation, "__args__", ())) != arity
+        ):
             yield f"GRPOTrainer.{name} returns {annotation}, expected {arity} values"
     for name, (given, named) in FUNCTIONS.items():
         try:
             inspect.signature(functions[name]).bind(*[None] * given, **dict.fromkeys(named))
         except TypeError as error:
             yield f"{name}() is called otherwise ({error})"
-    lacking = ATTRIBUTES.keys() - _attributes(trainer)
+    lacking = ATTRIBUTES.keys() - _names_of(trainer)
     if lacking:
         yield f"GRPOTrainer has no {', '.join(sorted(lacking))}"
 
 
-def taken_names(own: type, trainer: type) -> list[str]:
+def names_in_both(own: type, trainer: type) -> list[str]:
     """
     Names that classes of this package have given to something of their own, and that TRL's trainer has too by now.
 
@@ -57,10 +61,37 @@ def taken_names(own: type, trainer: type) -> list[str]:
     ours = [cls for cls in classes if cls.__module__.partition(".")[0] == package]
     defined = {name for cls in ours for name in vars(cls) if not name.startswith("__")}
     overridden = {name for name in defined if any("super" in _code_names(vars(cls).get(name)) for cls in ours)}
-    stored = {name for cls in ours for name in _stored(cls)}
-    theirs = set(dir(trainer)) | {name for cls in trainer.__mro__ for name in _stored(cls)}
-    declared = {*METHODS, *ATTRIBUTES, *OF_TENSORS}
-    return sorted(((defined - overridden) | stored) & theirs - declared)
+    stored = {name for cls in ours for name in set_by(cls)}
+    return sorted(((defined - overridden) | stored) & _names_of(trainer) - {*METHODS, *ATTRIBUTES})
+
+
+def set_by(cls: type) -> set[str]:
+    """
+    Names of the attributes that the methods of a class set on their object.
+
+    Args:
+        cls (`type`):
+            The class.
+    """
+    names = set()
+    for value in vars(cls).values():
+        value = value.fset if isinstance(value, property) else value
+        code = getattr(inspect.unwrap(value) if callable(value) else value, "__code__", None)
+        if not inspect.iscode(code) or not code.co_varnames:
+            continue
+        for before, step in pairwise(dis.get_instructions(code)):
+            if step.opname == "STORE_ATTR" and code.co_varnames[0] in _as_names(before.argval):
+                names.add(step.argval)
+    return names
+
+
+def _as_names(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _names_of(trainer: type) -> set[str]:
+    """All that a class has, or sets on its objects."""
+    return set(dir(trainer)).union(*map(set_by, trainer.__mro__))
 
 
 def _takes(method: Any, expected: list[str]) -> bool:
@@ -71,17 +102,6 @@ def _takes(method: Any, expected: list[str]) -> bool:
     named = [parameter.name for parameter in parameters if parameter.kind not in VARIADIC]
     hands_on = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
     return named[: len(expected)] == expected or (hands_on and expected[:1] == named[:1])
-
-
-def _attributes(trainer: type) -> set[str]:
-    """All attributes that the code of a class and its bases speaks of, and all that the class has."""
-    return {name for cls in trainer.__mro__ for name in _stored(cls)} | set(dir(trainer))
-
-
-def _stored(cls: type) -> set[str]:
-    """Names of the attributes that the methods of a class set."""
-    codes = [code for value in vars(cls).values() if (code := _code(value)) is not None]
-    return {step.argval for code in codes for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"}
 
 
 def _code_names(value: Any) -> tuple[str, ...]:

@@ -6,17 +6,17 @@ the order of resolution, so what this package did within a hook, they would not 
 around the call: the hook of the instance is exchanged while TRL calls it, and reaches all overrides by itself.
 """
 
-import dis
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import pairwise
 from typing import Any
 
 from trl import GRPOTrainer
+
+from .checks import set_by
 
 
 # What a user's code calls of these calls no hooks of a trainer by name.
@@ -131,8 +131,8 @@ def private_names(own: type) -> frozenset[str]:
             The trainer of this package.
     """
     ours = [cls for cls in own.__mro__[: own.__mro__.index(GRPOTrainer)] if _is_own(cls)]
-    names = {name for cls in ours for name in {*vars(cls), *_set_by(cls)}}
-    of_trl = set(dir(GRPOTrainer)).union(*map(_set_by, GRPOTrainer.__mro__))
+    names = {name for cls in ours for name in {*vars(cls), *set_by(cls)}}
+    of_trl = set(dir(GRPOTrainer)).union(*map(set_by, GRPOTrainer.__mro__))
     return frozenset(name for name in names - of_trl if name.startswith("_") and not name.startswith("__"))
 
 
@@ -148,29 +148,11 @@ def taken_names(trainer_class: type, own: type) -> dict[str, str]:
     """
     bases = trainer_class.__mro__[: trainer_class.__mro__.index(GRPOTrainer)]
     private = private_names(own)
-    return {name: cls.__name__ for cls in bases if not _is_own(cls) for name in private & {*vars(cls), *_set_by(cls)}}
+    return {name: cls.__name__ for cls in bases if not _is_own(cls) for name in private & {*vars(cls), *set_by(cls)}}
 
 
 def _is_own(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
-
-
-def _set_by(cls: type) -> set[str]:
-    """Attributes that the methods of a class set on their object."""
-    names = set()
-    for value in vars(cls).values():
-        value = value.fset if isinstance(value, property) else value
-        code = getattr(inspect.unwrap(value) if callable(value) else value, "__code__", None)
-        if not inspect.iscode(code) or not code.co_varnames:
-            continue
-        for before, step in pairwise(dis.get_instructions(code)):
-            if step.opname == "STORE_ATTR" and code.co_varnames[0] in _as_names(before.argval):
-                names.add(step.argval)
-    return names
-
-
-def _as_names(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
 
 
 def _names(function: Any, trainer: Any, hook: str) -> set[str]:

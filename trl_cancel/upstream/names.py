@@ -61,8 +61,6 @@ FUNCTIONS: dict[str, tuple[int, tuple[str, ...]]] = {
     "split_tensor_dict": (2, ()),
     "unsplit_pixel_values_by_grid": (1, ()),
 }
-# Attributes of tensors, which both set; for the check that no name of this package's own has come to be TRL's as well.
-OF_TENSORS = ("data",)
 # Attributes of a trainer that are read or written.
 ATTRIBUTES = {
     "_step": "micro-steps done; tells which micro-batch comes next",

@@ -13,7 +13,7 @@ from typing import Any
 import trl
 
 from . import versions
-from .checks import differences, taken_names
+from .checks import differences, names_in_both
 from .names import ATTRIBUTES, FUNCTIONS, METHODS, WAY_OF_ROWS
 
 
@@ -73,7 +73,7 @@ def check_names(own: type) -> None:
     Raises:
         `ImportError`: Names them.
     """
-    taken = taken_names(own, GRPOTrainer)
+    taken = names_in_both(own, GRPOTrainer)
     if taken:
         raise differs(f"its trainer has {', '.join(taken)} too, which trl-cancel uses for something else")
 
